@@ -1,3 +1,39 @@
-"""LaPE (Yu et al., ICCV 2023): a LayerNorm of its own for the position embedding, in every layer of a ViT."""
+"""LaPE (Yu et al., ICCV 2023): a LayerNorm of its own for the position embedding, in every layer of a ViT.
+
+model = timm.create_model("deit_small_patch16_224")
+lape.apply(model)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lape.errors import RunError, UsageError
+    from lape.surgery import apply, create_model, fold, ladder, remove
+    from lape.weights import load_weights
+
+# Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
+_ROOMS = {
+    "RunError": "errors",
+    "UsageError": "errors",
+    "apply": "surgery",
+    "create_model": "surgery",
+    "fold": "surgery",
+    "ladder": "surgery",
+    "load_weights": "weights",
+    "remove": "surgery",
+}
+
+__all__ = ["RunError", "UsageError", "apply", "create_model", "fold", "ladder", "load_weights", "remove"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'lape' has no attribute {name!r}")
+    return getattr(import_module(f"lape.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,5 +29,6 @@ def choose(table: Mapping[str, Chosen], name: str, what: str) -> Chosen:
     if name in table:
         return table[name]
     near = get_close_matches(name.lower(), table, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UsageError(f"{name!r} is not {what}: {hint}Valid names are {', '.join(table)}.")
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    listed = f" Valid names: {', '.join(table)}." if len(table) < 40 else ""
+    raise UsageError(f"{name!r} is not {what}.{hint}{listed}")
