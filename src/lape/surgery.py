@@ -5,223 +5,22 @@ and every block takes its rung by hooks: one on the block (residual, bias), one 
 Parameters keep the names that they have: the table stays `pos_embed`, the PE norm of block i is `blocks.{i}.pe_norm`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lape.errors import UsageError, choose
-from lape.hosts import Host, block_row, find, parts
-from lape.method import Grid, PositionNorm, Rung, Scheme, scheme
+from lape.hosts import block_row, find, parts
+from lape.method import Grid, PositionNorm, Rung, scheme
+from lape.positions import BIAS_TABLE, FoldedRung, Positions, by
 
 Model = TypeVar("Model", bound=nn.Module)
 
 RECORD = "lape_positions"  # where an operated model keeps its Positions
-BIAS_TABLE = "relative_position_bias_table"
-
-
-class Positions:
-    """The positions of one operated model: builds its ladder and hands the rungs to its blocks.
-
-    What one forward hands over lives until the next, is no part of the model's state, and is left out of copies.
-    """
-
-    def __init__(self, model: nn.Module, host: Host, scheme: Scheme) -> None:
-        self.model, self.host, self.scheme = model, host, scheme
-        self.grid = self.own_grid()  # that of the stored tables
-        self.put_aside: dict[str, nn.Parameter | None] = {}  # the host's table, where another took its place
-        self.handles: list[RemovableHandle] = []
-        self.folded_for: tuple[Grid, ...] = ()
-        self._forget()
-
-    def _forget(self) -> None:
-        self.rungs: list[Rung] = []
-        self.input_grid: Grid = self.grid
-        self.kept: Tensor | None = None  # (B, K), the patches that patch dropout left to each image
-        self.replays = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"rungs": [], "kept": None, "replays": False}
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The blocks that the model has now (feature extraction may have cut some off)."""
-        return list(getattr(self.model, self.host.blocks))
-
-    @property
-    def prefix(self) -> int:
-        """The number of tokens before the patches."""
-        return getattr(self.model, self.host.prefix)
-
-    @property
-    def prefix_rows(self) -> int:
-        """The number of those that have a row in the table."""
-        return 0 if getattr(self.model, self.host.prefix_has_no_rows) else self.prefix
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return getattr(self.model, self.host.width)
-
-    def own_grid(self) -> Grid:
-        """Return the grid of (rows, columns) that the model is set to."""
-        rows, columns = attrgetter(self.host.grid)(self.model)
-        return rows, columns
-
-    # --- The ladder
-
-    def ladder(self, grid: Grid) -> list[Rung]:
-        """Return one rung a layer for a grid of (rows, columns) patches, over all N tokens.
-
-        Raises UsageError for a grid that a folded model or a normalised bias was not made for.
-        """
-        if self.folded_for:
-            return [self._folded(block, grid) for block in self.blocks]
-        ladder = [Rung() for _ in self.blocks]
-        if self.scheme.embedding.table is not None:
-            norms = [block.pe_norm for block in self.blocks] if self.scheme.join.normed else []
-            ladder = self.scheme.join.climb(self._tables(grid), norms)  # pyright: ignore[reportArgumentType]
-            missing = self.prefix - self.prefix_rows
-            ladder = [Rung(*(part if part is None else F.pad(part, (0, 0, missing, 0)) for part in r)) for r in ladder]
-        if self.scheme.embedding.bias is not None:
-            ladder = [r._replace(bias=self._bias(block, grid)) for r, block in zip(ladder, self.blocks, strict=True)]
-        return ladder
-
-    def _tables(self, grid: Grid) -> list[Tensor]:
-        kind = self.scheme.embedding.table
-        assert kind is not None
-        if self.scheme.join.table_per_layer:
-            return [self._resized(block.get_parameter(self.host.table), grid) for block in self.blocks]
-        table = self.model.get_parameter(self.host.table)
-        if kind.learns:
-            table = self._resized(table, grid)
-        elif grid != self.grid:
-            table = kind.make(grid, self.prefix_rows, table.shape[-1]).to(table)
-        return [table] * len(self.blocks)
-
-    def _resized(self, table: Tensor, grid: Grid) -> Tensor:
-        from timm.layers.pos_embed import resample_abs_pos_embed
-
-        return resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=self.prefix_rows)
-
-    def _bias(self, block: nn.Module, grid: Grid) -> Tensor:
-        relative = self.scheme.embedding.bias
-        assert relative is not None
-        if relative.normed and grid != self.grid:
-            raise UsageError(
-                f"pe={self.scheme.embedding.name!r} normalises over the {_by(self.grid)} patches that it was made for; "
-                f"the input has {_by(grid)}. Use pe='relative', or inputs of one size."
-            )
-        table = _resized_bias_table(block.get_parameter(BIAS_TABLE), self.grid, grid)
-        return relative(table, grid, self.prefix, block.get_submodule("pe_norm") if relative.normed else None)
-
-    def _folded(self, block: nn.Module, grid: Grid) -> Rung:
-        if grid not in self.folded_for:
-            raise UsageError(
-                f"This model is folded for {', '.join(map(_by, self.folded_for))} patches; the input has {_by(grid)}. "
-                f"Resizing its constants would be another function: name the grid when folding, grids=[{grid}]."
-            )
-        return block.pe_folded(grid)  # pyright: ignore[reportCallIssue]
-
-    # --- One forward, from the table to the blocks
-
-    def embed(self, patches: Tensor) -> Tensor:
-        """Stand in for the host's adding of its table: patches (B, H·W, D) or (B, H, W, D) to tokens (B, N, D)."""
-        self._forget()
-        if patches.ndim == 4:
-            self.input_grid = patches.shape[1], patches.shape[2]
-        ladder = self.ladder(self.input_grid)
-        some = next(self.model.parameters())
-        silence = torch.zeros(1, 1, patches.shape[-1], dtype=some.dtype, device=patches.device)
-        view = _View(self.model, {**self.host.silent, self.host.table: silence})
-        tokens = getattr(type(self.model), self.host.add_table)(view, patches.flatten(1, -2))
-        if self.scheme.join.with_tokens and ladder[0].residual is not None:
-            tokens = tokens + ladder[0].residual
-        self.rungs = self._for_the_blocks(ladder)
-        return getattr(self.model, self.host.table_dropout)(tokens)
-
-    def _for_the_blocks(self, ladder: list[Rung]) -> list[Rung]:
-        return [rung._replace(residual=None) for rung in ladder] if self.scheme.join.with_tokens else ladder
-
-    def drop_patches(self, tokens: Tensor) -> Tensor:
-        """Stand in for the forward of the host's patch dropout, noting which patches of each image it keeps."""
-        from timm.layers.patch_dropout import patch_dropout_forward
-
-        drop = getattr(self.model, self.host.patch_dropout)
-        tokens, self.kept = patch_dropout_forward(
-            tokens, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training
-        )
-        return tokens
-
-    def rung(self, layer: int) -> Rung:
-        """Return the rung of a layer in the running forward, without the rows that patch dropout took."""
-        if not self.rungs:
-            raise UsageError("This block's positions come from its model: call the model, not the block on its own.")
-        rung = self.rungs[layer]
-        # Re-entrant checkpointing runs a block without gradients and, in the backward pass, once more on a graph of its
-        # own. That one must start at the parameters: what layers share can be walked back only once.
-        if any(part is not None and part.requires_grad for part in rung):
-            if not torch.is_grad_enabled():
-                self.replays = True
-            elif self.replays:
-                rung = self._for_the_blocks(self.ladder(self.input_grid))[layer]
-        return rung if self.kept is None else _rows(rung, self.kept, self.prefix)
-
-    # --- What the host is asked about its parameters
-
-    def no_weight_decay(self) -> set[str]:
-        """Return the host's own set, and the names of every table and PE norm."""
-        mine = {self.host.table, "pe_norm", BIAS_TABLE}
-        named = {name for name, _ in self.model.named_parameters() if mine & set(name.split("."))}
-        return type(self.model).no_weight_decay(self.model) | named  # pyright: ignore[reportAttributeAccessIssue]
-
-    def set_input_size(self, *sizes: Any, **named_sizes: Any) -> None:
-        """Set the host to another input size: learnt tables are resized, fixed ones made anew.
-
-        Raises UsageError where the positions hold for one grid alone (folded, normalised bias).
-        """
-        type(self.model).set_input_size(self.model, *sizes, **named_sizes)  # pyright: ignore[reportAttributeAccessIssue]
-        grid, table = self.own_grid(), self.scheme.embedding.table
-        with torch.no_grad():
-            if table is not None and not table.learns:
-                fixed = self.model.get_parameter(self.host.table)
-                made = table.make(grid, self.prefix_rows, fixed.shape[-1])
-                setattr(self.model, self.host.table, nn.Parameter(made.to(fixed), requires_grad=False))
-            if self.scheme.join.table_per_layer:
-                for block in self.blocks:
-                    resized = self._resized(block.get_parameter(self.host.table), grid)
-                    setattr(block, self.host.table, nn.Parameter(resized))
-            if self.scheme.embedding.bias is not None:
-                for block in self.blocks:
-                    resized = _resized_bias_table(block.get_parameter(BIAS_TABLE), self.grid, grid)
-                    setattr(block, BIAS_TABLE, nn.Parameter(resized))
-            for name, aside in self.put_aside.items():
-                if aside is not None:
-                    self.put_aside[name] = nn.Parameter(self._resized(aside, grid), requires_grad=aside.requires_grad)
-        self.grid = grid
-
-    def train(self, mode: bool = True) -> nn.Module:
-        """Stand in for the `train` of a folded model, which has nothing left to learn its positions with."""
-        if mode:
-            raise UsageError(
-                "A folded model is for inference: its positions are constants. Train the model, then fold."
-            )
-        return type(self.model).train(self.model, False)
-
-
-class _View:
-    """A model with some of its attributes replaced, for a method of its class to run on."""
-
-    def __init__(self, model: nn.Module, replaced: Mapping[str, Any]) -> None:
-        self._model, self._replaced = model, replaced
-
-    def __getattr__(self, name: str) -> Any:
-        return self._replaced[name] if name in self._replaced else getattr(self._model, name)
 
 
 @dataclass
@@ -271,24 +70,6 @@ class _IntoProjection(_IntoAttention):
         return output + F.pad(projected, (output.shape[-1] - width, 0))
 
 
-class FoldedRung(nn.Module):
-    """The rung of one layer as constants, for each grid that its model was folded for."""
-
-    def __init__(self, rungs: Mapping[Grid, Rung]) -> None:
-        super().__init__()
-        for grid, rung in rungs.items():
-            for part, constant in rung._asdict().items():
-                if constant is not None:
-                    self.register_buffer(f"{part}_{_by(grid)}", constant.detach().clone())
-
-    def forward(self, grid: Grid) -> Rung:
-        """Return the rung for a grid."""
-        return Rung(*(self._buffers.get(f"{part}_{_by(grid)}") for part in Rung._fields))
-
-    def extra_repr(self) -> str:
-        return ", ".join(self._buffers)
-
-
 def apply(model: Model, join: str = "lape", pe: str | None = None, pe_norm: str = "layernorm") -> Model:
     """Join the position embedding of a pre-norm vision transformer with its tokens in another way, in place.
 
@@ -313,7 +94,8 @@ def apply(model: Model, join: str = "lape", pe: str | None = None, pe_norm: str 
             if row.projection is not None:
                 places, hook = parts(block, row.projection), _IntoProjection(record, layer)
             record.handles += [place.register_forward_hook(hook) for place in places]
-        record.handles.append(block.register_forward_pre_hook(_IntoBlock(record, layer), with_kwargs=True))
+        if not (chosen.join.normed or chosen.join.with_tokens) or chosen.embedding.bias is not None:
+            record.handles.append(block.register_forward_pre_hook(_IntoBlock(record, layer), with_kwargs=True))
     # Bound methods, because copies and pickles of a model rebind them to the copy.
     vit.__dict__[RECORD] = record
     vit.__dict__[host.add_table] = record.embed
@@ -413,7 +195,7 @@ def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
     """
     record = positions(model)
     if record.folded_for:
-        raise UsageError(f"This model is folded already, for {', '.join(map(_by, record.folded_for))} patches.")
+        raise UsageError(f"This model is folded already, for {', '.join(map(by, record.folded_for))} patches.")
     vit = record.model
     chosen = tuple((rows, columns) for rows, columns in grids or [record.own_grid()])
     with torch.no_grad():
@@ -445,28 +227,3 @@ def positions(model: nn.Module) -> Positions:
 
 def _heads(block: nn.Module) -> int:
     return next(part.num_heads for part in block.modules() if hasattr(part, "num_heads"))  # pyright: ignore
-
-
-def _by(grid: Grid) -> str:
-    return f"{grid[0]}x{grid[1]}"
-
-
-def _rows(rung: Rung, kept: Tensor, prefix: int) -> Rung:
-    """Return a rung (B, prefix + K, ...) with the rows of the prefix tokens and of the kept patches (B, K)."""
-    leading = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
-    rows = torch.cat([leading, kept + prefix], dim=1)
-    residual, attention, bias = rung
-    return Rung(
-        None if residual is None else residual[0][rows],
-        None if attention is None else attention[0][rows],
-        None if bias is None else bias[0][:, rows[:, :, None], rows[:, None, :]].movedim(1, 0),
-    )
-
-
-def _resized_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Return a relative table ((2H-1)(2W-1), heads) for another grid, resized as a map of (2H-1, 2W-1)."""
-    if old == new:
-        return table
-    before, after = ([2 * side - 1 for side in grid] for grid in (old, new))
-    image = table.T.reshape(1, -1, *before)
-    return F.interpolate(image, size=after, mode="bicubic", align_corners=False)[0].flatten(1).T

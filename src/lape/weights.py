@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lape.errors import RunError
 from lape.hosts import find
-from lape.surgery import BIAS_TABLE, RECORD, Positions
+from lape.positions import BIAS_TABLE, Positions
+from lape.surgery import RECORD
 
 Weights = dict[str, Tensor]
 

@@ -1,0 +1,283 @@
+"""The positions of an operated model: what it knows of its table, norms and host, and what it hands to its blocks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lape.errors import UsageError
+from lape.hosts import Host
+from lape.method import Grid, Rung, Scheme
+
+BIAS_TABLE = "relative_position_bias_table"
+
+
+@dataclass
+class _Forward:
+    """What one forward of a model hands from its table to its blocks."""
+
+    grid: Grid
+    rungs: list[Rung] = field(default_factory=list)
+    kept: Tensor | None = None  # (B, K), the patches that patch dropout left to each image
+    awaited: bool = False  # a backward pass, of this forward or of one before, is still to come
+    others_awaited: bool = False  # ... of one that had other rungs
+    first_without_gradient: bool = False  # a block ran without gradients although its rung has one
+
+
+class Positions:
+    """The positions of one operated model: builds its ladder and hands the rungs to its blocks.
+
+    What one forward hands over lives until the next, is no part of the model's state, and is left out of copies.
+    """
+
+    def __init__(self, model: nn.Module, host: Host, scheme: Scheme) -> None:
+        self.model, self.host, self.scheme = model, host, scheme
+        self.grid = self.own_grid()  # that of the stored tables
+        self.put_aside: dict[str, nn.Parameter | None] = {}  # the host's table, where another took its place
+        self.handles: list[RemovableHandle] = []
+        self.folded_for: tuple[Grid, ...] = ()
+        self.forward = _Forward(self.grid)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"forward": _Forward(self.grid)}
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks that the model has now (feature extraction may have cut some off)."""
+        return list(getattr(self.model, self.host.blocks))
+
+    @property
+    def prefix(self) -> int:
+        """The number of tokens before the patches."""
+        return getattr(self.model, self.host.prefix)
+
+    @property
+    def prefix_rows(self) -> int:
+        """The number of those that have a row in the table."""
+        return 0 if getattr(self.model, self.host.prefix_has_no_rows) else self.prefix
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return getattr(self.model, self.host.width)
+
+    def own_grid(self) -> Grid:
+        """Return the grid of (rows, columns) that the model is set to."""
+        rows, columns = attrgetter(self.host.grid)(self.model)
+        return rows, columns
+
+    # --- The ladder
+
+    def ladder(self, grid: Grid) -> list[Rung]:
+        """Return one rung a layer for a grid of (rows, columns) patches, over all N tokens.
+
+        Raises UsageError for a grid that a folded model or a normalised bias was not made for.
+        """
+        if self.folded_for:
+            return [self._folded(block, grid) for block in self.blocks]
+        ladder = [Rung() for _ in self.blocks]
+        if self.scheme.embedding.table is not None:
+            norms = [block.pe_norm for block in self.blocks] if self.scheme.join.normed else []
+            ladder = self.scheme.join.climb(self._tables(grid), norms)  # pyright: ignore[reportArgumentType]
+            missing = self.prefix - self.prefix_rows
+            ladder = [Rung(*(part if part is None else F.pad(part, (0, 0, missing, 0)) for part in r)) for r in ladder]
+        if self.scheme.embedding.bias is not None:
+            ladder = [r._replace(bias=self._bias(block, grid)) for r, block in zip(ladder, self.blocks, strict=True)]
+        return ladder
+
+    def _tables(self, grid: Grid) -> list[Tensor]:
+        kind = self.scheme.embedding.table
+        assert kind is not None
+        if self.scheme.join.table_per_layer:
+            return [self._resized(block.get_parameter(self.host.table), grid) for block in self.blocks]
+        table = self.model.get_parameter(self.host.table)
+        if kind.learns:
+            table = self._resized(table, grid)
+        elif grid != self.grid:
+            table = kind.make(grid, self.prefix_rows, table.shape[-1]).to(table)
+        return [table] * len(self.blocks)
+
+    def _resized(self, table: Tensor, grid: Grid) -> Tensor:
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        return resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=self.prefix_rows)
+
+    def _bias(self, block: nn.Module, grid: Grid) -> Tensor:
+        relative = self.scheme.embedding.bias
+        assert relative is not None
+        if relative.normed and grid != self.grid:
+            raise UsageError(
+                f"pe={self.scheme.embedding.name!r} normalises over the {by(self.grid)} patches that it was made for; "
+                f"the input has {by(grid)}. Use pe='relative', or inputs of one size."
+            )
+        table = resized_bias_table(block.get_parameter(BIAS_TABLE), self.grid, grid)
+        return relative(table, grid, self.prefix, block.get_submodule("pe_norm") if relative.normed else None)
+
+    def _folded(self, block: nn.Module, grid: Grid) -> Rung:
+        if grid not in self.folded_for:
+            raise UsageError(
+                f"This model is folded for {', '.join(map(by, self.folded_for))} patches; the input has {by(grid)}. "
+                f"Resizing its constants would be another function: name the grid when folding, grids=[{grid}]."
+            )
+        return block.pe_folded(grid)  # pyright: ignore[reportCallIssue]
+
+    # --- One forward, from the table to the blocks
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Stand in for the host's adding of its table: patches (B, H·W, D) or (B, H, W, D) to tokens (B, N, D)."""
+        grid = (patches.shape[1], patches.shape[2]) if patches.ndim == 4 else self.own_grid()
+        ladder = self.ladder(grid)
+        last, self.forward = self.forward, _Forward(grid, self._for_the_blocks(ladder))
+        self.forward.awaited = last.awaited or torch.is_grad_enabled()
+        self.forward.others_awaited = last.awaited and (
+            last.others_awaited or last.grid != grid or last.kept is not None
+        )
+        some = next(self.model.parameters())
+        silence = torch.zeros(1, 1, patches.shape[-1], dtype=some.dtype, device=patches.device)
+        view = _View(self.model, {**self.host.silent, self.host.table: silence})
+        tokens = getattr(type(self.model), self.host.add_table)(view, patches.flatten(1, -2))
+        if self.scheme.join.with_tokens and ladder[0].residual is not None:
+            tokens = tokens + ladder[0].residual
+        return getattr(self.model, self.host.table_dropout)(tokens)
+
+    def _for_the_blocks(self, ladder: list[Rung]) -> list[Rung]:
+        return [rung._replace(residual=None) for rung in ladder] if self.scheme.join.with_tokens else ladder
+
+    def drop_patches(self, tokens: Tensor) -> Tensor:
+        """Stand in for the forward of the host's patch dropout, noting which patches of each image it keeps."""
+        from timm.layers.patch_dropout import patch_dropout_forward
+
+        drop = getattr(self.model, self.host.patch_dropout)
+        tokens, self.forward.kept = patch_dropout_forward(
+            tokens, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training
+        )
+        return tokens
+
+    def rung(self, layer: int) -> Rung:
+        """Return the rung of a layer in the running forward, without the rows that patch dropout took."""
+        forward = self.forward
+        if not forward.rungs:
+            raise UsageError("This block's positions come from its model: call the model, not the block on its own.")
+        rung = forward.rungs[layer]
+        if not torch.compiler.is_compiling():
+            rung = self._under_checkpointing(rung, layer)
+        return rung if forward.kept is None else _rows(rung, forward.kept, self.prefix)
+
+    def _under_checkpointing(self, rung: Rung, layer: int) -> Rung:
+        forward = self.forward
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass: a checkpoint runs its block again
+            forward.awaited = False
+            if forward.others_awaited:
+                raise UsageError(
+                    "Under activation checkpointing a block runs again in the backward pass, and takes the positions "
+                    "of the last forward; one on another grid or with other dropped patches came before it. Call "
+                    "backward() between the two, or switch checkpointing off."
+                )
+        # Re-entrant checkpointing runs it first without gradients, then on a graph of its own. That one must start at
+        # the parameters: a graph that the layers share can be walked back only once.
+        if any(part is not None and part.requires_grad for part in rung):
+            if not torch.is_grad_enabled():
+                forward.first_without_gradient = True
+            elif forward.first_without_gradient:
+                return self._for_the_blocks(self.ladder(forward.grid))[layer]
+        return rung
+
+    # --- What the host is asked about its parameters
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the host's own set, and the names of every table and PE norm."""
+        mine = {self.host.table, "pe_norm", BIAS_TABLE}
+        named = {name for name, _ in self.model.named_parameters() if mine & set(name.split("."))}
+        return type(self.model).no_weight_decay(self.model) | named  # pyright: ignore[reportAttributeAccessIssue]
+
+    def set_input_size(self, *sizes: Any, **named_sizes: Any) -> None:
+        """Set the host to another input size: learnt tables are resized, fixed ones made anew.
+
+        Raises UsageError where the positions hold for one grid alone (folded, normalised bias).
+        """
+        type(self.model).set_input_size(self.model, *sizes, **named_sizes)  # pyright: ignore[reportAttributeAccessIssue]
+        grid, table = self.own_grid(), self.scheme.embedding.table
+        with torch.no_grad():
+            if table is not None and not table.learns:
+                fixed = self.model.get_parameter(self.host.table)
+                made = table.make(grid, self.prefix_rows, fixed.shape[-1])
+                setattr(self.model, self.host.table, nn.Parameter(made.to(fixed), requires_grad=False))
+            if self.scheme.join.table_per_layer:
+                for block in self.blocks:
+                    resized = self._resized(block.get_parameter(self.host.table), grid)
+                    setattr(block, self.host.table, nn.Parameter(resized))
+            if self.scheme.embedding.bias is not None:
+                for block in self.blocks:
+                    resized = resized_bias_table(block.get_parameter(BIAS_TABLE), self.grid, grid)
+                    setattr(block, BIAS_TABLE, nn.Parameter(resized))
+            for name, aside in self.put_aside.items():
+                if aside is not None:
+                    self.put_aside[name] = nn.Parameter(self._resized(aside, grid), requires_grad=aside.requires_grad)
+        self.grid = grid
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Stand in for the `train` of a folded model, which has nothing left to learn its positions with."""
+        if mode:
+            raise UsageError(
+                "A folded model is for inference: its positions are constants. Train the model, then fold."
+            )
+        return type(self.model).train(self.model, False)
+
+
+class _View:
+    """A model with some of its attributes replaced, for a method of its class to run on."""
+
+    def __init__(self, model: nn.Module, replaced: Mapping[str, Any]) -> None:
+        self._model, self._replaced = model, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        return self._replaced[name] if name in self._replaced else getattr(self._model, name)
+
+
+class FoldedRung(nn.Module):
+    """The rung of one layer as constants, for each grid that its model was folded for."""
+
+    def __init__(self, rungs: Mapping[Grid, Rung]) -> None:
+        super().__init__()
+        for grid, rung in rungs.items():
+            for part, constant in rung._asdict().items():
+                if constant is not None:
+                    self.register_buffer(f"{part}_{by(grid)}", constant.detach().clone())
+
+    def forward(self, grid: Grid) -> Rung:
+        """Return the rung for a grid."""
+        return Rung(*(self._buffers.get(f"{part}_{by(grid)}") for part in Rung._fields))
+
+    def extra_repr(self) -> str:
+        return ", ".join(self._buffers)
+
+
+def by(grid: Grid) -> str:
+    """Return a grid as people write it."""
+    return f"{grid[0]}x{grid[1]}"
+
+
+def _rows(rung: Rung, kept: Tensor, prefix: int) -> Rung:
+    """Return a rung (B, prefix + K, ...) with the rows of the prefix tokens and of the kept patches (B, K)."""
+    leading = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
+    rows = torch.cat([leading, kept + prefix], dim=1)
+    residual, attention, bias = rung
+    return Rung(
+        None if residual is None else residual[0][rows],
+        None if attention is None else attention[0][rows],
+        None if bias is None else bias[0][:, rows[:, :, None], rows[:, None, :]].movedim(1, 0),
+    )
+
+
+def resized_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
+    """Return a relative table ((2H-1)(2W-1), heads) for another grid, resized as a map of (2H-1, 2W-1)."""
+    if old == new:
+        return table
+    before, after = ([2 * side - 1 for side in grid] for grid in (old, new))
+    image = table.T.reshape(1, -1, *before)
+    return F.interpolate(image, size=after, mode="bicubic", align_corners=False)[0].flatten(1).T

@@ -1,0 +1,537 @@
+"""Laws of operating on a foreign vision transformer: what may change, what must not, and what is refused."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed
+from timm.layers import set_reentrant_ckpt
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import lape
+from lape.errors import UsageError
+from lape.hosts import HOSTS, class_names
+from lape.positions import BIAS_TABLE
+from lape.surgery import positions
+
+TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+# One of every kind of host: prefix tokens, tables with and without their rows, blocks, norms, pools.
+HOSTS_TO_TRY: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": {"img_size": (32, 64)},
+    "deit_tiny_distilled_patch16_224": {"img_size": 32},
+    "deit3_small_patch16_224": {"img_size": 32, "init_values": 0.1},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 28},
+    "vit_base_patch16_xp_224": {"img_size": 32},
+    "vit_small_patch16_18x2_224": {"img_size": 32},
+    "vit_medium_patch16_gap_240": {"img_size": 32},
+    "vit_xsmall_patch16_clip_224": {"img_size": 32},
+    "vit_base_patch16_siglip_224": {"img_size": 32},
+    "vit_small_r26_s32_224": {"img_size": 64},
+}
+EVERY_HOST = pytest.mark.parametrize("name", HOSTS_TO_TRY)
+SCHEMES: list[dict[str, str]] = [
+    {"join": "default", "pe": "sinusoidal-2d"},
+    {"join": "default", "pe": "none"},
+    {"join": "default", "pe": "relative"},
+    {"join": "default", "pe": "relative-layernorm"},
+    {"join": "shared"},
+    {"join": "shared", "pe": "sinusoidal-1d"},
+    {"join": "unshared"},
+    {"join": "lape-sharing", "pe": "sinusoidal-2d"},
+    {"join": "lape"},
+    {"join": "lape", "pe": "sinusoidal-1d"},
+    {"join": "lape", "pe_norm": "scalar-norm"},
+    {"join": "lape", "pe": "learnable+relative"},
+]
+EVERY_SCHEME = pytest.mark.parametrize("names", SCHEMES, ids=lambda names: "-".join(names.values()))
+
+
+def host(name: str = "vit_tiny_patch16_224", **options: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{**TINY, **HOSTS_TO_TRY.get(name, {}), **options})
+    for parameter in model.parameters():  # nothing may hide behind a zero
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def images(model: nn.Module, count: int = 2) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(count, 3, *model.patch_embed.img_size)
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Move every parameter of the join from where it starts."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "pe_norm" in name or BIAS_TABLE in name or (name.startswith("blocks") and name.endswith("pos_embed")):
+            nn.init.normal_(parameter)
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# --- Every pre-norm VisionTransformer
+
+
+def test_every_pre_norm_vision_transformer_of_timm_is_taken() -> None:
+    taken, refused = 0, []
+    rooms = ("timm.models.vision_transformer", "timm.models.vision_transformer_hybrid", "timm.models.deit")
+    for name in timm.list_models():
+        if timm.model_entrypoint(name).__module__ not in rooms:
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(name, depth=1)
+        try:
+            lape.apply(model)
+            taken += 1
+        except UsageError:
+            refused.append((name, type(model.blocks[0]).__name__))
+    assert refused == [("vit_base_patch16_rpn_224", "ResPostBlock")]
+    assert taken >= 192
+
+
+@EVERY_HOST
+def test_default_changes_nothing(name: str) -> None:
+    model = host(name)
+    x = images(model)
+    before = model(x)
+    assert torch.equal(lape.apply(model, join="default")(x), before)
+
+
+@EVERY_HOST
+@EVERY_SCHEME
+def test_remove_gives_back_what_was_bit_for_bit(name: str, names: dict[str, str]) -> None:
+    model = host(name)
+    attributes, keys = set(model.__dict__), list(model.state_dict())
+    state, x = copy.deepcopy(model.state_dict()), images(model)
+    before = model(x)
+    assert lape.apply(model, **names) is model
+    assert not torch.equal(model(x), before)
+    assert lape.remove(model) is model
+    assert torch.equal(model(x), before)
+    assert list(model.state_dict()) == keys
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert set(model.__dict__) == attributes
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert all("forward" not in part.__dict__ for part in model.modules())
+
+
+@EVERY_HOST
+def test_neutral_norms_are_the_model_without_position(name: str) -> None:
+    model = host(name).double()
+    x = images(model).double()
+    without = lape.apply(copy.deepcopy(model), join="default", pe="none")(x)
+    lape.apply(model)
+    assert not torch.allclose(model(x), without)
+    for parameter_name, parameter in model.named_parameters():
+        if "pe_norm" in parameter_name:
+            nn.init.zeros_(parameter)
+    assert torch.equal(model(x), without)
+
+
+@EVERY_HOST
+def test_the_position_reaches_attention_and_nothing_else(name: str) -> None:
+    """What a block computes without its MLP is MSA(LN(x) + p); what its MLP adds knows no p."""
+    model = lape.apply(host(name)).double()
+    shaken(model)
+    block, rung = model.blocks[1], lape.ladder(model)[1].attention
+    plain = lape.remove(copy.deepcopy(model)).blocks[1]
+    assert rung is not None
+    tokens = torch.randn(2, rung.shape[1], 32, dtype=torch.float64)
+    model(images(model).double())  # hands the rungs over
+    changed = block(tokens)
+    if hasattr(plain, "attns"):
+        middle = tokens + sum(a.drop_path(a.ls(a.attn(a.norm(tokens) + rung))) for a in plain.attns)
+        expected = middle + sum(f(middle) for f in plain.ffns)
+    elif hasattr(plain, "in_proj"):
+        normed, q_k_v = plain.in_norm(tokens), 3 * 32
+        weight = plain.in_proj.weight.clone()
+        weight[:-q_k_v] = 0  # the MLP's part reads no p
+        expected = parallel(plain, plain.in_proj(normed) + rung @ weight.T, tokens)
+    else:
+        middle = tokens + plain.ls1(plain.attn(plain.norm1(tokens) + rung))
+        expected = middle + plain.ls2(plain.mlp(plain.norm2(middle)))
+    torch.testing.assert_close(changed, expected, rtol=1e-10, atol=1e-10)
+
+
+def parallel(block: nn.Module, projected: Tensor, tokens: Tensor) -> Tensor:
+    mlp, q, k, v = projected.split([projected.shape[-1] - 96, 32, 32, 32], dim=-1)
+    heads = lambda t: t.unflatten(-1, (2, 16)).transpose(1, 2)  # noqa: E731
+    attended = nn.functional.scaled_dot_product_attention(block.q_norm(heads(q)), block.k_norm(heads(k)), heads(v))
+    mlp = mlp if block.mlp_bias is None else mlp + block.mlp_bias
+    out = block.attn_out_proj(attended.transpose(1, 2).flatten(2)) + block.mlp_out_proj(block.mlp_act(mlp))
+    return tokens + block.ls(out)
+
+
+def test_prefix_tokens_without_a_row_get_no_position() -> None:
+    for name, prefix in (("deit3_small_patch16_224", 1), ("vit_small_patch14_reg4_dinov2", 5)):
+        model = shaken(lape.apply(host(name)))
+        for rung in lape.ladder(model):
+            assert rung.attention is not None
+            assert not rung.attention[:, :prefix].any()
+            assert rung.attention[:, prefix:].any(-1).all()
+    distilled = shaken(lape.apply(host("deit_tiny_distilled_patch16_224")))
+    assert all(rung.attention is not None and rung.attention[:, :2].any() for rung in lape.ladder(distilled))
+
+
+# --- Copies, files, optimisers
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_independent_of_its_original(names: dict[str, str], copied: Any) -> None:
+    model = shaken(lape.apply(host(), **names)).train()
+    x = images(model)
+    model(x).sum().backward()  # a copy must not depend on what a forward left behind
+    model.eval()
+    before = model(x)
+    other = copied(model)
+    assert torch.equal(other(x), before)
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    assert torch.equal(model(x), before)
+    assert not torch.equal(other(x), before)
+    lape.remove(other)
+    assert torch.equal(model(x), before)
+
+
+@EVERY_SCHEME
+def test_a_state_dict_makes_a_round_trip(names: dict[str, str]) -> None:
+    model, other = shaken(lape.apply(host(), **names)), lape.apply(host(), **names)
+    x = images(model)
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    assert not torch.equal(model(x), other(x))
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(model(x), other(x))
+
+
+def test_names_are_those_of_the_authors() -> None:
+    model = lape.apply(host())
+    added = set(model.state_dict()) - set(host().state_dict())
+    assert added == {f"blocks.{layer}.pe_norm.{part}" for layer in range(3) for part in ("weight", "bias")}
+    assert repr(model.blocks[2]).count("(pe_norm): PositionNorm(32, eps=1e-06, g⊙Norm(ω) + b)") == 1
+
+
+def test_lape_costs_2_d_parameters_a_layer() -> None:
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    model = timm.create_model("deit_tiny_patch16_224")
+    assert count(model) == 5_717_416
+    assert count(lape.apply(model)) == 5_722_024
+
+
+@EVERY_SCHEME
+def test_tables_and_norms_are_exempt_from_weight_decay(names: dict[str, str]) -> None:
+    model = lape.apply(host(), **names)
+    exempt = model.no_weight_decay()
+    positional = {n for n, p in model.named_parameters() if "pos_embed" in n or "pe_norm" in n or BIAS_TABLE in n}
+    assert positional <= exempt
+    decayed, spared = sorted(
+        param_groups_weight_decay(model, 0.05, no_weight_decay_list=exempt), key=lambda g: -g["weight_decay"]
+    )
+    spared_ids = {id(p) for p in spared["params"]}
+    assert all(id(p) in spared_ids for n, p in model.named_parameters() if n in positional and p.requires_grad)
+    assert decayed["params"]
+
+
+def test_a_pe_norm_is_of_its_block_in_layer_decay() -> None:
+    model = lape.apply(host())
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    for layer, block in enumerate(model.blocks):
+        assert scale[id(block.pe_norm.weight)] == scale[id(block.norm1.weight)] == 0.5 ** (3 - layer)
+    assert scale[id(model.pos_embed)] == 0.5**4
+
+
+def test_an_exponential_moving_average_follows() -> None:
+    model = lape.apply(host())
+    ema = ModelEmaV3(model, decay=0.5)
+    x, before = images(model), model.blocks[1].pe_norm.weight.clone()
+    shaken(model)
+    ema.update(model)
+    torch.testing.assert_close(ema.module.blocks[1].pe_norm.weight, (before + model.blocks[1].pe_norm.weight) / 2)
+    assert not torch.equal(ema.module(x), model(x))
+
+
+@EVERY_SCHEME
+def test_distributed_training_finds_no_unused_parameter(names: dict[str, str]) -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(lape.apply(host(), **names))
+        for _ in range(2):  # an unused parameter is an error at the second step
+            model(images(model.module)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --- Compilers and checkpointing
+
+
+@EVERY_SCHEME
+def test_compiles_without_a_graph_break(names: dict[str, str]) -> None:
+    model = shaken(lape.apply(host(depth=2), **names)).train()
+    x = images(model)
+    expected = model(x)
+    expected.square().sum().backward()
+    eager = gradients(model)
+    model.zero_grad()
+    torch._dynamo.reset()
+    output = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@EVERY_SCHEME
+def test_exports(names: dict[str, str]) -> None:
+    model = shaken(lape.apply(host(depth=2), **names))
+    x = images(model)
+    expected = model(x)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    more = images(model, count=5)
+    torch.testing.assert_close(program.module()(x), expected)
+    torch.testing.assert_close(program.module()(more), model(more))
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "re-entrant"])
+def test_checkpointing_changes_no_gradient(names: dict[str, str], reentrant: bool) -> None:
+    model = shaken(lape.apply(host(), **names)).train()
+    x = images(model).requires_grad_()  # re-entrant checkpoints ask for an input with a gradient
+    model(x).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    set_reentrant_ckpt(reentrant)
+    try:
+        model.set_grad_checkpointing()
+        for _ in range(2):  # twice: nothing may be left over from the first
+            model.zero_grad()
+            model(x).square().sum().backward()
+    finally:
+        set_reentrant_ckpt(False)
+    assert gradients(model).keys() == expected.keys()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_checkpointing_two_grids_at_once_is_refused_and_one_after_the_other_is_not() -> None:
+    model = lape.apply(host(img_size=(32, 64), dynamic_img_size=True)).train()
+    model.set_grad_checkpointing()
+    wide, tall = torch.randn(2, 3, 32, 64), torch.randn(2, 3, 64, 32)
+    for x in (wide, tall, wide):
+        model(x).sum().backward()
+        with torch.no_grad():
+            model(tall)
+    (model(wide).sum() + model(wide).sum()).backward()  # the same rungs: nothing to mix up
+    with pytest.raises(UsageError, match="one on another grid"):
+        (model(wide).sum() + model(tall).sum()).backward()
+
+
+def test_a_block_on_its_own_is_refused_in_words() -> None:
+    model = lape.apply(host())
+    with pytest.raises(UsageError, match="call the model"):
+        model.blocks[0](torch.randn(1, 9, 32))
+
+
+# --- What hosts do with their tokens
+
+
+def test_features_and_intermediates_carry_positions() -> None:
+    model = shaken(lape.apply(host()))
+    x = images(model)
+    final, between = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    assert len(between) == 3
+    getter = timm.create_model(
+        "vit_tiny_patch16_224", features_only=True, out_indices=[0, 1], img_size=(32, 64), **TINY
+    )
+    getter.model.load_state_dict(host().state_dict(), strict=False)
+    lape.apply(getter)
+    assert len(getter.model.blocks) == 2
+    getter.model.load_state_dict({k: v for k, v in model.state_dict().items() if k in getter.model.state_dict()})
+    for feature, expected in zip(getter.eval()(x), between, strict=False):
+        torch.testing.assert_close(feature, expected)
+
+
+@EVERY_SCHEME
+def test_dropped_patches_take_their_positions_with_them(names: dict[str, str]) -> None:
+    """A model that attends to the kept patches alone computes what the whole model does with the others masked."""
+    model = shaken(lape.apply(host(patch_drop_rate=0.5), **names)).train()
+    x = images(model, count=3)
+    dropped = model.forward_features(x)
+    kept = positions(model).forward.kept
+    assert kept is not None
+    assert kept.shape == (3, 4)
+    assert not torch.equal(kept[0].sort().values, kept[1].sort().values)  # sample by sample
+    rows = torch.cat([torch.zeros(3, 1, dtype=torch.long), kept + 1], dim=1)
+    mask = torch.zeros(3, 1, 1, 9, dtype=torch.bool).scatter(-1, rows[:, None, None], True)
+    model.eval()
+    whole = model.forward_features(x, attn_mask=mask.expand(-1, -1, 9, -1))
+    torch.testing.assert_close(dropped, whole.gather(1, rows[..., None].expand(-1, -1, 32)), rtol=1e-4, atol=1e-5)
+
+
+def test_learnt_tables_are_resized_to_the_grid_of_each_input_and_fixed_ones_made_for_it() -> None:
+    from timm.layers import resample_abs_pos_embed
+
+    from lape.method import sinusoidal_2d
+
+    model = lape.apply(host(img_size=(32, 64), dynamic_img_size=True))
+    resized = resample_abs_pos_embed(model.pos_embed, [4, 2], [2, 4], num_prefix_tokens=1)
+    expected = model.blocks[0].pe_norm(resized)
+    assert torch.equal(lape.ladder(model, (4, 2))[0].attention, expected)  # the same count of tokens, another grid
+    assert torch.equal(lape.ladder(model, (2, 4))[0].attention, model.blocks[0].pe_norm(model.pos_embed))
+    model(torch.randn(1, 3, 64, 32))
+    assert torch.equal(positions(model).forward.rungs[0].attention, expected)
+    fixed = lape.apply(host(img_size=32, dynamic_img_size=True), pe="sinusoidal-2d", join="shared")
+    assert torch.equal(lape.ladder(fixed, (3, 5))[0].residual, sinusoidal_2d((3, 5), 1, 32))
+
+
+@EVERY_SCHEME
+def test_a_new_input_size_gives_what_each_forward_would_have_resized(names: dict[str, str]) -> None:
+    if names.get("pe") == "relative-layernorm":
+        model = lape.apply(host(img_size=32, dynamic_img_size=True), **names)
+        with pytest.raises(UsageError, match="normalises over the 2x2 patches"):
+            model(torch.randn(1, 3, 48, 64))
+        return
+    model = shaken(lape.apply(host(img_size=32, dynamic_img_size=True), **names))
+    x = torch.randn(2, 3, 48, 64)
+    expected = model(x)
+    model.set_input_size((48, 64))
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
+    lape.remove(model)
+    own = host(img_size=32, dynamic_img_size=True)
+    torch.testing.assert_close(model(x), own(x), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_of_the_table_takes_tokens_and_table_together_by_default_and_tokens_alone_otherwise() -> None:
+    model = host(pos_drop_rate=0.5).train()
+    x = images(model)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(lape.apply(model, join="default")(x), expected)
+    lape.remove(model)
+    lape.apply(model)
+    torch.manual_seed(3)
+    tokens = model._pos_embed(model.patch_embed(x))
+    assert (tokens == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+# --- Gradients at initialisation
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("depth", [12, 24])
+@pytest.mark.parametrize("join", ["lape", "lape-sharing"])
+@pytest.mark.parametrize("pe", ["learnable", "sinusoidal-1d", "sinusoidal-2d", "zero"])
+def test_gradients_are_bounded_at_initialisation(pe: str, join: str, depth: int, precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, **TINY | {"depth": depth, "embed_dim": 48})
+    lape.apply(model, join, pe="learnable" if pe == "zero" else pe)
+    if pe == "zero":
+        nn.init.zeros_(model.pos_embed)
+    model.train()
+    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.tensor([0, 1, 2, 3]))
+    loss.backward()
+    largest = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    table = largest.pop("pos_embed", 0.0)
+    assert max(largest.values()) < 100
+    assert table < 1e4  # LN divides it by its standard deviation: 0.02, or sqrt(eps) where it starts at zero
+    if pe == "zero":
+        assert table > 0  # it learns all the same
+
+
+# --- What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("vit_base_patch16_rpn_224", "ResPostBlock cannot carry a join"),
+        ("vit_small_patch16_dinov3", "RoPE"),
+        ("resnet18", "it has no attention"),
+    ],
+)
+def test_what_cannot_carry_a_join_is_refused_with_the_reason(name: str, says: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UsageError, match=says):
+        lape.apply(model)
+
+
+def test_a_second_application_and_a_removal_of_nothing_are_refused() -> None:
+    model = lape.apply(host())
+    with pytest.raises(UsageError, match=r"has join='lape'. Call lape.remove"):
+        lape.apply(model)
+    lape.remove(model)
+    with pytest.raises(UsageError, match="No join is applied"):
+        lape.remove(model)
+    with pytest.raises(UsageError, match="No join is applied"):
+        lape.ladder(model)
+
+
+def test_two_transformers_in_one_model_are_refused() -> None:
+    with pytest.raises(UsageError, match="holds 2"):
+        lape.apply(nn.ModuleList([host(), host()]))
+
+
+def test_a_refused_model_is_left_as_it_was() -> None:
+    model = host("vit_tiny_patch16_224", embed_dim=30)
+    keys = list(model.state_dict())
+    with pytest.raises(UsageError, match="4 divides"):
+        lape.apply(model, pe="sinusoidal-2d")
+    assert list(model.state_dict()) == keys
+    assert not set(model.__dict__) & {"lape_positions", "_pos_embed"}
+
+
+def test_a_host_without_a_table_is_given_one_by_name() -> None:
+    model = host(pos_embed="none")
+    with pytest.raises(UsageError, match="pe='none' has no table"):
+        lape.apply(model)
+    lape.apply(model, pe="learnable")
+    assert model.pos_embed.shape == (1, 9, 32)
+    assert lape.remove(model).pos_embed is None
+
+
+def test_create_model_is_timms_with_a_join() -> None:
+    model = lape.create_model("deit_tiny_patch16_224", join="lape", pe="sinusoidal-1d", num_classes=10)
+    assert model.head.out_features == 10
+    assert not model.pos_embed.requires_grad
+    with pytest.raises(UsageError, match="Did you mean 'deit_tiny_patch16_224'"):
+        lape.create_model("deit_tiny_patch16_242")
+
+
+def test_every_host_row_names_classes_that_exist() -> None:
+    for row in HOSTS:
+        room, _, kind = row.model.rpartition(".")
+        assert hasattr(__import__(room, fromlist=[kind]), kind)
+        assert row.model in class_names(host())
+
+
+def test_a_user_may_checkpoint_blocks_themselves() -> None:
+    model = lape.apply(host()).train()
+    x = images(model)
+    model(x).sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    blocks = list(model.blocks)
+    tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    for block in blocks:
+        tokens = checkpoint(block, tokens, use_reentrant=False)
+    model.forward_head(model.norm(tokens)).sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
