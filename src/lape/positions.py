@@ -200,6 +200,8 @@ class Positions:
 
         Raises UsageError where the positions hold for one grid alone (folded, normalised bias).
         """
+        if self.folded_for:
+            raise UsageError("A folded model keeps the grids that it was folded for: set the size, then fold.")
         type(self.model).set_input_size(self.model, *sizes, **named_sizes)  # pyright: ignore[reportAttributeAccessIssue]
         grid, table = self.own_grid(), self.scheme.embedding.table
         with torch.no_grad():

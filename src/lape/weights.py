@@ -56,7 +56,8 @@ def read(path: str | Path) -> Weights:
 
             return load_file(path)
         # The authors' and DeiT's checkpoints hold their arguments, a plain namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise RunError(
@@ -127,16 +128,17 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             f"{where} was trained with another join or table than this model's: {_named(foreign)} not in the model. "
             "Apply that join first: lape.apply(model, join=..., pe=...)."
         )
-    if foreign or any(not _OF_A_JOIN.search(f".{name}") for name in missing):
+    lacking = [name for name in missing if not _OF_A_JOIN.search(f".{name}")]
+    if foreign or lacking:
         parts = [
-            f"{_named(names)} not in the {place}" for names, place in ((foreign, "model"), (missing, "file")) if names
+            f"{_named(names)} not in the {place}" for names, place in ((foreign, "model"), (lacking, "file")) if names
         ]
         raise RunError(f"{where} is of another model: {'; '.join(parts)}. Create the model that it was saved from.")
-    for name, value in weights.items():
-        if value.shape != own[name].shape:
+    for name, parameter in own.items():
+        if name in weights and weights[name].shape != parameter.shape:
             raise RunError(
-                f"{where} is of another model: {name} is {tuple(value.shape)} there and {tuple(own[name].shape)} here. "
-                "Create the model with the same sizes and number of classes."
+                f"{where} is of another model: {name} is {tuple(weights[name].shape)} there and "
+                f"{tuple(parameter.shape)} here. Create the model with the same sizes and number of classes."
             )
     vit.load_state_dict(weights, strict=False)
     loaded = Loaded(tuple(missing))
