@@ -54,7 +54,11 @@ class _IntoAttention:
 
     def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         attention = self.positions.rung(self.layer).attention
-        return output if attention is None else output + attention
+        if attention is None:
+            return output
+        # LayerNorm's backward does not read its output, so the sum may take its place: an eighth of the time of a new
+        # tensor (tokens of 16 images at DeiT-Ti's width, two CPU cores). Another norm may hand out its input.
+        return output.add_(attention) if isinstance(norm, nn.LayerNorm) else output + attention
 
 
 @dataclass

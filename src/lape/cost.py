@@ -1,0 +1,146 @@
+"""What a join costs: parameters, FLOPs, memory and time beside the untouched model (the paper's Tables 5 and 6)."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lape.errors import UsageError
+
+Step = Callable[[], None]
+
+
+@dataclass
+class Cost:
+    """One way of joining: what it counts, and its times of every round in seconds."""
+
+    name: str
+    parameters: int
+    flops: int  # of one image's forward: products of matrices, twice their multiplications
+    training_bytes: int | None  # at the peak of a training step
+    training: list[float] = field(default_factory=list)
+    inference: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A time beside the base's of the same round: the median over rounds, and the quarters around it."""
+
+    median: float
+    low: float
+    high: float
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
+    """Return what one contender's times are to the base's, round by round; both (rounds,), at least 2."""
+    low, median, high = statistics.quantiles((a / b for a, b in zip(times, base, strict=True)), method="inclusive")
+    return Ratio(median, low, high)
+
+
+def measure(
+    model: str,
+    joins: Sequence[str],
+    batch_size: int,
+    rounds: int,
+    device: str = "cpu",
+    report: Callable[[float], None] = lambda fraction: None,
+) -> list[Cost]:
+    """Measure the untouched model twice, then each join, then folded LaPE, all in turn in every round.
+
+    `report` hears the fraction that is done. Raises UsageError for names that are not known.
+    """
+    if rounds < 2 or batch_size < 1:
+        raise UsageError(f"A cost needs at least 2 rounds of 1 image; received {rounds} of {batch_size}.")
+    contenders = dict(_contenders(model, joins))
+    costs = {name: _counted(name, contender, batch_size) for name, contender in contenders.items()}
+    some = next(iter(contenders.values()))
+    images = torch.randn(batch_size, some.in_chans, *some.patch_embed.img_size, device=device)  # pyright: ignore
+    steps = {name: _steps(contender.to(device), images) for name, contender in contenders.items()}
+    for turn in range(rounds + 1):  # the first one warms up
+        for place in range(len(steps)):
+            name = list(steps)[(turn + place) % len(steps)]  # nobody is always after the same neighbour
+            train, infer = steps[name]
+            seconds = [_seconds(step, device) for step in (train, infer) if step is not None]
+            if turn:
+                costs[name].inference.append(seconds[-1])
+                costs[name].training += seconds[:-1]
+            report((turn + (place + 1) / len(steps)) / (rounds + 1))
+    return list(costs.values())
+
+
+def _contenders(model: str, joins: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    import timm
+
+    from lape.surgery import apply, create_model, fold, remove
+
+    untouched = remove(create_model(model, join="default"))  # refuses names that are not known
+    yield "untouched", untouched
+    yield "untouched, again", copy.deepcopy(untouched)
+    for join in joins:
+        yield join, apply(timm.create_model(model), join)
+    yield "lape, folded", fold(apply(timm.create_model(model)))
+
+
+def _counted(name: str, model: nn.Module, batch_size: int) -> Cost:
+    """Count on the meta device, where nothing is computed and no other program disturbs."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = copy.deepcopy(model).to("meta")
+    image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, device="meta")  # pyright: ignore
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    cost = Cost(name, sum(p.numel() for p in model.parameters()), counter.get_total_flops(), None)
+    train, _ = _steps(model, image.expand(batch_size, -1, -1, -1))
+    if train is not None:
+        train()  # the optimiser's state is there from its first step
+        tracker = MemTracker()
+        tracker.track_external(model, *_optimizers(train))
+        with tracker:
+            train()
+        cost.training_bytes = max(part["Total"] for part in tracker.get_tracker_snapshot("peak").values())
+    return cost
+
+
+@dataclass
+class _Training:
+    """One training step: forward, backward, AdamW."""
+
+    model: nn.Module
+    images: Tensor
+    optimizer: torch.optim.Optimizer
+
+    def __call__(self) -> None:
+        self.model.train()
+        self.optimizer.zero_grad()
+        logits = self.model(self.images)
+        F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)).backward()
+        self.optimizer.step()
+
+
+def _optimizers(step: Step) -> list[torch.optim.Optimizer]:
+    return [step.optimizer] if isinstance(step, _Training) else []
+
+
+def _steps(model: nn.Module, images: Tensor) -> tuple[Step | None, Step]:
+    def infer() -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(images)
+
+    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    train = _Training(model, images, torch.optim.AdamW(learns)) if learns else None
+    return train, infer
+
+
+def _seconds(step: Step, device: str) -> float:
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start

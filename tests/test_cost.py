@@ -1,0 +1,62 @@
+"""Laws of measuring cost: exact counts, and times beside a base that is timed twice in the same rounds."""
+
+import pytest
+
+from lape.cost import Cost, measure, ratio
+from lape.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, Cost]:
+    joins = ["default", "unshared", "lape-sharing", "lape"]
+    heard: list[float] = []
+    found = measure("deit_tiny_patch16_224", joins, batch_size=1, rounds=2, report=heard.append)
+    assert heard == sorted(heard)
+    assert heard[-1] == 1
+    return {cost.name: cost for cost in found}
+
+
+def test_parameters_are_those_of_the_paper(costs: dict[str, Cost]) -> None:
+    table, norms, depth = 197 * 192, 2 * 192, 12
+    assert {name: cost.parameters for name, cost in costs.items()} == {
+        "untouched": 5_717_416,
+        "untouched, again": 5_717_416,
+        "default": 5_717_416,
+        "unshared": 5_717_416 + (depth - 1) * table,
+        "lape-sharing": 5_722_024,
+        "lape": 5_722_024,
+        "lape, folded": 5_717_416 - table,
+    }
+    assert costs["lape"].parameters - costs["untouched"].parameters == depth * norms
+
+
+def test_no_join_multiplies_anything_more(costs: dict[str, Cost]) -> None:
+    # DeiT-Ti: 1.25 G multiplications with additions an image.
+    assert {cost.flops for cost in costs.values()} == {2_507_366_400}
+
+
+def test_memory_is_the_bases_and_a_ladder(costs: dict[str, Cost]) -> None:
+    base, lape = costs["untouched"].training_bytes, costs["lape"].training_bytes
+    assert base is not None
+    assert lape is not None
+    assert costs["untouched, again"].training_bytes == base
+    rungs = 12 * 197 * 192 * 4
+    assert rungs <= lape - base <= 2.1 * rungs  # p_l, and ω_{l+1} where it is not the same tensor
+    assert costs["lape, folded"].training_bytes is None
+
+
+def test_every_contender_is_timed_in_every_round(costs: dict[str, Cost]) -> None:
+    assert {len(cost.inference) for cost in costs.values()} == {2}
+    assert {len(cost.training) for cost in costs.values()} == {0, 2}
+    assert all(seconds > 0 for cost in costs.values() for seconds in cost.training + cost.inference)
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    assert ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]).median == 3.0  # 2, 3 and 4 times the base's
+
+
+def test_too_few_rounds_and_an_unknown_model_are_refused() -> None:
+    with pytest.raises(UsageError, match="at least 2 rounds"):
+        measure("deit_tiny_patch16_224", [], batch_size=1, rounds=1)
+    with pytest.raises(UsageError, match="Did you mean 'deit_tiny_patch16_224'"):
+        measure("deit_tiny_patch16_22", [], batch_size=1, rounds=2)
