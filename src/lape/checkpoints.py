@@ -1,0 +1,116 @@
+"""Files that are whole or not there: the checkpoints of a run, and what stands beside them in its folder."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from lape.errors import RunError, UsageError
+from lape.experiment import Experiment
+
+LAST, BEST = "last.pt", "best.pt"
+SETTINGS, RESULT = "experiment.json", "result.json"
+
+
+def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Replace `path` by what `fill` writes, at once: whoever reads sees the old file or the new, whole.
+
+    Raises RunError where the disk refuses; the old file then stays.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError or follows it
+        part.unlink(missing_ok=True)
+        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
+        kept = "the one before it is whole" if path.exists() else "nothing was written"
+        raise RunError(
+            f"{path} could not be written ({getattr(cause, 'strerror', None) or cause}); {kept}. "
+            "Make room, then go on with --resume."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once."""
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file at once."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint of tensors and plain values."""
+    write(path, lambda file: torch.save(dict(state), file))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return what `save` wrote, on the CPU; raises RunError naming a file that is something else, or carries code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise RunError(
+            f"{path} holds more than tensors and plain values, and reading it could run code; it was not read. "
+            "Give a checkpoint that lape train wrote."
+        ) from error
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist. Give a checkpoint that lape train wrote.") from error
+    except Exception as error:  # a damaged file comes out as many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{path} cannot be read as a checkpoint ({reason}). Is it complete?") from error
+    if not isinstance(state, dict) or not {"experiment", "model"} <= state.keys():
+        raise RunError(f"{path} is no checkpoint of a training run: it names no experiment. Give one of lape train's.")
+    return state
+
+
+def load(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Fill a model; raises RunError naming the file and the first difference where it is of another model."""
+    own = module.state_dict()
+    for name in [*own, *weights]:
+        here, there = (tuple(side[name].shape) if name in side else None for side in (own, weights))
+        if here != there:
+            told = f"{name} is {there or 'missing'} in the file and {here or 'missing'} in the model"
+            raise RunError(f"{path} is of another model: {told}. Name the model that it was saved from.")
+    module.load_state_dict(weights)
+
+
+def differences(stored: Mapping[str, Any], asked: Experiment) -> list[str]:
+    """Say which settings of a stored experiment are others than what is asked for."""
+    mine = asked.identity()
+    theirs = Experiment.of({name: value for name, value in stored.items() if name in mine}).identity()
+    return [f"{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]]
+
+
+def refuse_other(path: Path, stored: Mapping[str, Any], asked: Experiment) -> None:
+    """Raise UsageError where a file belongs to another experiment, saying in what they differ."""
+    if different := differences(stored, asked):
+        raise UsageError(
+            f"{path} belongs to another experiment ({'; '.join(different)}). Ask for the same, or give another --out."
+        )
+
+
+def claim(folder: Path, asked: Experiment, resume: bool) -> None:
+    """See that a run folder is free for `asked`, or holds it and may be gone on with; raises UsageError otherwise."""
+    settings = folder / SETTINGS
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, and a run needs a folder. Give another --out.")
+    if not settings.exists():
+        return
+    try:
+        stored = json.loads(settings.read_text())
+    except ValueError as error:
+        raise RunError(f"{settings} cannot be read as JSON ({error}). Give another --out.") from error
+    refuse_other(settings, stored, asked)
+    if not resume:
+        state = "a finished" if (folder / RESULT).exists() else "an unfinished"
+        raise UsageError(f"{folder} holds {state} run of this experiment. Add --resume to go on, or another --out.")

@@ -1,0 +1,315 @@
+"""The command line: the only place that prints to a person and exits."""
+
+import argparse
+import dataclasses
+import inspect
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from lape import __version__
+from lape.errors import RunError, UsageError
+from lape.experiment import SECTIONS, Experiment
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses
+
+
+def train(experiment: Experiment, out: Path | None = None, resume: bool = False) -> None:
+    """This command
+
+    Args:
+        out: Folder of the run; nothing: runs/DATA-JOIN-PE-seedSEED.
+        resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped.
+    """
+    from lape.report.run import Bar
+    from lape.training import train
+
+    name = f"{Path(experiment.data).name}-{experiment.join}-{experiment.pe}-seed{experiment.seed}"
+    folder = out or Path("runs") / name
+    with Bar(console(stderr=True)) as bar:
+        result = train(experiment, folder, resume=resume, report=bar)
+    if _first_process():
+        say(f"Done: {result}")
+
+
+def evaluate(
+    checkpoint: Path,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    accelerator: str | None = None,
+) -> None:
+    """This command
+
+    Args:
+        checkpoint: A run's best.pt or last.pt, or its folder.
+        data: Another set of the same classes; nothing: the one that the run validated on.
+        data_dir: Where a named set lies.
+        batch_size: Images at once.
+        workers: Processes that prepare images.
+        accelerator: What computes: auto, cpu, cuda, gpu, mps.
+    """
+    from lape.evaluation import evaluate_checkpoint
+
+    judged = evaluate_checkpoint(
+        checkpoint, data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, accelerator=accelerator
+    )
+    metrics = judged.metrics
+    say(
+        f"{metrics['val_accuracy']:.2f} % of {judged.images} validation images of {judged.data} are right, "
+        f"loss {metrics['val_loss']:.4f} ({judged.checkpoint})"
+    )
+
+
+def compare(
+    experiment: Experiment,
+    joins: list[str] = ["default", "lape"],  # noqa: B006 (only read)
+    pe: list[str] = ["learnable", "sinusoidal-1d"],  # noqa: B006
+    seeds: list[int] = [3],  # noqa: B006
+    out: Path = Path("runs/compare"),
+    jobs: int | None = None,
+) -> None:
+    """This command
+
+    Args:
+        joins: Ways of joining, among default, shared, unshared, lape-sharing, lape.
+        pe: Position tables, among learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm.
+        seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves.
+        out: Folder of the report and the runs; finished runs in it are kept.
+        jobs: Runs at once; nothing: one a core, or one on a GPU.
+    """
+    from lape import report
+    from lape.comparison import compare, seeds_of
+    from lape.report import tables
+    from lape.report.progress import Display
+
+    with Display(console(stderr=True)) as display:
+        found = compare(experiment, joins, pe, seeds_of(seeds), out, jobs, display)
+    if found.results:
+        page = report.write(found, report.maps(found), out)
+        console().print(tables.terminal(found))
+        say(f"Report: {page}")
+    found.raise_failures()
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the help, and the function whose parameters are the options.
+
+    A first parameter `experiment` stands for all settings of a run but those in `without` and the function's own.
+    """
+
+    run: Callable[..., None]
+    does: str
+    example: str
+    without: tuple[str, ...] = ()
+
+
+COMMANDS: Mapping[str, Command] = {
+    "compare": Command(
+        compare,
+        "train several ways of joining side by side and report how they differ",
+        "lape compare --data digits --joins default,lape --pe learnable,sinusoidal-1d --seeds 3",
+        without=("join", "seed"),
+    ),
+    "train": Command(
+        train,
+        "train one model",
+        "lape train --data digits --join lape --pe learnable --epochs 3 --out runs/first",
+    ),
+    "eval": Command(
+        evaluate,
+        "measure the accuracy of a checkpoint",
+        "lape eval --checkpoint runs/first/best.pt",
+    ),
+}
+
+EPILOG = """examples:
+  {examples}
+
+Lists are typed `default lape` or `default,lape`. Settings can be kept in a file: --print_config writes one, and
+--config reads it. Completion by Tab: eval "$(lape --print_completion shtab-bash)"."""
+
+
+class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Leaves the lines of the examples as they are."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, return its exit status: 0; 1 for a failure; 2 for a wrong request; 128 + a signal's number."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = lambda message, *_: say(f"lape: {message}", error=True)
+    for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", module="lightning_fabric|torch|timm")
+    try:
+        return _run(words)
+    except UsageError as error:
+        if _first_process():  # all refuse the same
+            say(f"lape: {error}", error=True)
+        return USAGE
+    except RunError as error:
+        say(f"lape: {error}", error=True)
+    except OSError as error:
+        say(f"lape: {error.filename or 'a file'}: {error.strerror or error}.", error=True)
+    except KeyboardInterrupt:
+        say("lape: stopped.", error=True)
+        return INTERRUPTED
+    except SystemExit as error:
+        if message := getattr(error, "message", None):  # lape.training.Stopped
+            say(f"lape: {message}", error=True)
+        return error.code if isinstance(error.code, int) else FAILURE
+    return FAILURE
+
+
+def _run(words: list[str]) -> int:
+    parser = _parser()
+    if not words:
+        parser.print_help()
+        return 0
+    name = words[0]
+    if name in COMMANDS:
+        words = [name, *_with_kept_settings(_normal(name, words[1:]))]
+    elif not name.startswith("-"):
+        near = get_close_matches(name, COMMANDS, n=1)
+        raise UsageError(f"{name!r} is no command{_did_you_mean(near)}. There are {', '.join(COMMANDS)}.")
+    try:
+        chosen = parser.instantiate_classes(parser.parse_args(words))
+    except ArgumentError as error:
+        raise UsageError(f"{' '.join(str(error).split())} (lape {name} --help says more)") from error
+    given = {key: value for key, value in vars(chosen[name]).items() if key != "config"}
+    COMMANDS[name].run(**_arguments(COMMANDS[name], given))
+    return 0
+
+
+def _arguments(command: Command, given: dict[str, Any]) -> dict[str, Any]:
+    """Gather the settings of a run into an Experiment where the command takes one."""
+    own = inspect.signature(command.run).parameters
+    if "experiment" not in own:
+        return given
+    settings = {field.name for field in dataclasses.fields(Experiment)} - own.keys()
+    mine = {name: value for name, value in given.items() if name not in settings}
+    return mine | {"experiment": Experiment(**{name: given[name] for name in settings & given.keys()})}
+
+
+def _sections(command: Command) -> list[tuple[type, set[str | int]]]:
+    """The dataclasses whose fields are options of a command, and the fields to leave out of each."""
+    own = inspect.signature(command.run).parameters
+    if "experiment" not in own:
+        return []
+    skipped: set[str | int] = {*own, *command.without}
+    return [(section, skipped & {f.name for f in dataclasses.fields(section)}) for section in SECTIONS]
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(add_print_completion_argument=True)
+    kind: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": Help}
+    parser = ArgumentParser(
+        prog="lape",
+        version=__version__,
+        description="Layer-adaptive position embedding for vision transformers (Yu et al., ICCV 2023).",
+        epilog=EPILOG.format(examples="\n  ".join(command.example for command in COMMANDS.values())),
+        **kind,
+    )
+    commands = parser.add_subcommands(required=False, dest="command", title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        does = f"{command.does[0].upper()}{command.does[1:]}."
+        own = ArgumentParser(
+            usage=f"lape {name} [options]", description=does, epilog=f"example:\n  {command.example}", **kind
+        )
+        own.add_argument("--config", action="config", help="Read settings from a YAML or JSON file.")
+        own.add_function_arguments(command.run, as_group=True, skip={"experiment"})
+        for section, skipped in _sections(command):
+            own.add_class_arguments(section, nested_key=None, as_group=True, skip=skipped)
+        commands.add_subcommand(name, own, help=command.does)
+    return parser
+
+
+def _hints(command: Command) -> dict[str, Any]:
+    """The types of a command's options."""
+    hints = {
+        name: hint for name, hint in typing.get_type_hints(command.run).items() if name not in ("experiment", "return")
+    }
+    for section, skipped in _sections(command):
+        hints |= {name: hint for name, hint in typing.get_type_hints(section).items() if name not in skipped}
+    return hints
+
+
+def _takes_several(hint: Any) -> bool:
+    return typing.get_origin(hint) in (list, tuple) or any(map(_takes_several, typing.get_args(hint)))
+
+
+def _normal(name: str, words: list[str]) -> list[str]:
+    """Rewrite what a person types into what jsonargparse reads.
+
+    `--joins default lape` and `--joins default,lape` become `--joins=[default,lape]`, `--resume` becomes
+    `--resume=true`, and dashes inside names underscores. Raises UsageError for an option that there is not.
+    """
+    hints = _hints(COMMANDS[name])
+    known = {*hints, "config", "print_config", "help"}
+    normal: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            normal.append(word)
+            continue
+        option, equals, value = word[2:].partition("=")
+        option = option.replace("-", "_")
+        if option.partition(".")[0] not in known:
+            near = get_close_matches(option, known, n=1)
+            meant = _did_you_mean([f"--{other}" for other in near])
+            raise UsageError(f"lape {name} has no option --{option}{meant}. lape {name} --help lists them.")
+        hint = hints.get(option)
+        if hint is bool and not equals and rest[:1] not in (["true"], ["false"]):
+            normal.append(f"--{option}=true")
+        elif _takes_several(hint):
+            items = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                items.append(rest.pop(0))
+            items = [item.strip() for part in items for item in part.strip("[]").split(",") if item.strip()]
+            normal.append(f"--{option}=[{','.join(items)}]")
+        else:
+            normal.append(f"--{option}{equals}{value}")
+    return normal
+
+
+def _with_kept_settings(words: list[str]) -> list[str]:
+    """Let `lape train --resume --out FOLDER` take its settings from the folder."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--out", type=Path)
+    own.add_argument("--config")
+    own.add_argument("--resume", default="false")
+    seen, _ = own.parse_known_args(words)
+    if seen.out and seen.resume == "true" and not seen.config and (kept := seen.out / "experiment.json").exists():
+        return [f"--config={kept}", *words]
+    return words
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def console(stderr: bool = False) -> Any:
+    """A rich console."""
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def say(line: str, error: bool = False) -> None:
+    """Print a line."""
+    print(line, file=sys.stderr if error else sys.stdout, flush=True)

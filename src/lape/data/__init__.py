@@ -1,0 +1,1 @@
+"""Datasets and transforms: the only room that opens images."""

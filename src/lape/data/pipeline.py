@@ -1,0 +1,290 @@
+"""From a set of images to batches. What a sample looks like depends on (seed, epoch, index), and on nothing else:
+not on the number of workers or processes, nor on where in a run one starts.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lape.data.sources import ImageSource, Split
+from lape.errors import RunError, UsageError
+from lape.experiment import Augmentation
+
+Key = tuple[int, Tensor]  # epoch, indices (B,)
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
+
+
+def seed_of(*key: int) -> int:
+    """A seed of 64 bits that depends on every number of `key`."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+def reseed(seed: int) -> None:
+    """Set the three generators that transforms and modules on a CPU draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+class Draws:
+    """Uniform random numbers for every sample of an epoch: row i of the table (N, columns) is sample i's."""
+
+    def __init__(self, seed: int, samples: int, columns: int) -> None:
+        self.seed, self.shape = seed, (samples, columns)
+        self.epoch = -1
+
+    def __call__(self, epoch: int, indices: Tensor) -> Tensor:
+        """Return rows (B, columns) in [0, 1)."""
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
+            self.table = torch.rand(self.shape, generator=generator, dtype=torch.float64)
+            self.epoch = epoch
+        return self.table[indices]
+
+
+class Shifted(Dataset[Batch]):
+    """Images in memory, shifted and mirrored a whole batch at a time (some 0.1 ms for 64 digits)."""
+
+    def __init__(self, source: ImageSource, split: Split, seed: int, shift: int, hflip: float, vflip: float) -> None:
+        assert isinstance(split.pictures, Tensor)  # what the caller chose this class by
+        self.pictures, self.labels = split.pictures, split.labels
+        self.shift, self.hflip, self.vflip = shift, hflip, vflip
+        scale = torch.tensor([source.mean, source.std], dtype=torch.float32).view(2, 1, -1, 1, 1) * 255
+        self.mean, self.std = scale
+        self.draws = Draws(seed, len(split), columns=4)
+
+    def __getitem__(self, key: Key) -> Batch:
+        epoch, indices = key
+        images = self.pictures[indices]
+        if self.shift or self.hflip or self.vflip:
+            images = self._moved(images, self.draws(epoch, indices))
+        return (images - self.mean) / self.std, self.labels[indices]
+
+    def _moved(self, images: Tensor, draws: Tensor) -> Tensor:
+        samples, channels, height, width = images.shape
+        down, right = (draws[:, :2] * (2 * self.shift + 1)).long().unbind(1)  # (B,) each, 0 to 2·shift
+        rows = _line(height, draws[:, 2] < self.vflip) + down[:, None]  # (B, H)
+        columns = _line(width, draws[:, 3] < self.hflip) + right[:, None]  # (B, W)
+        padded = F.pad(images, 4 * [self.shift])
+        return padded[
+            torch.arange(samples)[:, None, None, None],
+            torch.arange(channels)[None, :, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+
+
+def _line(length: int, mirrored: Tensor) -> Tensor:
+    """Positions 0 to length - 1 (B, length), backwards where mirrored."""
+    line = torch.arange(length).expand(len(mirrored), length)
+    return torch.where(mirrored[:, None], line.flip(1), line)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a batch with a file that cannot be read; an exception would come out of a worker as a traceback."""
+
+    message: str
+
+
+class Pictures(Dataset[Batch | Unreadable]):
+    """Images opened one by one and sent through a transform of timm's or torchvision's."""
+
+    def __init__(self, split: Split, channels: int, transform: Any, seed: int) -> None:
+        self.split, self.channels, self.transform = split, channels, transform
+        self.draws = Draws(seed, len(split), columns=1)
+
+    def __getitem__(self, key: Key) -> Batch | Unreadable:
+        epoch, indices = key
+        images = []
+        try:
+            for index, draw in zip(indices.tolist(), self.draws(epoch, indices)[:, 0].tolist(), strict=True):
+                reseed(int(draw * 2**53))
+                images.append(self.transform(self.split.picture(index, self.channels)))
+        except RunError as error:
+            return Unreadable(str(error))
+        return torch.stack(images), self.split.labels[indices]
+
+
+def augmentation(asked: Augmentation, source: ImageSource) -> Augmentation:
+    """What was asked for, filled up with the set's own; raises UsageError for a shift with a random resized crop."""
+    names = Augmentation.__dataclass_fields__
+    given = {name: value for name in names if (value := getattr(asked, name)) is not None}
+    cropped = given.keys() & {"scale", "ratio"}
+    if cropped and given.get("shift"):
+        raise UsageError(f"Training images are shifted or cropped, not both: leave out shift or {cropped.pop()}.")
+    filled = asdict(source.augmentation) | given
+    return Augmentation(**(filled | {"shift": None} if cropped else filled))
+
+
+def training_images(source: ImageSource, asked: Augmentation, size: tuple[int, int], seed: int) -> Dataset[Any]:
+    """The training images of a set, augmented anew in every epoch."""
+    from timm.data.transforms_factory import create_transform
+
+    chosen = augmentation(asked, source)
+    one_by_one = chosen.auto_augment or chosen.color_jitter or chosen.reprob
+    if (
+        isinstance(source.train.pictures, Tensor)
+        and source.size == size
+        and chosen.shift is not None
+        and not one_by_one
+    ):
+        return Shifted(source, source.train, seed, chosen.shift, chosen.hflip or 0, chosen.vflip or 0)
+    options: dict[str, Any] = {
+        "scale": chosen.scale,
+        "ratio": chosen.ratio,
+        "hflip": chosen.hflip,
+        "vflip": chosen.vflip,
+        "color_jitter": chosen.color_jitter or None,
+        "auto_augment": chosen.auto_augment or None,
+        "interpolation": chosen.interpolation,
+        "re_prob": chosen.reprob,
+        "re_mode": chosen.remode,
+        "mean": source.mean,
+        "std": source.std,
+    }
+    transform: Any = create_transform(size, is_training=True, **options)
+    steps = transform.transforms
+    if chosen.shift is not None:
+        steps[0] = _shift(size, chosen)
+    for step in steps:
+        pairs = getattr(step, "policy", None) or [getattr(step, "ops", [])]
+        for operation in (operation for pair in pairs for operation in pair if operation.name.startswith("Posterize")):
+            operation.aug_fn = Posterize(operation.aug_fn)
+    return Pictures(source.train, source.channels, transform, seed)
+
+
+@dataclass(frozen=True)
+class Posterize:
+    """timm's rand-m9-mstd0.5 at times asks that no bit of a colour is kept. Pillow 13 refuses; before, it was black."""
+
+    keep: Callable[..., Image.Image]
+
+    def __call__(self, image: Image.Image, bits: int, **options: Any) -> Image.Image:
+        return self.keep(image, bits, **options) if bits else image.point(lambda _: 0)
+
+
+def _shift(size: tuple[int, int], chosen: Augmentation) -> Callable[[Image.Image], Image.Image]:
+    """timm's random resized crop is replaced by a shift, as its own recipes do for small images."""
+    from timm.data.transforms import str_to_interp_mode
+    from torchvision import transforms
+
+    mode: Any = str_to_interp_mode(chosen.interpolation or "bilinear")
+    resize = transforms.Resize(size, mode)
+    return transforms.Compose([resize, transforms.RandomCrop(size, padding=chosen.shift)])
+
+
+def validation_images(source: ImageSource, asked: Augmentation, size: tuple[int, int]) -> Dataset[Any]:
+    """The validation images of a set: resized and cut at the centre, otherwise as they are."""
+    from timm.data.transforms_factory import create_transform
+
+    chosen = augmentation(asked, source)
+    if isinstance(source.validation.pictures, Tensor) and source.size == size and chosen.crop_pct == 1:
+        return Shifted(source, source.validation, 0, 0, 0, 0)
+    options: dict[str, Any] = {"interpolation": chosen.interpolation, "crop_pct": chosen.crop_pct}
+    transform = create_transform(size, mean=source.mean, std=source.std, **options)
+    return Pictures(source.validation, source.channels, transform, seed=0)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which samples make up which optimiser step, and which of them are whose: a pure function of its fields.
+
+    An epoch is a permutation of the samples, cut into steps of `batch`; what is left over at its end is not used.
+    A step is cut into `parts` that are computed one after the other, and each part among `processes`.
+    """
+
+    seed: int
+    samples: int
+    batch: int
+    parts: int = 1
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch % (self.parts * self.processes):
+            raise UsageError(
+                f"batch_size {self.batch} must divide into {self.parts} accumulated parts on each of "
+                f"{self.processes} processes: use a multiple of {self.parts * self.processes}."
+            )
+        if self.batch > self.samples:
+            raise UsageError(
+                f"batch_size {self.batch} is more than the {self.samples} training images: use that many or fewer."
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return self.samples // self.batch
+
+    @property
+    def share(self) -> int:
+        """Samples of one process in one part."""
+        return self.batch // (self.parts * self.processes)
+
+    def epoch(self, epoch: int) -> Tensor:
+        """Return the indices of an epoch (steps, parts, processes, samples of each)."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 0))
+        order = torch.randperm(self.samples, generator=generator)[: self.steps * self.batch]
+        return order.view(self.steps, self.parts, self.processes, self.share)
+
+
+class Shares(Sampler[Key]):
+    """One process's share of every part of every step, from step `first` up to step `last`."""
+
+    def __init__(self, order: Order, process: int, first: int, last: int) -> None:
+        self.order, self.process, self.first, self.last = order, process, first, last
+
+    def __iter__(self) -> Iterator[Key]:
+        for epoch in range(self.first // self.order.steps, -(-self.last // self.order.steps)):
+            start = epoch * self.order.steps
+            for parts in self.order.epoch(epoch)[max(self.first - start, 0) : self.last - start, :, self.process]:
+                yield from ((epoch, indices) for indices in parts)
+
+
+class Whole(Sampler[Key]):
+    """Every sample once, in order; process p of P takes every P-th."""
+
+    def __init__(self, samples: int, batch: int, process: int = 0, processes: int = 1) -> None:
+        self.batches = torch.arange(process, samples, processes).split(batch)
+
+    def __iter__(self) -> Iterator[Key]:
+        return ((0, indices) for indices in self.batches)
+
+
+def load(images: Dataset[Any], keys: Sampler[Key], workers: int | None, pin: bool) -> Iterator[Batch]:
+    """Yield batches, prepared by `workers` processes; raises RunError for an image that cannot be read.
+
+    Unless a number is given, images in memory are prepared here, and others by a process a core, at most 8.
+    """
+    if workers is None:
+        workers = 0 if isinstance(images, Shifted) else min(8, len(os.sched_getaffinity(0)))
+    loader = DataLoader(
+        images,
+        sampler=keys,
+        batch_size=None,  # a key is a batch
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_leave_signals,
+    )
+    for batch in loader:
+        if isinstance(batch, Unreadable):
+            raise RunError(batch.message)
+        yield batch
+
+
+def _leave_signals(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; workers go when the process that they serve does."""
+    import signal
+
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,237 @@
+"""Where images come from: named sets, and folders with one folder per class."""
+
+import gzip
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from lape.errors import RunError, UsageError, choose
+from lape.experiment import Augmentation
+
+Read = TypeVar("Read")
+
+CACHE = Path.home() / ".cache" / "lape"
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
+
+# What a photograph of any size gets where neither its set nor the user says otherwise.
+PHOTOGRAPHS = Augmentation(
+    hflip=0.5,
+    vflip=0.0,
+    scale=(0.08, 1.0),
+    ratio=(3 / 4, 4 / 3),
+    interpolation="bicubic",
+    crop_pct=0.875,
+    auto_augment="",
+    color_jitter=0.0,
+    reprob=0.0,
+    remode="pixel",
+    mixup=0.0,
+    cutmix=0.0,
+    smoothing=0.1,
+)
+# Small images are shifted, not cropped, and seen whole.
+DIGITS = replace(PHOTOGRAPHS, shift=1, hflip=0.0, crop_pct=1.0, smoothing=0.0)
+GARMENTS = replace(DIGITS, shift=2, hflip=0.5)
+OBJECTS = replace(DIGITS, shift=4, hflip=0.5)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images, in memory or as the files that hold them.
+
+    `pictures` is a uint8 tensor (N, C, H, W) or N paths; `labels` is an int64 tensor (N,).
+    """
+
+    name: str
+    pictures: Tensor | Sequence[Path]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def title(self, index: int) -> str:
+        """What a person finds image `index` by."""
+        if isinstance(self.pictures, Tensor):
+            return f"{self.name} image {index}"
+        return str(self.pictures[index])
+
+    def picture(self, index: int, channels: int) -> Image.Image:
+        """Open image `index`; raises RunError naming a file that cannot be read."""
+        mode = {1: "L", 3: "RGB"}[channels]
+        if isinstance(self.pictures, Tensor):
+            return Image.fromarray(self.pictures[index].permute(1, 2, 0).squeeze(-1).numpy()).convert(mode)
+        path = self.pictures[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert(mode)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise RunError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A dataset: what is in it, and how its images are augmented where nothing else is asked for."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    size: tuple[int, int] | None  # (H, W); None where images have any size
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    validation: Split
+    augmentation: Augmentation
+
+
+def digits(data_dir: Path | None) -> ImageSource:
+    """scikit-learn's 1,797 digits, 8×8: a fixed third of every class is for validation (1,198 and 599 images)."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)  # (1797, 64), values 0 to 16
+    pictures = torch.from_numpy(np.rint(images * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    parts = train_test_split(np.arange(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
+    train, validation = (
+        Split(name, pictures[rows], torch.from_numpy(labels[rows]))
+        for name, rows in zip(("training", "validation"), parts, strict=True)
+    )
+    classes = tuple("0123456789")
+    return ImageSource("digits", classes, 1, (8, 8), (0.305,), (0.376,), train, validation, DIGITS)
+
+
+def fashion_mnist(data_dir: Path | None) -> ImageSource:
+    """70,000 garments, 28×28: from a folder of IDX files, gzipped or not, or torchvision's download."""
+    from torchvision.datasets import FashionMNIST
+
+    stem = "train-images-idx3-ubyte"
+    root = data_dir or (DEBIAN_FASHION if DEBIAN_FASHION.is_dir() else CACHE)
+    folders = (root, root / "FashionMNIST" / "raw")
+    if not any((folder / name).exists() for folder in folders for name in (stem, f"{stem}.gz")):
+        _downloaded("fashion-mnist", lambda: FashionMNIST(str(root), download=True))
+    folder = next(folder for folder in folders if (folder / stem).exists() or (folder / f"{stem}.gz").exists())
+    train, validation = (
+        Split(
+            name,
+            torch.from_numpy(_idx(folder, f"{prefix}-images-idx3-ubyte"))[:, None],
+            torch.from_numpy(_idx(folder, f"{prefix}-labels-idx1-ubyte")).long(),
+        )
+        for name, prefix in (("training", "train"), ("validation", "t10k"))
+    )
+    classes = tuple(FashionMNIST.classes)
+    return ImageSource("fashion-mnist", classes, 1, (28, 28), (0.286,), (0.353,), train, validation, GARMENTS)
+
+
+def cifar10(data_dir: Path | None) -> ImageSource:
+    """60,000 objects of 10 classes, 32×32, by torchvision."""
+    return _cifar("cifar10", data_dir, "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def cifar100(data_dir: Path | None) -> ImageSource:
+    """60,000 objects of 100 classes, 32×32, by torchvision."""
+    return _cifar("cifar100", data_dir, "CIFAR100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
+def _cifar(
+    name: str, data_dir: Path | None, reader: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> ImageSource:
+    from torchvision import datasets
+
+    read = getattr(datasets, reader)
+    root = str(data_dir or CACHE)
+    train, test = _downloaded(name, lambda: [read(root, train=part, download=True) for part in (True, False)])
+    training, validation = (
+        Split(title, torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for title, part in (("training", train), ("validation", test))
+    )
+    return ImageSource(name, tuple(train.classes), 3, (32, 32), mean, std, training, validation, OBJECTS)
+
+
+SOURCES: Mapping[str, Callable[[Path | None], ImageSource]] = MappingProxyType(
+    {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10, "cifar100": cifar100}
+)
+
+
+def folder(root: Path) -> ImageSource:
+    """Images in `root`/train/<class>/ and `root`/val/<class>/ (or validation, or test), at any depth below a class.
+
+    Raises UsageError naming the folder that is missing, has no class, has an empty class, or has a class of its own.
+    """
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    train = root / "train"
+    held_out = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), root / "val")
+    classes, own = (
+        [path.name for path in sorted(part.glob("*/")) if not path.name.startswith(".")] for part in (train, held_out)
+    )
+    for part, found in ((train, classes), (held_out, own)):
+        if not found:
+            raise UsageError(f"A folder of images needs one folder per class in {part}; there is none.")
+    if foreign := sorted(set(own) - set(classes)):
+        raise UsageError(
+            f"{held_out / foreign[0]} is a class that {train} does not have. "
+            "Every validation class must be a training class: add its images there, or remove it."
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+
+    def split(part: Path, found: list[str]) -> Split:
+        here = {name: numbers[name] for name in found}
+        samples = ImageFolder.make_dataset(str(part), here, IMG_EXTENSIONS, allow_empty=True)
+        if empty := sorted(set(here.values()) - {label for _, label in samples}):
+            raise UsageError(
+                f"{part / classes[empty[0]]} holds no image ({', '.join(IMG_EXTENSIONS)}). "
+                "Put some there, or remove the folder."
+            )
+        paths, labels = zip(*samples, strict=True)
+        return Split(part.name, [Path(path) for path in paths], torch.tensor(labels))
+
+    return ImageSource(
+        root.resolve().name,
+        tuple(classes),
+        channels=3,
+        size=None,
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        train=split(train, classes),
+        validation=split(held_out, own),
+        augmentation=PHOTOGRAPHS,
+    )
+
+
+def find(data: str, data_dir: Path | None = None) -> ImageSource:
+    """Return the set of that name, or the folder of images; UsageError where there is neither."""
+    if data not in SOURCES and Path(data).is_dir():
+        return folder(Path(data))
+    if data not in SOURCES and Path(data).name != data:
+        raise UsageError(f"There is no folder {data}. --data takes one of {', '.join(SOURCES)}, or a folder of images.")
+    return choose(SOURCES, data, "a dataset or a folder")(data_dir)
+
+
+def _downloaded(name: str, read: Callable[[], Read]) -> Read:
+    try:
+        return read()
+    except (OSError, RuntimeError) as error:
+        raise RunError(
+            f"{name} cannot be downloaded ({error}). Give --data_dir the folder that holds its files."
+        ) from error
+
+
+def _idx(folder: Path, stem: str) -> NDArray[np.uint8]:
+    """Read an IDX file of bytes: two zeros, type 8, the number of axes, their lengths as big-endian words, the data."""
+    packed = folder / f"{stem}.gz"
+    try:
+        content = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / stem).read_bytes()
+        axes = content[3]
+        shape = np.frombuffer(content, ">u4", axes, offset=4)
+        return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * axes).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise RunError(f"{folder / stem} cannot be read as an IDX file ({error}). Fetch it again.") from error

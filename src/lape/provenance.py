@@ -1,0 +1,46 @@
+"""What a result was made with: commit, versions, machine, command."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("lape", "torch", "timm", "lightning-fabric")
+
+
+def commit() -> str | None:
+    """The commit of this code, with `-dirty` where files differ from it; None where it lies in no repository."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside a repository of others
+        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def machine() -> str:
+    """The system and what computes on it."""
+    import torch
+
+    graphics = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return ", ".join([f"{platform.system()} {platform.machine()}", threads, *graphics])
+
+
+def provenance() -> dict[str, Any]:
+    """All of it, as `result.json` holds it."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "machine": machine(),
+    }

@@ -1,0 +1,196 @@
+"""The pictures: learning curves, and maps of position correlation."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from lape.analysis import Correlation
+from lape.comparison import Comparison
+from lape.statistics import BASELINE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; the baseline is grey, and dashed besides.
+HUES = {"lape": "#D55E00", "lape-sharing": "#CC79A7", "shared": "#0072B2", "unshared": "#009E73"}
+SPARE = ("#E69F00", "#56B4E9")
+SIDE, HEAD = 0.92, 0.5  # inches: a map, and the titles above a block of maps
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours that follow the reader's light or dark setting."""
+
+    name: str
+    ink: str
+    faint: str
+    paper: str
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The position correlation of one table under every join, in models trained with one seed."""
+
+    seed: int
+    by_join: Mapping[str, Correlation]
+
+
+LIGHT = Theme("light", ink="#1d1f21", faint="#d5d8dc", paper="#ffffff", baseline="#6b7075")
+DARK = Theme("dark", ink="#e6e6e3", faint="#3c4043", paper="#16181a", baseline="#a4a9ae")
+
+
+def learning_curves(comparison: Comparison, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":
+    """Draw validation accuracy over the steps, a panel per table, a line per join: mean, band from worst to best seed.
+
+    A mark stands at one third of training. `columns` is how many panels stand side by side, by default all.
+    """
+    pes = [pe for pe in comparison.pes if any(comparison.of(join, pe) for join in comparison.joins)]
+    columns = min(columns or len(pes), len(pes))
+    deep = -(-len(pes) // columns)
+    figure = _figure(theme, max(3.4 * columns + 0.4, 4.6), 2.75 * deep + 0.55)
+    panels = figure.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    for panel in panels[len(pes) :]:
+        panel.remove()
+    del panels[len(pes) :]
+    for place, (panel, pe) in enumerate(zip(panels, pes, strict=True)):
+        _style(panel, theme)
+        panel.set_title(pe, loc="left", fontsize=10, color=theme.ink)
+        panel.grid(axis="y", color=theme.faint, linewidth=0.6)
+        for join, hue in hues(comparison.joins, theme).items():
+            _curve(panel, comparison, join, pe, hue, theme)
+        panel.set_xlim(left=0)
+        _mark_third(panel, next(iter(comparison.results.values())).run.third.step, theme)
+        if place % columns == 0:
+            panel.set_ylabel("validation accuracy, %")
+        if place + columns >= len(pes):
+            panel.set_xlabel("training step")
+            panel.tick_params(labelbottom=True)
+    shown = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    beside = int(figure.get_figwidth() / 1.35)
+    labels = [join for join in comparison.joins if join in shown]
+    lines = [shown[label] for label in labels]
+    figure.legend(lines, labels, loc="outside upper left", ncols=beside, frameon=False, labelcolor=theme.ink)
+    return figure
+
+
+def hues(joins: tuple[str, ...], theme: Theme) -> dict[str, str]:
+    """Give every join its colour, the same in every picture."""
+    spare = cycle(SPARE)
+    return {join: theme.baseline if join == BASELINE else HUES.get(join) or next(spare) for join in joins}
+
+
+def _curve(panel: "Axes", comparison: Comparison, join: str, pe: str, hue: str, theme: Theme) -> None:
+    runs = [result.run for result in comparison.of(join, pe)]
+    if not runs:
+        return
+    by_step = list(zip(*(run.curve for run in runs), strict=True))
+    steps = [points[0].step for points in by_step]
+    accuracies = [[point.accuracy for point in points] for points in by_step]
+    means = [sum(values) / len(values) for values in accuracies]
+    panel.fill_between(steps, [min(v) for v in accuracies], [max(v) for v in accuracies], color=hue, alpha=0.2, lw=0)
+    panel.plot(steps, means, color=hue, linewidth=1.8, linestyle="--" if join == BASELINE else "-", label=join)
+    third = steps.index(runs[0].third.step)
+    panel.plot(steps[third], means[third], "o", color=hue, markersize=6, markeredgecolor=theme.paper)
+
+
+def _mark_third(panel: "Axes", step: int, theme: Theme) -> None:
+    panel.axvline(step, color=theme.ink, linewidth=0.7, linestyle=":", zorder=0)
+    at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    clear = {"facecolor": theme.paper, "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    panel.annotate("⅓ of training", (step, 0), (4, 4), fontsize=8, color=theme.ink, bbox=clear, **at)
+
+
+def differences(comparison: Comparison, theme: Theme = LIGHT) -> "Figure":
+    """Draw accuracy minus the baseline's: a stroke for the mean, a line for its 95 % interval, dots for the seeds."""
+    rows = [row for row in comparison.rows if row.difference is not None]
+    figure = _figure(theme, 4.6, 0.9 + 0.42 * len(rows))
+    panel = figure.subplots()
+    _style(panel, theme)
+    panel.axvline(0, color=theme.ink, linewidth=0.8)
+    palette = hues(comparison.joins, theme)
+    for place, row in enumerate(rows):
+        assert row.difference is not None
+        hue, points = palette[row.join], list(row.difference.by_seed.values())
+        if row.difference.interval is not None:
+            panel.plot(row.difference.interval, (place, place), color=hue, linewidth=2, solid_capstyle="butt")
+        panel.plot(points, [place + 0.24] * len(points), "o", color=hue, markersize=4.5, alpha=0.6, markeredgewidth=0)
+        panel.plot(row.difference.mean, place, "|", color=hue, markersize=15, markeredgewidth=2.5)
+    panel.set_yticks(range(len(rows)), [f"{row.join}, {row.pe}" for row in rows])
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.tick_params(axis="y", length=0, labelsize=9)
+    panel.grid(axis="x", color=theme.faint, linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.set_xlabel(f"accuracy minus {BASELINE}, points")
+    return figure
+
+
+def correlation_maps(maps: Maps, theme: Theme = LIGHT) -> "Figure":
+    """Draw the position correlation of one table under each join: joins from above down, layers from left to right.
+
+    First the N×N maps of all joins, then one token's row of each, folded to the grid, with a cross on the token. One
+    colour scale serves all maps.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    scale = Normalize(-1, 1)
+    joins, some = list(maps.by_join), next(iter(maps.by_join.values()))
+    depth, (height, width) = len(some.maps), some.grid
+    heights = [SIDE * len(joins) * share + HEAD for share in (1, min(1, height / width))]
+    figure = _figure(theme, SIDE * depth + 0.9 + 0.085 * max(map(len, joins)), sum(heights))
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
+    token_row, token_column = divmod(some.token, width)
+    for part, title in (
+        (upper, f"every patch with every patch ({height * width} × {height * width})"),
+        (lower, f"patch in row {token_row + 1}, column {token_column + 1} (×) with the {height} × {width} patches"),
+    ):
+        part.set_facecolor(theme.paper)
+        part.suptitle(title, fontsize=9, color=theme.ink, x=0.01, ha="left")
+        panels = part.subplots(len(joins), depth, squeeze=False)
+        for line, join in zip(panels, joins, strict=True):
+            one = maps.by_join[join]
+            for layer, panel in enumerate(line):
+                picture = one.maps[layer] if part is upper else one.of_token[layer]
+                panel.imshow(picture.numpy(), cmap="RdBu_r", norm=scale, interpolation="nearest")
+                _style(panel, theme)
+                panel.set(xticks=[], yticks=[])
+                if part is lower:
+                    for colour, weight in (("#000000", 2.6), ("#ffffff", 1.2)):
+                        panel.plot(token_column, token_row, "x", color=colour, markersize=5, markeredgewidth=weight)
+                if layer == 0:
+                    panel.set_ylabel(join, fontsize=9, rotation=0, ha="right", va="center")
+                if join == joins[0]:
+                    panel.set_title(f"layer {layer + 1}" if layer == 0 else str(layer + 1), fontsize=8, color=theme.ink)
+        bar = part.colorbar(ScalarMappable(scale, "RdBu_r"), ax=panels, fraction=0.04, pad=0.01, aspect=20)
+        bar.set_ticks([-1, -0.5, 0, 0.5, 1])
+        bar.set_label("cosine similarity", fontsize=8, color=theme.ink)
+        bar.ax.tick_params(labelsize=7, colors=theme.ink)
+        bar.outline.set_edgecolor(theme.faint)
+    return figure
+
+
+def png(figure: "Figure", dots_per_inch: int = 200) -> bytes:
+    """Return the figure as a PNG."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _figure(theme: Theme, width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor=theme.paper)
+
+
+def _style(panel: "Axes", theme: Theme) -> None:
+    panel.set_facecolor(theme.paper)
+    panel.tick_params(colors=theme.ink, labelsize=8)
+    panel.xaxis.label.set_color(theme.ink)
+    panel.yaxis.label.set_color(theme.ink)
+    for name, spine in panel.spines.items():
+        spine.set_color(theme.faint)
+        spine.set_visible(name in ("left", "bottom"))

@@ -1,0 +1,100 @@
+"""A comparison as it runs: bars in a terminal, a line now and then elsewhere."""
+
+from collections.abc import Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Self
+
+from lape.comparison import Result, Watch
+from lape.statistics import Combination
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from lape.training import Progress
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Display(Watch):
+    """Shows all runs in one bar, with the time left, and below it a line for each run at work."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich import progress
+
+        self.console = console
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.TaskProgressColumn(),
+            progress.TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.lines: dict[Combination, TaskID] = {}
+        self.shares: dict[Combination, float] = {}  # of each run that is not kept, how much is done
+        self.ended = 0
+        self.begun = self.spoke = monotonic()
+
+    def __enter__(self) -> Self:
+        self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.bars.stop()
+        if kind is KeyboardInterrupt:
+            self._say("Stopped. The same command goes on from here.")
+
+    def begins(self, kept: Sequence[Combination], todo: Sequence[Combination], jobs: int) -> None:
+        """Say what there is to do."""
+        self.shares = dict.fromkeys(todo, 0.0)
+        self.begun = self.spoke = monotonic()
+        self.all = self.bars.add_task("all runs", total=max(len(todo), 1), note="")
+        if kept:
+            self._say(f"{len(kept)} finished runs are kept.")
+        if todo:
+            self._say(f"{len(todo)} runs to train, up to {min(jobs, len(todo))} at once.")
+
+    def moves(self, combination: Combination, progress: "Progress") -> None:
+        """Move a run's bar, and all runs' with it."""
+        if combination not in self.lines:
+            self.lines[combination] = self.bars.add_task(str(combination), total=1.0, note="")
+        self.shares[combination] = progress.step / progress.steps
+        self.bars.update(self.lines[combination], completed=self.shares[combination], note=_note(progress))
+        self._move_all()
+
+    def ends(self, combination: Combination, outcome: Result | Exception) -> None:
+        """Take a run's bar away and say what came of it."""
+        self.shares[combination] = 1.0
+        self.ended += 1
+        if combination in self.lines:
+            self.bars.remove_task(self.lines.pop(combination))
+        if isinstance(outcome, Exception):
+            self._say(f"{combination}: failed. {outcome}")
+        else:
+            self._say(f"{combination}: {outcome.run.accuracy:.2f} %")
+        self._move_all()
+
+    def _move_all(self) -> None:
+        done = sum(self.shares.values())
+        left = (monotonic() - self.begun) / done * (len(self.shares) - done) if done else None
+        note = f"{self.ended} of {len(self.shares)} done" + (f", about {_clock(left)} left" if left else "")
+        self.bars.update(self.all, completed=done, note=note)
+        if not self.console.is_terminal and monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
+            self._say(f"{done / len(self.shares):.0%} trained, {note}")
+
+    def _say(self, line: str) -> None:
+        self.spoke = monotonic()
+        self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _note(progress: "Progress") -> str:
+    seen = "" if progress.val_accuracy is None else f", {progress.val_accuracy:.1f} %"
+    return f"epoch {progress.epoch} of {progress.epochs}{seen}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,159 @@
+"""What finished runs amount to: means over seeds, paired differences, gaps between tables. Numbers in, numbers out."""
+
+import math
+import statistics as descriptive
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+BASELINE = "default"
+
+
+class Point(NamedTuple):
+    """One evaluation on the way: after `step` optimiser steps, the end of epoch `epoch`."""
+
+    epoch: int
+    step: int
+    accuracy: float  # percent
+
+
+class Combination(NamedTuple):
+    """What a comparison varies: the join, the position table, the seed."""
+
+    join: str
+    pe: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.join} × {self.pe}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run, as far as a comparison looks at it."""
+
+    combination: Combination
+    accuracy: float  # percent, after the last step
+    curve: tuple[Point, ...]
+    parameters: int
+    seconds_per_step: float
+
+    @property
+    def third(self) -> Point:
+        """The evaluation nearest to one third of the steps, the earlier of two that are equally near."""
+        return min(self.curve, key=lambda point: abs(3 * point.step - self.curve[-1].step))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Mean, and standard deviation with n - 1 below the sum (None where n = 1)."""
+
+    mean: float
+    std: float | None
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Sample":
+        """Summarise one value or more."""
+        return cls(descriptive.fmean(values), descriptive.stdev(values) if len(values) > 1 else None, len(values))
+
+
+class Verdict(Enum):
+    """What an interval says of a difference; the value completes "the difference is ..."."""
+
+    ABOVE = "above zero"
+    BELOW = "below zero"
+    UNDECIDED = "not told from zero"
+    ONE_PAIR = "from one pair of runs, which gives no interval"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Accuracy minus the baseline's, seed by seed, and Student's 95 % interval of its mean (None with one pair)."""
+
+    by_seed: Mapping[int, float]
+    unpaired: tuple[int, ...]  # seeds that only one of the two has
+    mean: float
+    interval: tuple[float, float] | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Which side of zero the whole interval lies on, if any; an end that touches zero decides nothing."""
+        if self.interval is None:
+            return Verdict.ONE_PAIR
+        low, high = self.interval
+        return Verdict.ABOVE if low > 0 else Verdict.BELOW if high < 0 else Verdict.UNDECIDED
+
+
+def difference(accuracies: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Pair two sets of runs by seed: mean d̄ and d̄ ± t(0.975, n-1)·s/√n of the n differences; None without a pair."""
+    from scipy.stats import t
+
+    by_seed = {seed: accuracies[seed] - baseline[seed] for seed in sorted(accuracies.keys() & baseline.keys())}
+    if not by_seed:
+        return None
+    sample = Sample.of(list(by_seed.values()))
+    interval = None
+    if sample.std is not None:
+        half = float(t.ppf(0.975, sample.count - 1)) * sample.std / math.sqrt(sample.count)
+        interval = (sample.mean - half, sample.mean + half)
+    return Difference(by_seed, tuple(sorted(accuracies.keys() ^ baseline.keys())), sample.mean, interval)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One join with one table, over its seeds."""
+
+    join: str
+    pe: str
+    accuracy: Sample
+    third: Sample
+    parameters: int
+    seconds_per_step: float  # median over the runs
+    difference: Difference | None  # to the baseline with the same table; None for itself, and where there is no pair
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far apart the tables are under one join: the best mean accuracy minus the worst."""
+
+    join: str
+    best: str
+    worst: str
+    points: float
+
+
+def rows(runs: Iterable[Run]) -> tuple[Row, ...]:
+    """Summarise runs by join and table, in the order in which these first occur, tables outside, joins inside."""
+    groups: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        groups.setdefault(run.combination.pe, {}).setdefault(run.combination.join, []).append(run)
+    return tuple(
+        Row(
+            join,
+            pe,
+            accuracy=Sample.of([run.accuracy for run in members]),
+            third=Sample.of([run.third.accuracy for run in members]),
+            parameters=members[0].parameters,
+            seconds_per_step=descriptive.median(run.seconds_per_step for run in members),
+            difference=None if join == BASELINE else difference(_by_seed(members), _by_seed(joins.get(BASELINE, []))),
+        )
+        for pe, joins in groups.items()
+        for join, members in joins.items()
+    )
+
+
+def _by_seed(runs: Iterable[Run]) -> dict[int, float]:
+    return {run.combination.seed: run.accuracy for run in runs}
+
+
+def gaps(rows: Sequence[Row]) -> tuple[Gap, ...]:
+    """Return, for each join with two tables or more, the range of its mean accuracies over the tables."""
+    found = []
+    for join in dict.fromkeys(row.join for row in rows):
+        own = sorted((row for row in rows if row.join == join), key=lambda row: row.accuracy.mean)
+        if len(own) > 1:
+            points = own[-1].accuracy.mean - own[0].accuracy.mean
+            found.append(Gap(join, best=own[-1].pe, worst=own[0].pe, points=points))
+    return tuple(found)

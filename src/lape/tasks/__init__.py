@@ -1,0 +1,1 @@
+"""What is learned: a task knows its loss, its metric, and how a batch becomes a number."""

@@ -1,0 +1,335 @@
+"""Statistics on results whose answers are known by hand, and the running of many runs."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from made_up_runs import BASE, write_run
+
+from lape.comparison import Result, Watch, compare, plans, read, seeds_of, trained
+from lape.errors import RunError, UsageError
+from lape.statistics import Combination, Point, Run, Sample, Verdict, difference, gaps, rows
+
+T_2 = 4.302652729911275  # Student's 97.5 % point with 2 degrees of freedom, from a printed table
+
+
+def runs_of(join: str, pe: str, accuracies: dict[int, float]) -> list[Run]:
+    return [
+        Run(Combination(join, pe, seed), value, (Point(1, 10, value / 2), Point(2, 20, value)), 100, 0.01 * (seed + 1))
+        for seed, value in accuracies.items()
+    ]
+
+
+# --- Samples and differences
+
+
+def test_mean_and_sample_standard_deviation():
+    assert Sample.of([1.0, 2.0, 3.0]) == Sample(mean=2.0, std=1.0, count=3)
+
+
+def test_one_value_has_no_standard_deviation():
+    assert Sample.of([5.0]) == Sample(mean=5.0, std=None, count=1)
+
+
+def test_interval_of_three_paired_differences():
+    """Differences 1, 2, 3: mean 2, s = 1, so 2 ± t·1/√3."""
+    found = difference({0: 91.0, 1: 72.0, 2: 83.0}, {0: 90.0, 1: 70.0, 2: 80.0})
+    assert found is not None
+    assert found.interval is not None
+    assert found.mean == pytest.approx(2.0)
+    assert found.interval == pytest.approx((2 - T_2 / math.sqrt(3), 2 + T_2 / math.sqrt(3)))
+    assert found.verdict is Verdict.UNDECIDED  # -0.48 to 4.48
+
+
+def test_pairing_takes_away_what_the_seeds_share():
+    """Seeds differ by tens of points, differences by tenths: the interval must be narrow."""
+    found = difference({0: 91.1, 1: 51.0, 2: 70.9}, {0: 90.0, 1: 50.0, 2: 70.0})
+    assert found is not None
+    assert found.verdict is Verdict.ABOVE
+    half = T_2 * 0.1 / math.sqrt(3)
+    assert found.interval == pytest.approx((1 - half, 1 + half))
+
+
+def test_difference_changes_sign_when_the_sides_change():
+    better, worse = {0: 91.0, 1: 92.5, 2: 93.0}, {0: 88.0, 1: 89.0, 2: 90.5}
+    there, back = difference(better, worse), difference(worse, better)
+    assert there is not None
+    assert back is not None
+    assert (there.verdict, back.verdict) == (Verdict.ABOVE, Verdict.BELOW)
+    assert there.interval is not None
+    assert back.interval == pytest.approx((-there.interval[1], -there.interval[0]))
+
+
+def test_ties_decide_nothing():
+    found = difference({0: 90.0, 1: 91.0}, {0: 90.0, 1: 91.0})
+    assert found is not None
+    assert (found.mean, found.interval, found.verdict) == (0.0, (0.0, 0.0), Verdict.UNDECIDED)
+
+
+def test_one_pair_has_a_difference_and_no_interval():
+    found = difference({0: 93.0}, {0: 90.0})
+    assert found is not None
+    assert (found.mean, found.interval, found.verdict) == (3.0, None, Verdict.ONE_PAIR)
+
+
+def test_seeds_without_a_partner_are_left_out_and_told():
+    found = difference({0: 93.0, 1: 95.0, 3: 1.0}, {0: 90.0, 1: 91.0, 2: 99.0})
+    assert found is not None
+    assert found.by_seed == {0: 3.0, 1: 4.0}
+    assert found.unpaired == (2, 3)
+
+
+def test_no_common_seed_is_no_difference():
+    assert difference({0: 93.0}, {1: 90.0}) is None
+
+
+# --- Rows and gaps
+
+
+def test_rows_pair_each_join_with_the_default_of_the_same_table():
+    found = rows(
+        [
+            *runs_of("default", "learnable", {0: 90.0, 1: 92.0}),
+            *runs_of("default", "sinusoidal-1d", {0: 80.0, 1: 81.0}),
+            *runs_of("lape", "learnable", {0: 89.0, 1: 91.0}),
+            *runs_of("lape", "sinusoidal-1d", {0: 85.0, 1: 88.0}),
+            *runs_of("shared", "learnable", {0: 90.0, 1: 93.0}),
+        ]
+    )
+    assert [(row.pe, row.join) for row in found] == [
+        ("learnable", "default"),
+        ("learnable", "lape"),
+        ("learnable", "shared"),
+        ("sinusoidal-1d", "default"),
+        ("sinusoidal-1d", "lape"),
+    ]
+    means = [row.difference and row.difference.mean for row in found]
+    assert means == [None, -1.0, 0.5, None, 6.0]  # the loss of LaPE with the learnable table is a loss
+    assert found[1].third.mean == 45.0  # step 10 of 20 is nearer to a third than step 20
+    assert found[0].seconds_per_step == pytest.approx(0.015)
+
+
+def test_rows_without_the_baseline_have_no_difference():
+    assert [row.difference for row in rows(runs_of("lape", "learnable", {0: 90.0}))] == [None]
+
+
+@pytest.mark.parametrize(
+    ("steps", "epoch"),
+    [([10, 20, 30], 1), ([10, 20], 1), ([10], 1), ([10 * e for e in range(1, 11)], 3), ([1, 7, 30], 2), ([1, 5, 9], 1)],
+)
+def test_third_is_the_nearest_evaluation_and_the_earlier_of_two(steps, epoch):
+    curve = tuple(Point(place, step, 50.0) for place, step in enumerate(steps, start=1))
+    assert Run(Combination("lape", "learnable", 0), 50.0, curve, 1, 1.0).third.epoch == epoch
+
+
+def test_gap_is_best_minus_worst_mean_over_the_tables():
+    found = gaps(
+        rows(
+            [
+                *runs_of("default", "learnable", {0: 95.0, 1: 97.0}),
+                *runs_of("default", "sinusoidal-1d", {0: 92.0, 1: 92.0}),
+                *runs_of("default", "none", {0: 70.0, 1: 80.0}),
+                *runs_of("lape", "learnable", {0: 97.0}),
+                *runs_of("lape", "sinusoidal-1d", {0: 97.5}),
+                *runs_of("shared", "learnable", {0: 90.0}),
+            ]
+        )
+    )
+    assert [(gap.join, gap.best, gap.worst, gap.points) for gap in found] == [
+        ("default", "learnable", "none", 21.0),
+        ("lape", "sinusoidal-1d", "learnable", 0.5),
+    ]
+
+
+# --- What is asked for
+
+
+@pytest.mark.parametrize(("given", "seeds"), [([5], (0, 1, 2, 3, 4)), ([1], (0,)), ([7, 3], (7, 3))])
+def test_one_number_counts_seeds_and_several_are_the_seeds(given, seeds):
+    assert seeds_of(given) == seeds
+
+
+@pytest.mark.parametrize("given", [[], [0], [-1], [3, 3], [1, -2]])
+def test_seeds_that_mean_nothing_are_refused(given):
+    with pytest.raises(UsageError, match="--seeds 3"):
+        seeds_of(given)
+
+
+def test_runs_that_are_paired_are_trained_side_by_side(tmp_path):
+    made = plans(BASE, ["default", "lape"], ["learnable", "sinusoidal-1d"], [0, 1], tmp_path)
+    assert [tuple(plan.combination) for plan in made[:4]] == [
+        ("default", "learnable", 0),
+        ("lape", "learnable", 0),
+        ("default", "sinusoidal-1d", 0),
+        ("lape", "sinusoidal-1d", 0),
+    ]
+    assert len({plan.folder for plan in made}) == 8
+
+
+def test_other_settings_have_another_folder_and_another_place_has_the_same(tmp_path):
+    asked = (["lape"], ["learnable"], [0], tmp_path)
+    folder = plans(BASE, *asked)[0].folder
+    assert plans(replace(BASE, lr=1.0), *asked)[0].folder != folder
+    assert plans(replace(BASE, workers=3, accelerator="cpu"), *asked)[0].folder == folder
+
+
+def test_a_stand_in_is_given_to_the_joins_that_have_pe_norms(tmp_path):
+    made = plans(replace(BASE, pe_norm="norm"), ["default", "lape"], ["learnable"], [0], tmp_path)
+    assert [plan.experiment.pe_norm for plan in made] == ["layernorm", "norm"]
+
+
+@pytest.mark.parametrize(
+    ("joins", "pes", "told"),
+    [
+        (["default", "lap"], ["learnable"], "Did you mean 'lape'"),
+        (["default"], ["learnabel"], "Did you mean 'learnable'"),
+        (["default", "unshared"], ["learnable", "sinusoidal-1d"], "all would be alike"),
+        (["lape", "lape"], ["learnable"], "none twice"),
+        ([], ["learnable"], "at least one"),
+    ],
+)
+def test_requests_that_mean_nothing_are_refused_before_anything_is_trained(joins, pes, told, tmp_path):
+    with pytest.raises(UsageError, match=told):
+        compare(BASE, joins, pes, [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changed", [{"devices": 2}, {"nodes": 2}])
+def test_a_run_on_several_devices_is_refused(changed, tmp_path):
+    with pytest.raises(UsageError, match="one device"):
+        compare(replace(BASE, **changed), ["lape"], ["learnable"], [0], tmp_path)
+
+
+def test_no_jobs_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="0 was received"):
+        compare(BASE, ["lape"], ["learnable"], [0], tmp_path, jobs=0)
+
+
+def test_a_result_that_is_none_is_named(tmp_path):
+    write_run(tmp_path, Combination("lape", "learnable", 0), [50.0])
+    assert read(tmp_path).run.accuracy == 50.0
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(RunError, match=r"result\.json is not the result of a finished run"):
+        read(tmp_path)
+
+
+# --- Training
+
+
+TINY = replace(
+    BASE, model_args={"embed_dim": 8, "depth": 1, "num_heads": 2}, epochs=2, batch_size=400, accelerator="cpu"
+)
+
+
+class Heard(Watch):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.kept, self.todo, self.moved, self.ended = [], [], [], {}
+
+    def begins(self, kept, todo, jobs):
+        self.kept, self.todo = kept, todo
+
+    def moves(self, combination, progress):
+        self.moved.append((combination, progress.step))
+
+    def ends(self, combination, outcome):
+        self.ended[combination] = outcome
+
+
+@pytest.mark.slow
+def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is_trained(tmp_path):
+    asked = (["default", "lape"], ["learnable"])
+    broken = plans(TINY, *asked, [0, 1], tmp_path)[3]
+    broken.folder.parent.mkdir(parents=True)
+    broken.folder.write_text("a file where the run's folder should be")
+
+    first = Heard()
+    comparison = compare(TINY, *asked, [0, 1], tmp_path, jobs=2, watch=first)
+    assert (first.kept, len(first.todo)) == ([], 4)
+    assert {type(outcome) for outcome in first.ended.values()} == {Result, UsageError}
+    assert list(comparison.failures) == [Combination("lape", "learnable", 1)]
+    assert [row.accuracy.count for row in comparison.rows] == [2, 1]
+    with pytest.raises(UsageError, match="lape × learnable, seed 1"):
+        comparison.raise_failures()
+
+    broken.folder.unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
+    second = Heard()
+    comparison = compare(TINY, *asked, [0, 1], tmp_path, jobs=2, watch=second)
+    assert (len(second.kept), second.todo) == (3, [Combination("lape", "learnable", 1)])
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert comparison.failures == {}
+    assert [row.accuracy.count for row in comparison.rows] == [2, 2]
+    assert comparison.images == (1198, 599)
+    comparison.raise_failures()
+
+    result = comparison.of("lape", "learnable")[0]
+    model = trained(result)
+    stored = torch.load(result.folder / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+class Interrupted(Heard):
+    def moves(self, combination, progress):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_news_is_shown_ends_the_processes_too(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        compare(replace(TINY, epochs=1000), ["lape"], ["learnable"], [0], tmp_path, jobs=1, watch=Interrupted())
+    assert caught.tb is not None  # while it is held, so is the frame that walked the processes' news
+    assert multiprocessing.active_children() == []
+    assert not list(tmp_path.rglob("result.json"))
+
+
+STOPPABLE = """
+import json, sys
+from pathlib import Path
+from lape.comparison import Watch, compare
+from lape.experiment import Experiment
+class Say(Watch):
+    def moves(self, combination, progress):
+        print(combination.join, progress.step, flush=True)
+if __name__ == "__main__":
+    base = Experiment.of(json.loads(sys.argv[1]))
+    comparison = compare(base, ["default", "lape"], ["learnable"], [0], Path(sys.argv[2]), jobs=2, watch=Say())
+    print("finished", len(comparison.results))
+"""
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_the_same_call_goes_on(tmp_path):
+    """That a run which goes on ends with the same weights is a law of training, and tested there."""
+    script = tmp_path / "script.py"
+    script.write_text(STOPPABLE)
+    settings = replace(TINY, batch_size=40, epochs=60).settings()  # 1800 steps, some seconds
+    command = [sys.executable, str(script), json.dumps(settings), str(tmp_path / "out")]
+
+    def started():
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+
+    stopped = started()
+    assert stopped.stdout is not None
+    assert stopped.stdout.readline().split()[0] in ("default", "lape")
+    os.killpg(stopped.pid, signal.SIGINT)  # as a terminal sends it: to the command and to its processes
+    stopped.communicate(timeout=60)
+    assert stopped.returncode not in (0, None)
+    assert not list(tmp_path.rglob("result.json"))
+    saved = [torch.load(path, weights_only=True) for path in tmp_path.rglob("last.pt")]
+    kept = {one["experiment"]["join"]: one["state"]["step"] for one in saved}
+    assert kept  # the other may not have begun
+    assert max(kept.values()) < 1800
+
+    *news, end = started().communicate(timeout=120)[0].splitlines()
+    first = {join: int(step) for join, step in map(str.split, reversed(news))}
+    assert all(first[join] > step for join, step in kept.items())
+    assert end == "finished 2"

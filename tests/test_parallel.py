@@ -1,0 +1,83 @@
+"""Tasks side by side: all are done, errors stay with their task, a killed process costs one task, closing ends all."""
+
+import os
+import signal
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from lape.errors import RunError, UsageError
+from lape.parallel import Done, Told, side_by_side
+
+
+def echo(task, tell):
+    tell(f"{task} at work in {os.getpid()}")
+
+
+def in_parts(task, tell):
+    if task == "usage":
+        raise UsageError("this breaks a rule")
+    if task == "failure":
+        raise RunError("the disk is full")
+    if task == "bug":
+        raise ZeroDivisionError("unforeseen")
+    if task == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    tell(task)
+
+
+def marks_and_sleeps(task, tell):
+    tell(os.getpid())
+    time.sleep(60)
+
+
+def count_threads(task, tell):
+    import torch
+
+    tell(torch.get_num_threads())
+
+
+def test_every_task_is_done_once_by_as_many_processes_as_jobs():
+    events = list(side_by_side(echo, list("abcde"), jobs=2, threads=1))
+    told = [event for event in events if isinstance(event, Told)]
+    assert sorted(event.task for event in told) == list("abcde")
+    assert sorted(event.task for event in events if isinstance(event, Done)) == list("abcde")
+    assert all(event.news.startswith(f"{event.task} ") for event in told)
+    assert len({event.news.split()[-1] for event in told}) <= 2
+
+
+def test_no_tasks_start_no_process():
+    assert list(side_by_side(echo, [], jobs=2, threads=1)) == []
+
+
+def test_processes_have_the_threads_they_are_given():
+    told = [event.news for event in side_by_side(count_threads, ["a"], jobs=1, threads=1) if isinstance(event, Told)]
+    assert told == [1]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_error_stays_with_its_task(jobs):
+    """A killed process too costs no other task than its own."""
+    tasks = ["first", "usage", "failure", "bug", "killed", "last"]
+    ended = {
+        event.task: event.error for event in side_by_side(in_parts, tasks, jobs, threads=1) if isinstance(event, Done)
+    }
+    assert ended.keys() == set(tasks)
+    assert ended["first"] is None
+    assert ended["last"] is None
+    assert isinstance(ended["usage"], UsageError)
+    assert isinstance(ended["failure"], RunError)
+    assert str(ended["failure"]) == "the disk is full"
+    assert "ZeroDivisionError" in str(ended["bug"])
+    assert "test_parallel.py" in str(ended["bug"])
+    assert "status -9" in str(ended["killed"])
+
+
+def test_closing_ends_the_processes():
+    events = side_by_side(marks_and_sleeps, ["a", "b"], jobs=2, threads=1)
+    pids = [event.news for event in islice(events, 2) if isinstance(event, Told)]
+    events.close()
+    assert len(pids) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -1,0 +1,47 @@
+"""Law: what README and docs show runs, and what they name exists."""
+
+import re
+from importlib import import_module
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@EVERY_PAGE
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
+    assert blocks, f"{page} shows no Python"
+    exec(compile("\n".join(blocks), page, "exec"), {"__name__": "prose"})
+
+
+@EVERY_PAGE
+def test_what_a_page_names_exists(page: Path) -> None:
+    for name in re.findall(r"`(lape(?:\.\w+)+)[`(]", page.read_text()):
+        _, first, *rest = name.split(".")
+        found = getattr(import_module("lape"), first, None) or import_module(f"lape.{first}")
+        if rest:
+            attrgetter(".".join(rest))(found)
+
+
+@EVERY_PAGE
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@EVERY_PAGE
+def test_the_commands_of_a_page_are_understood(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lape.cli import parsed
+
+    for line in re.findall(r"^(?:\$ )?(?:\.venv/bin/)?lape (.+)$", page.read_text(), flags=re.M):
+        parsed(line.split("  #")[0].split())
+
+
+def test_every_equation_of_the_paper_has_its_function() -> None:
+    page = (ROOT / "docs" / "equations.md").read_text()
+    assert all(f"({number})" in page for number in range(2, 13))

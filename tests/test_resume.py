@@ -1,0 +1,165 @@
+"""A run that is cut off at any moment ends with the weights of one that was not, bit for bit."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lape import checkpoints
+from lape.experiment import Experiment
+from lape.training import Stopped, train
+
+# Whatever a checkpoint must carry is in use: dropout of paths, mixing, averaging, clipping, augmentation by timm.
+EXPERIMENT = Experiment(
+    model_args={"depth": 2, "embed_dim": 16, "num_heads": 2},
+    epochs=3,
+    batch_size=200,
+    accumulate=2,
+    lr=1e-2,
+    clip_grad=1.0,
+    ema=0.9,
+    drop_path=0.3,
+    mixup=0.8,
+    cutmix=1.0,
+    smoothing=0.1,
+    auto_augment="rand-m9-mstd0.5-inc1",
+    reprob=0.25,
+    accelerator="cpu",
+    checkpoint_seconds=0.0,
+)
+LONGER = replace(EXPERIMENT, epochs=8)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "a"
+    train(EXPERIMENT, folder)
+    return folder
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_run(one, other):
+    """Everything that a run leaves is equal, but for times."""
+    for name in (checkpoints.LAST, checkpoints.BEST):
+        left, right = (checkpoints.read(folder / name) for folder in (one, other))
+        assert left.keys() == right.keys()
+        for part in ("model", "ema"):
+            for key, tensor in left.get(part, {}).items():
+                assert torch.equal(tensor, right[part][key]), f"{name}: {part} {key}"
+    left, right = (checkpoints.read(folder / checkpoints.LAST) for folder in (one, other))
+    for number, state in left["optimizer"]["state"].items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, right["optimizer"]["state"][number][key]), f"optimiser {number} {key}"
+    curves = [json.loads((folder / "result.json").read_text())["curve"] for folder in (one, other)]
+    assert timeless(curves[0]) == timeless(curves[1])
+    assert timeless(checkpoints.read(other / checkpoints.LAST)["state"]["curve"]) == timeless(curves[0])
+    tables = [[line.rpartition(",")[0] for line in (f / "curve.csv").read_text().splitlines()] for f in (one, other)]
+    assert tables[0] == tables[1]
+
+
+class Cut(BaseException):
+    """Stands for the end of a process."""
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_cut_at_any_write_loses_nothing(uninterrupted, tmp_path, monkeypatch, after):
+    """Every replacement of every file of the run is once the last thing, or the first not, to happen."""
+    replace_file = os.replace
+    writes = 0
+
+    def counted(source, target):
+        nonlocal writes
+        writes += 1
+        if writes == cut and not after:
+            raise Cut
+        replace_file(source, target)
+        if writes == cut:
+            raise Cut
+
+    monkeypatch.setattr(os, "replace", counted)
+    cut, short = 0, replace(EXPERIMENT, checkpoint_seconds=60.0)
+    while True:
+        cut, writes = cut + 1, 0
+        folder = tmp_path / str(cut)
+        try:
+            train(short, folder)
+        except Cut:
+            train(short, folder, resume=True)
+            assert_same_run(uninterrupted, folder)
+        else:
+            break
+    assert cut > 10  # settings, curve, three times best, curve and last, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_process_is_taken_up_exactly(tmp_path, workers):
+    """SIGKILL, three times, at moments that the clock chooses; the second and third life begin where the last ended."""
+    folder = tmp_path / "killed"
+    checkpoints.write_json(tmp_path / "run.json", LONGER.settings() | {"workers": workers})
+    command = [sys.executable, "-m", "lape", "train", "--config", str(tmp_path / "run.json"), "--out", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    begun = []
+    for life, delay in enumerate((0.0, 0.013, 0.041)):
+        process = subprocess.Popen(
+            [*command, *["--resume"] * (life > 0)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        last, seen = folder / checkpoints.LAST, set()
+        while len(seen) < 4:  # every step replaces the file
+            assert process.poll() is None, process.stderr.read().decode()
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(last.stat().st_mtime_ns)
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+        assert process.returncode == -signal.SIGKILL
+        begun.append(checkpoints.read(last)["state"]["step"])
+    assert begun == sorted(set(begun))
+    assert begun[-1] < 40
+    train(replace(LONGER, workers=workers), folder, resume=True)
+    train(LONGER, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_step_that_it_came_in(uninterrupted, tmp_path, number):
+    sent = []
+
+    def interrupt(progress):
+        if progress.step >= 5 and not sent:
+            sent.append(os.kill(os.getpid(), number))
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped) as stopped:
+        train(EXPERIMENT, tmp_path / "a", report=interrupt)
+    assert stopped.value.code == 128 + number
+    assert "Go on with --resume" in stopped.value.message
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    kept = checkpoints.read(tmp_path / "a" / checkpoints.LAST)["state"]["step"]
+    assert f"step {kept} of 15 is kept" in stopped.value.message
+    assert 5 < kept < 15
+    train(EXPERIMENT, tmp_path / "a", resume=True)
+    assert_same_run(uninterrupted, tmp_path / "a")
+
+
+def test_resuming_where_there_is_nothing_begins(uninterrupted, tmp_path):
+    train(EXPERIMENT, tmp_path / "a", resume=True)
+    assert_same_run(uninterrupted, tmp_path / "a")

@@ -1,0 +1,395 @@
+"""The loop: what it leaves in a folder, and that parts and processes change nothing."""
+
+import csv
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lape import checkpoints
+from lape.errors import RunError, UsageError
+from lape.evaluation import evaluate_checkpoint
+from lape.experiment import Experiment, Place
+from lape.training import Run, launch, train
+
+TINY = Experiment(
+    model_args={"depth": 2, "embed_dim": 16, "num_heads": 2},
+    epochs=2,
+    batch_size=400,
+    lr=1e-2,
+    accelerator="cpu",
+    precision="32-true",
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def weights(folder):
+    return checkpoints.read(folder / "last.pt")["model"]
+
+
+def assert_equal_weights(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "a"
+    heard = []
+    train(TINY, folder, report=heard.append)
+    return folder, heard
+
+
+# What a run leaves behind
+
+
+def test_a_run_folder_tells_everything_about_the_run(finished):
+    folder, heard = finished
+    result = json.loads((folder / "result.json").read_text())
+    assert result["experiment"] == json.loads((folder / "experiment.json").read_text()) == TINY.settings()
+    rows = list(csv.DictReader((folder / "curve.csv").open()))
+    assert [{name: float(value) for name, value in row.items()} for row in rows] == result["curve"]
+    assert [row["step"] for row in result["curve"]] == [2, 4]
+    assert result["curve"][0].keys() == {
+        "epoch", "step", "lr", "train_loss", "val_loss", "val_accuracy", "seconds",
+    }  # fmt: skip
+    assert result["final"] == {name: result["curve"][-1][name] for name in ("val_accuracy", "val_loss")}
+    assert result["best"] == max(result["curve"], key=lambda row: row["val_accuracy"])
+    assert result["steps"] == 4
+    assert 0 < result["seconds_per_step"] < 10
+    assert result["parameters"] == sum(tensor.numel() for tensor in weights(folder).values())
+    assert result["versions"].keys() >= {"lape", "torch", "timm", "python"}
+    assert heard[-1].epoch == heard[-1].epochs == 2
+    assert heard[-1].val_accuracy == result["final"]["val_accuracy"]
+    assert heard[-1].seconds_left == 0
+    assert heard[-1].images_per_second > 0
+
+
+def test_tensorboard_shows_the_curve(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = finished
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    curve = json.loads((folder / "result.json").read_text())["curve"]
+    seen = [(event.step, event.value) for event in events.Scalars("val_accuracy")]
+    assert seen == [(row["step"], pytest.approx(row["val_accuracy"])) for row in curve]
+
+
+def test_the_best_checkpoint_is_the_one_that_the_curve_says(finished):
+    folder, _ = finished
+    best = json.loads((folder / "result.json").read_text())["best"]
+    judged = evaluate_checkpoint(folder)
+    assert judged.metrics["val_accuracy"] == best["val_accuracy"]
+    assert judged.metrics["val_loss"] == pytest.approx(best["val_loss"])
+    assert judged.images == 599
+
+
+def test_training_learns(tmp_path):
+    experiment = replace(TINY, epochs=12, batch_size=64, shift=0, join="lape-sharing")
+    curve = json.loads(train(experiment, tmp_path / "a").read_text())["curve"]
+    assert curve[-1]["val_accuracy"] > 40
+    assert curve[-1]["train_loss"] < curve[0]["train_loss"] - 0.5
+
+
+# What does not change the result, and what does
+
+
+def test_the_same_experiment_gives_the_same_weights(finished, tmp_path):
+    train(TINY, tmp_path / "b")
+    assert_equal_weights(weights(finished[0]), weights(tmp_path / "b"))
+    train(replace(TINY, seed=1), tmp_path / "c")
+    assert not torch.equal(weights(tmp_path / "c")["norm.weight"], weights(tmp_path / "b")["norm.weight"])
+
+
+def test_workers_change_nothing(tmp_path):
+    augmented = replace(TINY, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, drop_path=0.2)
+    for workers in (0, 2):
+        train(replace(augmented, workers=workers), tmp_path / str(workers))
+    assert_equal_weights(weights(tmp_path / "0"), weights(tmp_path / "2"))
+
+
+def test_accumulated_parts_are_one_batch(finished, tmp_path):
+    train(replace(TINY, accumulate=4), tmp_path / "parts")
+    whole, parts = weights(finished[0]), weights(tmp_path / "parts")
+    for name in whole:
+        torch.testing.assert_close(
+            whole[name], parts[name], rtol=1e-3, atol=2e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_two_processes_are_one(tmp_path):
+    """A two-process gloo run ends with the weights of one process at the same global batch."""
+    options = [
+        "train", "--model-args", json.dumps(TINY.model_args), "--epochs", "2", "--batch-size", "400", "--lr", "1e-3",
+        "--accelerator", "cpu", "--checkpoint-seconds", "0",
+    ]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    told = subprocess.run(
+        [*launcher, "-m", "lape", *options, "--out", str(tmp_path / "two")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    # gloo may abort when its processes leave, after all is written: what counts is the file.
+    assert (tmp_path / "two" / "result.json").exists(), told.stderr
+    train(replace(TINY, lr=1e-3), tmp_path / "one")
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    assert one["experiment"] | Place().__dict__ == two["experiment"] | Place().__dict__
+    for left, right in zip(one["curve"], two["curve"], strict=True):
+        assert left["train_loss"] == pytest.approx(right["train_loss"], rel=1e-5)
+        assert left["val_accuracy"] == pytest.approx(right["val_accuracy"], abs=0.4)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_decides_the_result_is_the_identity():
+    same = [replace(TINY, workers=3), replace(TINY, devices=2), replace(TINY, data_dir=Path("/x"))]
+    other = [replace(TINY, seed=1), replace(TINY, lr=1.0), replace(TINY, join="default"), replace(TINY, mixup=0.1)]
+    assert {e.fingerprint() for e in same} == {TINY.fingerprint()}
+    assert len({e.fingerprint() for e in [TINY, *other]}) == 5
+    again = Experiment.of(json.loads(json.dumps(replace(TINY, betas=(0.9, 0.95), data_dir=Path("x")).settings())))
+    assert again == replace(TINY, betas=(0.9, 0.95), data_dir=Path("x"))
+
+
+# The parts of a step
+
+
+def test_the_average_is_what_is_judged_and_kept(tmp_path):
+    train(replace(TINY, ema=0.5), tmp_path / "a")
+    last, best = (checkpoints.read(tmp_path / "a" / name) for name in ("last.pt", "best.pt"))
+    if best["metrics"]["epoch"] == 2:
+        assert_equal_weights(best["model"], last["ema"])
+    assert not torch.equal(last["ema"]["norm.weight"], last["model"]["norm.weight"])
+    curve = last["state"]["curve"]
+    assert evaluate_checkpoint(tmp_path / "a" / "last.pt").metrics["val_loss"] == pytest.approx(curve[-1]["val_loss"])
+
+
+def test_clipping_bounds_the_gradient(tmp_path):
+    run = Run(replace(TINY, clip_grad=1e-3), tmp_path, launch(TINY))
+    seen = []
+    run.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.nn.utils.get_total_norm([p.grad for p in run.module.parameters()]).item())
+    )
+    run.fit(lambda _: None)
+    assert max(seen) <= 1e-3 * (1 + 1e-4)
+
+
+def test_the_schedule_rises_and_falls_by_steps(tmp_path):
+    run = Run(replace(TINY, epochs=10, warmup_epochs=2.0, lr=1.0, min_lr=0.1, warmup_lr=0.0), tmp_path, launch(TINY))
+    rates = []
+    for step in range(run.steps):
+        run.scheduler.step_update(step)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    assert rates[:4] == [0, 0.25, 0.5, 0.75]
+    assert rates[4:] == [pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * step / 20))) for step in range(4, 20)]
+
+
+def test_tables_and_pe_norms_do_not_decay(tmp_path):
+    run = Run(TINY, tmp_path, launch(TINY))
+    named = {parameter: name for name, parameter in run.module.named_parameters()}
+    decayed = {named[p] for group in run.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert "blocks.0.attn.qkv.weight" in decayed
+    assert not {name for name in decayed if "pe_norm" in name or "pos_embed" in name or "cls_token" in name}
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_train_and_are_judged(tmp_path, precision):
+    result = json.loads(train(replace(TINY, precision=precision, clip_grad=1.0), tmp_path / "a").read_text())
+    assert result["curve"][-1]["train_loss"] < result["curve"][0]["train_loss"] + 0.1
+    judged = evaluate_checkpoint(tmp_path / "a" / "last.pt")
+    assert judged.metrics["val_accuracy"] == pytest.approx(result["final"]["val_accuracy"], abs=0.4)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"grad_checkpointing": True}, {"optimizer": "sgd", "lr": 0.1}, {"layer_decay": 0.8}]
+)
+def test_other_ways_to_train(tmp_path, changed):
+    result = json.loads(train(replace(TINY, **changed), tmp_path / "a").read_text())
+    assert math.isfinite(result["final"]["val_loss"])
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"join": "lapee"}, "'lape'"),
+        ({"pe": "learnabel"}, "'learnable'"),
+        ({"model": "vit_nano_patch2_9"}, "'vit_nano_patch2_8'"),
+        ({"data": "digit"}, "'digits'"),
+        ({"optimizer": "adamx"}, "is not an optimiser of timm's"),
+        ({"schedule": "cosin"}, "'cosine'"),
+        ({"img_size": 9}, r"patches of 2x2, which do not divide 9x9 images of digits\. Give --img_size"),
+        ({"model": "vit_tiny_patch16_224", "model_args": {}}, "patches of 16x16, which do not divide 8x8"),
+        ({"model_args": {"dept": 3}}, r"does not take model_args \{'dept': 3\}"),
+        ({"batch_size": 399, "accumulate": 2}, "must divide"),
+        ({"batch_size": 401, "mixup": 0.8}, "401 is odd"),
+        ({"warmup_epochs": 3.0}, "warmup_epochs 3 must not be more than epochs 2"),
+        ({"precision": "15"}, "Fabric does not take"),
+        ({"accelerator": "abacus"}, "Fabric does not take"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, changed, told):
+    with pytest.raises(UsageError, match=told):
+        train(replace(TINY, **changed), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("batch_size", 0), ("workers", -1), ("lr", -1.0)])
+def test_numbers_below_their_least_are_refused(name, value):
+    with pytest.raises(UsageError, match=f"{name} must be at least"):
+        replace(TINY, **{name: value})
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    """The message names epoch, step, images and the last good checkpoint, which stays as it was."""
+    whole = Run._step
+
+    def break_step(self, step, batches, stop):
+        if step == 3:
+            with torch.no_grad():
+                self.module.head.bias.fill_(math.nan)
+        return whole(self, step, batches, stop)
+
+    monkeypatch.setattr(Run, "_step", break_step)
+    with pytest.raises(RunError) as caught:
+        train(TINY, tmp_path / "a")
+    listed = json.loads((tmp_path / "a" / "broken-batch.json").read_text())
+    assert f"The loss is nan in epoch 1, step 3; the last good checkpoint is {tmp_path}/a/last.pt." in str(caught.value)
+    assert ", ".join(listed["images"][:3]) in str(caught.value)
+    assert (listed["epoch"], listed["step"], len(listed["images"])) == (1, 3, 400)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "a").values())
+    assert checkpoints.read(tmp_path / "a" / "last.pt")["state"]["step"] == 2
+    assert not (tmp_path / "a" / "result.json").exists()
+
+
+def test_broken_weights_never_replace_good_ones(tmp_path, monkeypatch):
+    """A gradient may overflow while the loss is still finite, in the last step before a checkpoint."""
+    whole = Run._step
+
+    def break_after(self, step, batches, stop):
+        news = whole(self, step, batches, stop)
+        if step == 3:
+            with torch.no_grad():
+                self.module.head.bias.fill_(math.inf)
+        return news
+
+    monkeypatch.setattr(Run, "_step", break_after)
+    with pytest.raises(RunError, match="The weights are no longer finite in epoch 1, step 3"):
+        train(TINY, tmp_path / "a")
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "a").values())
+
+
+@pytest.mark.parametrize(("name", "time"), [("best.pt", 1), ("last.pt", 1), ("last.pt", 2), ("curve.csv", 3)])
+def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, monkeypatch, name, time):
+    train(TINY, tmp_path / "whole")
+    count = 0
+    sync = os.fsync
+
+    def full(descriptor):
+        nonlocal count
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == f".{name}.part":
+            count += 1
+            if count == time:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=rf"a/{name} could not be written \(No space left on device\)"):
+        train(TINY, tmp_path / "a")
+    monkeypatch.undo()
+    if (name, time) in (("last.pt", 2), ("curve.csv", 3)):  # the first epoch's is there, whole
+        assert checkpoints.read(tmp_path / "a" / "last.pt")["state"]["step"] == 2
+    assert not list((tmp_path / "a").glob(".*.part"))
+    train(TINY, tmp_path / "a", resume=True)
+    assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "a"))
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_write(tmp_path):
+    """torch's writer turns the error of the file into others of its own."""
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"experiment": {}, "model": {"a": torch.ones(3)}})
+    (tmp_path / ".last.pt.part").symlink_to("/dev/full")
+    with pytest.raises(RunError, match=r"No space left on device\); the one before it is whole"):
+        checkpoints.save(path, {"experiment": {}, "model": {"a": torch.ones(100_000)}})
+    assert torch.equal(checkpoints.read(path)["model"]["a"], torch.ones(3))
+
+
+# Checkpoints of others
+
+
+def test_a_folder_of_another_experiment_is_refused(finished):
+    folder, _ = finished
+    for resume in (False, True):
+        with pytest.raises(UsageError, match=r"another experiment \(lr is 0\.01 there, 0\.5 here\)"):
+            train(replace(TINY, lr=0.5), folder, resume=resume)
+
+
+def test_a_used_folder_needs_resume(finished, tmp_path):
+    folder, _ = finished
+    with pytest.raises(UsageError, match=r"holds a finished run of this experiment\. Add --resume"):
+        train(TINY, folder)
+    before = (folder / "result.json").stat().st_mtime_ns
+    assert train(TINY, folder, resume=True) == folder / "result.json"
+    assert (folder / "result.json").stat().st_mtime_ns == before
+    checkpoints.write_json(tmp_path / "experiment.json", TINY.settings())
+    with pytest.raises(UsageError, match=r"holds an unfinished run"):
+        train(TINY, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        train(TINY, tmp_path / "file")
+
+
+def test_a_checkpoint_of_another_experiment_or_model_is_refused(finished, tmp_path):
+    folder, _ = finished
+    checkpoints.write_json(tmp_path / "experiment.json", replace(TINY, seed=9).settings())
+    (tmp_path / "last.pt").write_bytes((folder / "last.pt").read_bytes())
+    with pytest.raises(UsageError, match=r"last\.pt belongs to another experiment \(seed is 0 there, 9 here\)"):
+        train(replace(TINY, seed=9), tmp_path, resume=True)
+    saved = checkpoints.read(folder / "last.pt")
+    saved["model"]["head.weight"] = torch.zeros(5, 16)
+    checkpoints.save(tmp_path / "best.pt", saved)
+    with pytest.raises(
+        RunError, match=r"best\.pt is of another model: head\.weight is \(5, 16\) in the file and \(10, 16\)"
+    ):
+        evaluate_checkpoint(tmp_path / "best.pt")
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+def test_a_pickle_that_carries_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"experiment": {}, "model": Bomb()}, "bomb.pt")
+    with pytest.raises(RunError, match=r"bomb\.pt holds more than tensors and plain values"):
+        evaluate_checkpoint(Path("bomb.pt"))
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02]q\x00.", None])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, finished, content):
+    path = tmp_path / "x.pt"
+    path.write_bytes((finished[0] / "last.pt").read_bytes()[:3000] if content is None else content)
+    with pytest.raises(RunError, match=r"x\.pt (cannot be read as a checkpoint|is no checkpoint of a training run)"):
+        evaluate_checkpoint(path)
+    with pytest.raises(RunError, match=r"nowhere\.pt does not exist"):
+        evaluate_checkpoint(tmp_path / "nowhere.pt")
+
+
+def test_a_set_of_other_classes_is_refused(finished):
+    with pytest.raises(UsageError, match=r"was trained to tell 10 classes \(0, 1, 2 \.\.\.\) apart"):
+        evaluate_checkpoint(finished[0], data="fashion-mnist")
