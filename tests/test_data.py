@@ -167,7 +167,7 @@ def test_both_ways_to_an_unaugmented_batch_agree(digits):
 def test_what_is_not_asked_for_is_the_sets_own(digits):
     assert augmentation(Augmentation(), digits).hflip == 0
     assert augmentation(Augmentation(hflip=0.3), digits).hflip == 0.3
-    assert augmentation(Augmentation(), digits).shift == 1
+    assert augmentation(Augmentation(), digits).shift == 0
     assert augmentation(Augmentation(scale=(0.8, 1.0)), digits).shift is None
     with pytest.raises(UsageError, match="leave out shift or scale"):
         augmentation(Augmentation(shift=1, scale=(0.8, 1.0)), digits)

@@ -14,7 +14,8 @@ import torch
 
 from lape import checkpoints
 from lape.experiment import Experiment
-from lape.training import Stopped, train
+from lape.interruption import Stopped
+from lape.training import train
 
 # Whatever a checkpoint must carry is in use: dropout of paths, mixing, averaging, clipping, augmentation by timm.
 EXPERIMENT = Experiment(
@@ -163,3 +164,31 @@ def test_a_signal_keeps_the_step_that_it_came_in(uninterrupted, tmp_path, number
 def test_resuming_where_there_is_nothing_begins(uninterrupted, tmp_path):
     train(EXPERIMENT, tmp_path / "a", resume=True)
     assert_same_run(uninterrupted, tmp_path / "a")
+
+
+def test_the_scale_of_half_precision_is_taken_up(tmp_path, monkeypatch):
+    """Fabric has float16 on a CPU only where its part is handed over ready-made; the scaler's state must survive."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins import MixedPrecision
+
+    def launch(_):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+        return Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+
+    monkeypatch.setattr("lape.training.launch", launch)
+    half = replace(EXPERIMENT, precision="16-mixed", workers=0)
+    train(half, tmp_path / "whole")
+    scale = checkpoints.read(tmp_path / "whole" / checkpoints.LAST)["precision"]
+    assert scale["scale"] != 2.0**20
+
+    sent = []
+
+    def stop(progress):
+        if progress.step >= 7 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    with pytest.raises(Stopped):
+        train(half, tmp_path / "cut", report=stop)
+    train(half, tmp_path / "cut", resume=True)
+    assert checkpoints.read(tmp_path / "cut" / checkpoints.LAST)["precision"] == scale
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")

@@ -101,6 +101,48 @@ def compare(
     found.raise_failures()
 
 
+def cost(
+    model: str = "deit_tiny_patch16_224",
+    joins: list[str] = ["default", "shared", "unshared", "lape-sharing", "lape"],  # noqa: B006 (only read)
+    batch_size: int = 16,
+    rounds: int = 12,
+    threads: int | None = None,
+    device: str = "cpu",
+    out: Path | None = None,
+) -> None:
+    """This command
+
+    Args:
+        model: A timm VisionTransformer.
+        joins: Ways of joining; the untouched model, timed twice, and folded LaPE stand beside them.
+        batch_size: Images in a step.
+        rounds: How often each contender takes its turn.
+        threads: Threads of torch; nothing: one a core.
+        device: What computes: cpu, cuda.
+        out: Folder for cost.md and cost.json, which holds every single time.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lape.checkpoints import write_text
+    from lape.cost import measure
+    from lape.report.cost import as_json, explanation, markdown, terminal
+
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    shown = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1)
+        costs = measure(model, joins, batch_size, rounds, device, report=lambda done: bar.update(task, completed=done))
+    said = explanation(model, batch_size, rounds)
+    console().print(terminal(costs, said))
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "cost.md", markdown(costs, said))
+        write_text(out / "cost.json", as_json(costs, said))
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the help, and the function whose parameters are the options.
@@ -130,6 +172,11 @@ COMMANDS: Mapping[str, Command] = {
         evaluate,
         "measure the accuracy of a checkpoint",
         "lape eval --checkpoint runs/first/best.pt",
+    ),
+    "cost": Command(
+        cost,
+        "measure parameters, FLOPs, memory and time of each join beside the untouched model",
+        "lape cost --model deit_tiny_patch16_224 --joins default,lape",
     ),
 }
 
@@ -165,17 +212,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("lape: stopped.", error=True)
         return INTERRUPTED
     except SystemExit as error:
-        if message := getattr(error, "message", None):  # lape.training.Stopped
+        if message := getattr(error, "message", None):  # lape.interruption.Stopped
             say(f"lape: {message}", error=True)
         return error.code if isinstance(error.code, int) else FAILURE
     return FAILURE
 
 
 def _run(words: list[str]) -> int:
+    command, given = parsed(words or ["--help"])
+    command.run(**given)
+    return 0
+
+
+def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
+    """Return the command that is asked for and its arguments; raises UsageError for what there is not."""
     parser = _parser()
-    if not words:
-        parser.print_help()
-        return 0
     name = words[0]
     if name in COMMANDS:
         words = [name, *_with_kept_settings(_normal(name, words[1:]))]
@@ -187,8 +238,7 @@ def _run(words: list[str]) -> int:
     except ArgumentError as error:
         raise UsageError(f"{' '.join(str(error).split())} (lape {name} --help says more)") from error
     given = {key: value for key, value in vars(chosen[name]).items() if key != "config"}
-    COMMANDS[name].run(**_arguments(COMMANDS[name], given))
-    return 0
+    return COMMANDS[name], _arguments(COMMANDS[name], given)
 
 
 def _arguments(command: Command, given: dict[str, Any]) -> dict[str, Any]:

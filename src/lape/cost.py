@@ -80,7 +80,7 @@ def _contenders(model: str, joins: Sequence[str]) -> Iterator[tuple[str, nn.Modu
 
     untouched = remove(create_model(model, join="default"))  # refuses names that are not known
     yield "untouched", untouched
-    yield "untouched, again", copy.deepcopy(untouched)
+    yield "and again", copy.deepcopy(untouched)
     for join in joins:
         yield join, apply(timm.create_model(model), join)
     yield "lape, folded", fold(apply(timm.create_model(model)))

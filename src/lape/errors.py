@@ -1,7 +1,7 @@
 """The two ways in which a request can fail, and the choice of an object by its name."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from typing import TypeVar
 
 Chosen = TypeVar("Chosen")
@@ -28,7 +28,12 @@ def choose(table: Mapping[str, Chosen], name: str, what: str) -> Chosen:
     """
     if name in table:
         return table[name]
-    near = get_close_matches(name.lower(), table, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+
+    def likeness(other: str) -> tuple[float, float]:  # of its beginning first: names are cut short more often than not
+        typed = name.lower()
+        return SequenceMatcher(None, typed, other[: len(typed)]).ratio(), SequenceMatcher(None, typed, other).ratio()
+
+    near = max(table, key=likeness)
+    hint = f" Did you mean {near!r}?" if likeness(near)[0] >= 0.5 else ""
     listed = f" Valid names: {', '.join(table)}." if len(table) < 40 else ""
     raise UsageError(f"{name!r} is not {what}.{hint}{listed}")

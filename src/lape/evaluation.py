@@ -1,6 +1,7 @@
 """What a model gets right: the validation that training does, and that of a checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 from lape.assembly import launch, model_of
 from lape.checkpoints import BEST, load, read
 from lape.data import pipeline
-from lape.data.pipeline import Batch, Whole
+from lape.data.pipeline import Batches, Whole
 from lape.data.sources import find
 from lape.errors import UsageError
 from lape.experiment import Experiment
@@ -28,12 +29,12 @@ class Judged:
     metrics: Mapping[str, float]
 
 
-def evaluate(fabric: Fabric, task: Classification, model: nn.Module, batches: Iterator[Batch]) -> dict[str, float]:
+def evaluate(fabric: Fabric, task: Classification, model: nn.Module, batches: Batches) -> dict[str, float]:
     """Return the task's metrics of a model, one that Fabric does not wrap, over all processes' batches."""
     meter = task.meter().to(fabric.device)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), fabric.autocast():
+    with closing(batches), torch.no_grad(), fabric.autocast():
         for batch in batches:
             meter.update(model, fabric.strategy.precision.convert_input(fabric.to_device(batch)))
     model.train(was_training)

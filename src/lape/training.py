@@ -5,31 +5,30 @@ Whatever is random in a step depends on the seed and the step alone, so a checkp
 
 import math
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from time import monotonic
-from types import FrameType
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from lape.assembly import launch, model_of, optimizer_of, scheduler_of
 from lape.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, refuse_other, save, write_json
 from lape.curves import Curves
 from lape.data import pipeline
-from lape.data.pipeline import Batch, Key, Order, Shares, Whole, reseed, seed_of
+from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
 from lape.data.sources import find
 from lape.errors import RunError
 from lape.evaluation import evaluate
 from lape.experiment import Experiment
+from lape.interruption import Stopped, signals
 from lape.provenance import provenance
 from lape.tasks.classification import Classification
 
@@ -49,14 +48,6 @@ class Progress:
     seconds_left: float
     train_loss: float  # mean over this epoch so far, or over the last one at its end
     val_accuracy: float | None  # of the last finished epoch, in percent
-
-
-class Stopped(SystemExit):
-    """Raised after SIGINT or SIGTERM, when the checkpoint is written; ends a program with status 128 + signal."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(128 + number)
-        self.message = message
 
 
 @dataclass
@@ -79,8 +70,9 @@ def train(
 ) -> Path:
     """Train one model in a folder of its own and return the path of its `result.json`.
 
-    `report` is told how it goes, in the first process alone. With `resume` a run that was cut off goes on from its last checkpoint and ends with the weights, bit for bit, that
-    it would have had; a finished one is left as it is, and a new one begins.
+    With `resume` a run that was cut off goes on from its last checkpoint and ends with the weights, bit for bit, that
+    it would have had; a finished one is left as it is, and a new one begins. `report` is told how it goes, in the
+    first process alone.
 
     Raises UsageError for settings that do not fit each other, the data or the folder; RunError for an unreadable
     image, a loss that is not finite, and a full disk; Stopped after SIGINT and SIGTERM.
@@ -129,7 +121,7 @@ class Run:
         saved = told = monotonic()
         self.begun = saved - self.state.seconds
         waiting: tuple[int, Tensor] | None = None
-        with signals() as heard:
+        with closing(batches), signals() as heard:
             for step in range(self.state.step, self.steps):
                 top = monotonic()
                 news = self._step(step, batches, stop=bool(heard))
@@ -204,9 +196,9 @@ class Run:
         listed = self.folder / "broken-batch.json"
         if not self.fabric.is_global_zero:
             raise SystemExit(1)  # one process tells
-        write_json(listed, {"epoch": epoch, "step": step, "images": titles})
+        write_json(listed, {"epoch": epoch + 1, "step": step + 1, "images": titles})
         raise RunError(
-            f"{what} in epoch {epoch}, step {step}; {kept}. Its images are {', '.join(titles[:3])} ... (all in "
+            f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Its images are {', '.join(titles[:3])} ... (all in "
             f"{listed}). Look at them, or start anew with a lower lr or with --clip_grad 1."
         )
 
@@ -277,12 +269,12 @@ class Run:
         write_json(self.folder / SETTINGS, self.experiment.settings())
         return Curves(self.folder, self.state.curve)
 
-    def _training_batches(self) -> Iterator[Batch]:
+    def _training_batches(self) -> Batches:
         settings = self.experiment
         images = pipeline.training_images(self.source, settings, self.size, settings.seed)
         return self._load(images, Shares(self.order, self.fabric.global_rank, self.state.step, self.steps))
 
-    def _load(self, images: Dataset[Any], keys: Sampler[Key]) -> Iterator[Batch]:
+    def _load(self, images: Dataset[Any], keys: Sampler[Key]) -> Batches:
         workers = self.experiment.workers
         return pipeline.load(images, keys, workers, pin=self.fabric.device.type == "cuda")
 
@@ -314,27 +306,3 @@ class Run:
             "final": {name: curve[-1][name] for name in kept},
             "best": max(curve, key=lambda row: row[score]),
         }
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Hear SIGINT and SIGTERM into a list, so that a step can be finished; a second one acts as it would have."""
-    heard: list[int] = []
-    before: dict[int, Any] = {}
-
-    def hear(number: int, _: FrameType | None) -> None:
-        heard.append(number)
-        give_back()
-
-    def give_back() -> None:
-        while before:
-            signal.signal(*before.popitem())
-
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # whoever started this process keeps it out
-                before[number] = signal.signal(number, hear)
-    try:
-        yield heard
-    finally:
-        give_back()

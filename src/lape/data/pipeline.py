@@ -4,7 +4,7 @@ not on the number of workers or processes, nor on where in a run one starts.
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from lape.experiment import Augmentation
 
 Key = tuple[int, Tensor]  # epoch, indices (B,)
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
+Batches = Generator[Batch, None, None]
 
 
 def seed_of(*key: int) -> int:
@@ -260,20 +261,21 @@ class Whole(Sampler[Key]):
         return ((0, indices) for indices in self.batches)
 
 
-def load(images: Dataset[Any], keys: Sampler[Key], workers: int | None, pin: bool) -> Iterator[Batch]:
+def load(images: Dataset[Any], keys: Sampler[Key], workers: int | None, pin: bool) -> Batches:
     """Yield batches, prepared by `workers` processes; raises RunError for an image that cannot be read.
 
-    Unless a number is given, images in memory are prepared here, and others by a process a core, at most 8.
+    Unless a number is given, images in memory are prepared here, and others by a process a core, at most 8. Closing the
+    generator ends the processes.
     """
     if workers is None:
-        workers = 0 if isinstance(images, Shifted) else min(8, len(os.sched_getaffinity(0)))
+        workers = 0 if isinstance(images, Shifted) else min(8, _cores())
     loader = DataLoader(
         images,
         sampler=keys,
         batch_size=None,  # a key is a batch
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_leave_group,
     )
     for batch in loader:
         if isinstance(batch, Unreadable):
@@ -281,10 +283,11 @@ def load(images: Dataset[Any], keys: Sampler[Key], workers: int | None, pin: boo
         yield batch
 
 
-def _leave_signals(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; workers go when the process that they serve does."""
-    import signal
+def _leave_group(_: int) -> None:
+    """A signal to the group of a run, as Ctrl-C in a terminal sends it, is for the run alone: it ends its workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

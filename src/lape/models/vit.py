@@ -8,7 +8,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
-NANO = {"embed_dim": 64, "depth": 6, "num_heads": 4, "mlp_ratio": 2.0}
+NANO = {"embed_dim": 48, "depth": 6, "num_heads": 3, "mlp_ratio": 2.0}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit_nano_patch2_8": {"img_size": 8, "patch_size": 2, **NANO},

@@ -1,0 +1,85 @@
+"""The cost of joins as tables: for the terminal, as Markdown, and as JSON with every single time."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from statistics import median
+from typing import TYPE_CHECKING
+
+from lape.cost import Cost, Ratio, ratio
+from lape.provenance import provenance
+from lape.report.words import duration
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+HEADINGS = ("", "parameters", "GFLOPs", "memory", "training", "beside", "inference", "beside")
+
+
+def cells(costs: Sequence[Cost]) -> list[tuple[str, ...]]:
+    """Return one line a contender; `beside` is the median of its ratios to the first one's times, round by round."""
+    base = costs[0]
+    return [
+        (
+            cost.name,
+            f"{cost.parameters:,}",
+            f"{cost.flops / 1e9:.3f}",
+            f"{cost.training_bytes / 2**20:,.1f} MiB" if cost.training_bytes else "–",
+            duration(median(cost.training)) if cost.training else "–",
+            _beside(cost.training, base.training, cost is base),
+            duration(median(cost.inference)),
+            _beside(cost.inference, base.inference, cost is base),
+        )
+        for cost in costs
+    ]
+
+
+def _beside(times: Sequence[float], base: Sequence[float], itself: bool) -> str:
+    if itself or not times:
+        return "1" if times else "–"
+    found: Ratio = ratio(times, base)
+    return f"{found.median:.3f}±{(found.high - found.low) / 2:.3f}"
+
+
+def explanation(model: str, batch_size: int, rounds: int) -> str:
+    """Say what the numbers are, and how to read the noise."""
+    return (
+        f"{model}, {batch_size} images a step, {rounds} rounds in which all contenders take turns. GFLOPs: of one "
+        "image, an addition and a multiplication counted as two. memory: at the peak of a training step with AdamW. "
+        "beside: the time over that of the untouched model in the same round, the median over rounds, ± half the "
+        "width of their middle half; the second line is the same model timed again, so what differs there is noise."
+    )
+
+
+def terminal(costs: Sequence[Cost], said: str) -> "Group":
+    """Return the table and its explanation for rich."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [heading for heading in HEADINGS if heading != "GFLOPs"]  # 80 columns have no room for it
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for place, heading in enumerate(shown):
+        table.add_column(heading, justify="right" if place else "left", vertical="bottom", no_wrap=not place)
+    for line in cells(costs):
+        table.add_row(*(Text(cell) for cell, heading in zip(line, HEADINGS, strict=True) if heading != "GFLOPs"))
+    flops = ", ".join(f"{cost.flops / 1e9:.3f} ({cost.name})" for cost in costs)
+    same = len({cost.flops for cost in costs}) == 1
+    counted = f"GFLOPs: {costs[0].flops / 1e9:.3f} for each of them." if same else f"GFLOPs: {flops}."
+    return Group(table, Text(f"\n{counted} {said}"))
+
+
+def markdown(costs: Sequence[Cost], said: str) -> str:
+    """Return table and explanation as Markdown."""
+    found = provenance()
+    lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *cells(costs)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{table}\n\n{said}\n\n`{found['command']}` at commit {found['commit']}, {found['machine']}, {versions}\n"
+
+
+def as_json(costs: Sequence[Cost], said: str) -> str:
+    """Return every time of every round, and what they were measured with."""
+    content = {"explanation": said, **provenance(), "costs": [asdict(cost) for cost in costs]}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,310 @@
+"""The command line as a person types it: what it says, where, and the status that it ends with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lape import checkpoints, cli
+from lape.training import Run
+
+SMALL = ["--model-args", '{"depth": 2, "embed_dim": 16, "num_heads": 2}', "--batch-size", "400", "--accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def lape(capsys):
+    """Run a command in this process; returns status, standard output and standard error."""
+
+    def run(*words):
+        status = cli.main(words)
+        told = capsys.readouterr()
+        return status, told.out, told.err
+
+    return run
+
+
+def refused(told, status=cli.USAGE):
+    """One line, no traceback, on standard error alone; returns it."""
+    ended, out, err = told
+    assert ended == status, told
+    lines = [line for line in err.splitlines() if not line.startswith("epoch ")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("lape: ")
+    assert "Traceback" not in err + out
+    return lines[0]
+
+
+def a_folder(root, size=16):
+    for part in ("train", "val"):
+        for number, name in enumerate(("cat", "dog")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = np.full((size, size, 3), 40 * i + 100 * number, np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+OF_FOLDER = ["--data", "pets", "--img-size", "16", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
+
+
+# Help
+
+
+def test_help_teaches_every_command_without_torch():
+    script = (
+        "import sys; from lape.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print(sorted({'torch', 'timm', 'torchvision', 'lightning_fabric', 'sklearn'} & set(sys.modules)))"
+    )
+    for words in (["--help"], ["train", "--help"], ["compare", "--help"], ["eval", "--help"], ["--version"], ["trian"]):
+        told = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+        assert told.stdout.splitlines()[-1] == "[]", (words, told.stderr)
+
+
+def test_help_shows_what_each_command_does_and_an_example(lape):
+    status, out, err = lape("--help")
+    assert (status, err) == (0, "")
+    for name, command in cli.COMMANDS.items():
+        assert " ".join(command.does.split()) in " ".join(out.split())
+        assert command.example in out
+        status, own, _ = lape(name, "--help")
+        assert status == 0
+        assert command.example in own
+    assert lape()[:2] == (0, out)
+    assert "print_completion" in out
+
+
+def test_every_option_of_every_command_is_explained():
+    for name, command in cli.COMMANDS.items():
+        own = cli._parser()._subparsers._group_actions[0].choices[name]
+        for action in own._actions:
+            assert action.help, f"{name} {action.option_strings}"
+        assert {group.title for group in own._action_groups} >= {"This command"}
+        assert set(cli._hints(command)) <= {action.dest for action in own._actions}
+
+
+def test_examples_of_the_help_are_read(lape):
+    for command in cli.COMMANDS.values():
+        assert lape(*command.example.split()[1:], "--print_config")[0] == 0
+
+
+def test_version_and_completion(lape):
+    assert lape("--version") == (0, "lape 0.1.0\n", "")
+    status, script, _ = lape("--print_completion", "shtab-bash")
+    assert status == 0
+    assert "--checkpoint_seconds" in script
+
+
+# Typing
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        (["--joins", "default", "lape"], "[default,lape]"),
+        (["--joins", "default,lape"], "[default,lape]"),
+        (["--joins", "default,", "lape"], "[default,lape]"),
+        (["--joins=default,lape"], "[default,lape]"),
+        (["--joins", "[default, lape]"], "[default,lape]"),
+        (["--joins", "lape"], "[lape]"),
+    ],
+)
+def test_lists_are_typed_with_spaces_or_commas(typed, read):
+    assert cli._normal("compare", [*typed, "--epochs", "3"]) == [f"--joins={read}", "--epochs", "3"]
+
+
+def test_numbers_lists_flags_and_dashes_are_read(lape):
+    status, out, _ = lape(
+        "train", "--betas", "0.9", "0.95", "--scale", "0.2,1", "--resume", "--batch-size=8", "--grad-checkpointing",
+        "--print_config",
+    )  # fmt: skip
+    assert status == 0
+    config = yaml.safe_load(out)
+    assert config["betas"] == [0.9, 0.95]
+    assert config["scale"] == [0.2, 1.0]
+    assert config["resume"] is config["grad_checkpointing"] is True
+    assert config["batch_size"] == 8
+
+
+def test_compare_takes_the_settings_of_a_run_but_those_that_it_varies(lape):
+    _, out, _ = lape("compare", "--epochs", "7", "--seeds", "5", "--pe", "none", "--print_config")
+    config = yaml.safe_load(out)
+    assert (config["epochs"], config["seeds"], config["pe"]) == (7, [5], ["none"])
+    assert not {"join", "seed", "resume"} & config.keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "--eopchs", "3"], "did you mean --epochs?"),
+        (["train", "--epochs", "three"], "epochs"),
+        (["train", "--epochs"], "expected one argument"),
+        (["train", "--epochs", "0"], "epochs must be at least 1, not 0"),
+        (["train", "more"], "more"),
+        (["train", "--join", "lapee"], "'lape'"),
+        (["train", "--pe", "learnabel"], "'learnable'"),
+        (["train", "--model", "vit_nano_patch2_9"], "'vit_nano_patch2_8'"),
+        (["train", "--data", "digts"], "'digits'"),
+        (["train", "--data", "no/folder"], "There is no folder no/folder"),
+        (["train", "--img_size", "9"], "which do not divide 9x9 images"),
+        (["train", "--config", "nothing.yaml"], "nothing.yaml"),
+        (["train", "--pe", "relative", "--join", "lape"], "relative"),
+        (["compare", "--joins", "default", "lapee"], "'lape'"),
+        (["compare", "--seeds", "0"], "seeds"),
+        (["eval"], "checkpoint"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_status_2(lape, tmp_path, words, told):
+    assert told in refused(lape(*words))
+    assert not list(tmp_path.iterdir())
+
+
+# Train and eval
+
+
+def test_train_then_eval(lape, tmp_path):
+    status, out, err = lape("train", *SMALL, "--epochs", "2", "--out", "runs/x")
+    assert (status, out) == (0, "Done: runs/x/result.json\n")
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert "images/s" in lines[0]
+    assert "left" in lines[0]
+    assert "arning" not in err
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    best = json.loads((tmp_path / "runs/x/result.json").read_text())["best"]["val_accuracy"]
+    for given in ("runs/x/best.pt", "runs/x"):
+        status, out, err = lape("eval", "--checkpoint", given)
+        assert (status, err) == (0, "")
+        assert out.startswith(f"{best:.2f} % of 599 validation images of digits are right")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_run_has_a_folder_by_default(lape, tmp_path):
+    assert lape("train", *SMALL, "--epochs", "1", "--join", "default", "--seed", "7")[0] == 0
+    assert (tmp_path / "runs" / "digits-default-learnable-seed7" / "result.json").exists()
+
+
+def test_a_used_folder(lape):
+    """Nothing of a run is overwritten; --resume takes its settings from the folder."""
+    assert lape("train", *SMALL, "--epochs", "1", "--out", "x")[0] == 0
+    assert "holds a finished run" in refused(lape("train", *SMALL, "--epochs", "1", "--out", "x"))
+    assert "epochs is 1 there, 2 here" in refused(lape("train", *SMALL, "--epochs", "2", "--out", "x"))
+    assert lape("train", "--resume", "--out", "x")[:2] == (0, "Done: x/result.json\n")
+    assert "lr is" in refused(lape("train", "--resume", "--out", "x", "--lr", "0.5"))
+
+
+def test_a_configuration_that_was_printed_is_read(lape, tmp_path):
+    _, out, _ = lape("train", *SMALL, "--epochs", "1", "--betas", "0.8,0.9", "--out", "x", "--print_config")
+    (tmp_path / "run.yaml").write_text(out)
+    assert lape("train", "--config", "run.yaml", "--seed", "3")[0] == 0
+    stored = json.loads((tmp_path / "x/experiment.json").read_text())
+    assert (stored["betas"], stored["seed"], stored["epochs"]) == ([0.8, 0.9], 3, 1)
+
+
+def test_a_folder_of_images(lape, tmp_path):
+    a_folder(tmp_path / "pets")
+    model = ["--model", "vit_nano_patch2_8", "--model-args", '{"depth": 1, "embed_dim": 16, "num_heads": 2}']
+    assert lape("train", *OF_FOLDER, *model, "--out", "x")[0] == 0
+    assert lape("eval", "--checkpoint", "x", "--workers", "0")[0] == 0
+
+
+# Failures
+
+
+def test_an_unreadable_image_is_named(lape, tmp_path):
+    (a_folder(tmp_path / "pets") / "train" / "dog" / "1.png").write_bytes(b"GIF8")
+    line = refused(lape("train", *OF_FOLDER, "--workers", "1", "--out", "x"), cli.FAILURE)
+    assert "pets/train/dog/1.png cannot be read as an image" in line
+
+
+def test_folders_that_are_no_dataset(lape, tmp_path):
+    root = a_folder(tmp_path / "pets")
+    (root / "train" / "emu").mkdir()
+    assert "pets/train/emu holds no image" in refused(lape("train", *OF_FOLDER))
+    (root / "train" / "emu").rename(root / "val" / "emu")
+    assert "pets/val/emu is a class that pets/train does not have" in refused(lape("train", *OF_FOLDER))
+
+
+def test_a_loss_that_is_not_finite(lape, tmp_path):
+    line = refused(lape("train", *SMALL, "--optimizer", "sgd", "--lr", "1e30", "--warmup-epochs", "0", "--out", "x"), 1)
+    assert "in epoch 1, step" in line
+    assert "training image" in line
+    assert not (tmp_path / "x" / "result.json").exists()
+
+
+def test_a_full_disk(lape, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused(lape("train", *SMALL, "--epochs", "1", "--out", "x"), cli.FAILURE)
+    assert "x/experiment.json could not be written (No space left on device)" in line
+
+
+def test_a_place_that_cannot_be_written(lape, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file/x" in refused(lape("train", *SMALL, "--epochs", "1", "--out", "file/x"), cli.FAILURE)
+
+
+def test_a_checkpoint_with_code_and_one_of_another_model(lape, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, ("touch exploded",)
+
+    torch.save({"experiment": {}, "model": Bomb()}, "bomb.pt")
+    assert "could run code; it was not read" in refused(lape("eval", "--checkpoint", "bomb.pt"), cli.FAILURE)
+    assert not (tmp_path / "exploded").exists()
+    assert "nowhere.pt does not exist" in refused(lape("eval", "--checkpoint", "nowhere.pt"), cli.FAILURE)
+    assert lape("train", *SMALL, "--epochs", "1", "--out", "x")[0] == 0
+    saved = checkpoints.read(tmp_path / "x/best.pt")
+    saved["experiment"]["model_args"] = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+    checkpoints.save(tmp_path / "other.pt", saved)
+    assert "other.pt is of another model: blocks.1." in refused(lape("eval", "--checkpoint", "other.pt"), cli.FAILURE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_signal_ends_a_run_with_a_message(tmp_path, number, workers):
+    """To the whole group of processes, as Ctrl-C in a terminal does."""
+    options = ["train", *SMALL, "--epochs", "500", "--workers", workers, "--out", "x"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lape", *options],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while not (tmp_path / "x" / "last.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    told = process.returncode, out, err
+    line = refused(told, 128 + number)
+    kept = checkpoints.read(tmp_path / "x/last.pt")["state"]["step"]
+    assert f"step {kept} of 1000 is kept in x/last.pt. Go on with --resume." in line
+
+
+def test_a_bug_is_not_hidden(lape, monkeypatch):
+    """Only what was foreseen becomes a sentence: a mistake of ours keeps its traceback."""
+
+    def break_step(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Run, "_step", break_step)
+    with pytest.raises(ZeroDivisionError):
+        lape("train", *SMALL, "--epochs", "1", "--out", "x")
