@@ -192,3 +192,33 @@ def test_the_scale_of_half_precision_is_taken_up(tmp_path, monkeypatch):
     train(half, tmp_path / "cut", resume=True)
     assert checkpoints.read(tmp_path / "cut" / checkpoints.LAST)["precision"] == scale
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(EXPERIMENT, tmp_path / "a", report=lambda _: os.kill(os.getpid(), signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "a" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_one_step(tmp_path):
+    """torchrun hands a signal on to both; the checkpoint is whole, and one process takes it up."""
+    experiment = replace(LONGER, epochs=100, checkpoint_seconds=0.05, drop_path=0.0, mixup=0.0, cutmix=0.0)
+    checkpoints.write_json(tmp_path / "run.json", experiment.settings())
+    folder = tmp_path / "a"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lape"]
+    process = subprocess.Popen(
+        [*command, "train", "--config", str(tmp_path / "run.json"), "--out", str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (folder / checkpoints.LAST).exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    step = checkpoints.read(folder / checkpoints.LAST)["state"]["step"]
+    assert f"Stopped: step {step} of 500 is kept" in err
+    assert err.count("Stopped: ") == 1

@@ -212,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("lape: stopped.", error=True)
         return INTERRUPTED
     except SystemExit as error:
-        if message := getattr(error, "message", None):  # lape.interruption.Stopped
+        message = getattr(error, "message", None)  # lape.interruption.Stopped has one
+        if message and _first_process():
             say(f"lape: {message}", error=True)
         return error.code if isinstance(error.code, int) else FAILURE
     return FAILURE

@@ -118,30 +118,32 @@ class Run:
         """Train from where the state is to the end."""
         self.curves = self._open_folder()
         batches = self._training_batches()
-        saved = told = monotonic()
+        saved = reported = monotonic()
         self.begun = saved - self.state.seconds
         waiting: tuple[int, Tensor] | None = None
+        told_early = False
         with closing(batches), signals() as heard:
             for step in range(self.state.step, self.steps):
                 top = monotonic()
                 news = self._step(step, batches, stop=bool(heard))
                 # Reading a number waits for the device: read the last step's while it computes this one.
-                stop = waiting is not None and self._settle(*waiting)
+                stop = told_early or (waiting is not None and self._settle(*waiting))
                 waiting = step, news
                 now = monotonic()
                 self.durations.append(now - top)
                 epoch_ends = (step + 1) % self.order.steps == 0
                 if epoch_ends or stop or now - saved > self.experiment.checkpoint_seconds:
-                    stop = self._settle(*waiting) or stop
-                    waiting = None
+                    told_early, waiting = self._settle(*waiting), None
+                    # All processes must stop at one step, and their clocks differ: those not here learn of it next.
+                    stop = stop or (epoch_ends and told_early)
                     self.state.step = step + 1
                     self._refuse_broken_weights(step)
                     if epoch_ends:
                         self._end_epoch()
                     self._save()
                     saved = monotonic()
-                if self.curves and (epoch_ends or now - told > SECONDS_BETWEEN_REPORTS):
-                    told = now
+                if self.curves and (epoch_ends or now - reported > SECONDS_BETWEEN_REPORTS):
+                    reported = now
                     report(self._progress(step + 1))
                 if stop:
                     place = f"step {step + 1} of {self.steps} is kept in {self.folder / LAST}"
