@@ -21,7 +21,6 @@ SMALL = ["--model-args", '{"depth": 2, "embed_dim": 16, "num_heads": 2}', "--bat
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
 
 

@@ -38,14 +38,8 @@ EXPERIMENT = Experiment(
 LONGER = replace(EXPERIMENT, epochs=8)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("whole") / "a"
     train(EXPERIMENT, folder)
     return folder

@@ -30,11 +30,6 @@ TINY = Experiment(
 )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 def weights(folder):
     return checkpoints.read(folder / "last.pt")["model"]
 

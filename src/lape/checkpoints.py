@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.weights import opened
 
 LAST, BEST = "last.pt", "best.pt"
 SETTINGS, RESULT = "experiment.json", "result.json"
@@ -56,18 +56,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """Return what `save` wrote, on the CPU; raises RunError naming a file that is something else, or carries code."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise RunError(
-            f"{path} holds more than tensors and plain values, and reading it could run code; it was not read. "
-            "Give a checkpoint that lape train wrote."
-        ) from error
-    except FileNotFoundError as error:
-        raise RunError(f"{path} does not exist. Give a checkpoint that lape train wrote.") from error
-    except Exception as error:  # a damaged file comes out as many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{path} cannot be read as a checkpoint ({reason}). Is it complete?") from error
+    state = opened(path)
     if not isinstance(state, dict) or not {"experiment", "model"} <= state.keys():
         raise RunError(f"{path} is no checkpoint of a training run: it names no experiment. Give one of lape train's.")
     return state

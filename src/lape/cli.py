@@ -235,7 +235,7 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
         near = get_close_matches(name, COMMANDS, n=1)
         raise UsageError(f"{name!r} is no command{_did_you_mean(near)}. There are {', '.join(COMMANDS)}.")
     try:
-        chosen = parser.instantiate_classes(parser.parse_args(words))
+        chosen = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
         raise UsageError(f"{' '.join(str(error).split())} (lape {name} --help says more)") from error
     given = {key: value for key, value in vars(chosen[name]).items() if key != "config"}

@@ -32,7 +32,7 @@ def machine() -> str:
     import torch
 
     graphics = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    threads = f"{os.cpu_count()} cores, torch threads: {torch.get_num_threads()}"
     return ", ".join([f"{platform.system()} {platform.machine()}", threads, *graphics])
 
 

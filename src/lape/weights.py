@@ -49,7 +49,11 @@ def read(path: str | Path) -> Weights:
 
     Raises RunError, naming the file, where it cannot be read, holds code, or holds no weights.
     """
-    path = Path(path)
+    return _state(opened(Path(path)), Path(path))
+
+
+def opened(path: Path) -> Any:
+    """Return what a file of tensors and plain values holds, on the CPU; raises RunError, naming it, where it cannot."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -58,17 +62,17 @@ def read(path: str | Path) -> Weights:
         # The authors' and DeiT's checkpoints hold their arguments, a plain namespace, beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise RunError(
             f"{path} holds more than tensors and plain values, and reading it could run code; it was not read. "
-            "Save its state dict alone, best as .safetensors."
+            "Give a file that holds nothing else, best a .safetensors."
         ) from error
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist. Check the path.") from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        raise RunError(f"{path} cannot be read as weights ({_first_line(error)}). Is it complete?") from error
-    return _state(stored, path)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"{path} cannot be read as a checkpoint ({reason}). Is it complete?") from error
 
 
 def _state(stored: Any, path: Path) -> Weights:
@@ -150,7 +154,3 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 def _named(names: list[str] | tuple[str, ...]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} {'is' if len(names) == 1 else 'are'}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

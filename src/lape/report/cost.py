@@ -59,7 +59,7 @@ def terminal(costs: Sequence[Cost], said: str) -> "Group":
     from rich.text import Text
 
     shown = [heading for heading in HEADINGS if heading != "GFLOPs"]  # 80 columns have no room for it
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for place, heading in enumerate(shown):
         table.add_column(heading, justify="right" if place else "left", vertical="bottom", no_wrap=not place)
     for line in cells(costs):
