@@ -513,6 +513,8 @@ def test_create_model_is_timms_with_a_join() -> None:
     assert not model.pos_embed.requires_grad
     with pytest.raises(UsageError, match="Did you mean 'deit_tiny_patch16_224'"):
         lape.create_model("deit_tiny_patch16_242")
+    with pytest.raises(UsageError, match=r"resnet18 does not take these options: .*img_size"):
+        lape.create_model("resnet18", img_size=32)
 
 
 def test_every_host_row_names_classes_that_exist() -> None:

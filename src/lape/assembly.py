@@ -51,18 +51,13 @@ def model_of(experiment: Experiment, source: ImageSource) -> tuple[nn.Module, tu
     if asked:
         options["img_size"] = asked
     reseed(seed_of(experiment.seed))
-    try:
-        model: Any = lape.create_model(
-            experiment.model,
-            join=experiment.join,
-            pe=experiment.pe,
-            pe_norm=experiment.pe_norm,
-            **options | experiment.model_args,
-        )
-    except TypeError as error:
-        if not experiment.model_args:
-            raise
-        raise UsageError(f"{experiment.model} does not take model_args {experiment.model_args} ({error}).") from error
+    model: Any = lape.create_model(
+        experiment.model,
+        join=experiment.join,
+        pe=experiment.pe,
+        pe_norm=experiment.pe_norm,
+        **options | experiment.model_args,
+    )
     size = asked or tuple(model.pretrained_cfg["input_size"][-2:])
     patch = model.patch_embed.patch_size
     if any(length % step for length, step in zip(size, patch, strict=True)):

@@ -56,6 +56,11 @@ def measure(
     """
     if rounds < 2 or batch_size < 1:
         raise UsageError(f"A cost needs at least 2 rounds of 1 image; received {rounds} of {batch_size}.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device={device!r} is not to be had on this machine ({reason}). Use 'cpu'.") from error
     contenders = dict(_contenders(model, joins))
     costs = {name: _counted(name, contender, batch_size) for name, contender in contenders.items()}
     some = next(iter(contenders.values()))

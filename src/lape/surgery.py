@@ -119,7 +119,8 @@ def create_model(
 ) -> nn.Module:
     """Create a model of timm's registry, ours included, and apply a join to it; `options` are timm's.
 
-    Raises UsageError for a name that timm does not know, with the nearest that it does, and as `apply` does.
+    Raises UsageError for a name that timm does not know, with the nearest that it does, for options that the model does
+    not take, and as `apply` does.
     """
     import timm
 
@@ -128,7 +129,11 @@ def create_model(
     known = name.partition(".")[0]
     if "/" not in name and ":" not in name:
         choose(dict.fromkeys(timm.list_models()), known, "a model that timm knows")
-    return apply(timm.create_model(name, **options), join, pe, pe_norm)
+    try:
+        model = timm.create_model(name, **options)
+    except TypeError as error:
+        raise UsageError(f"{name} does not take these options: {error}. Leave them out, or name a ViT.") from error
+    return apply(model, join, pe, pe_norm)
 
 
 def _build(record: Positions, own: nn.Parameter | None, keeps_own: bool) -> None:
