@@ -275,6 +275,26 @@ def test_distributed_training_finds_no_unused_parameter(names: dict[str, str]) -
         torch.distributed.destroy_process_group()
 
 
+def test_distributed_training_takes_re_entrant_checkpoints_with_a_static_graph() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    set_reentrant_ckpt(True)
+    try:
+        alone, model = lape.apply(host()).train(), lape.apply(host()).train()
+        x = images(model).requires_grad_()
+        alone(x).sum().backward()
+        model.set_grad_checkpointing()
+        distributed = DistributedDataParallel(model, static_graph=True)
+        for _ in range(2):
+            model.zero_grad()
+            distributed(x).sum().backward()
+    finally:
+        set_reentrant_ckpt(False)
+        torch.distributed.destroy_process_group()
+    for name, gradient in gradients(alone).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
 # --- Compilers and checkpointing
 
 
@@ -405,6 +425,8 @@ def test_a_new_input_size_gives_what_each_forward_would_have_resized(names: dict
         model = lape.apply(host(img_size=32, dynamic_img_size=True), **names)
         with pytest.raises(UsageError, match="normalises over the 2x2 patches"):
             model(torch.randn(1, 3, 48, 64))
+        with pytest.raises(UsageError, match=r"set the size before lape\.apply"):
+            model.set_input_size((48, 64))
         return
     model = shaken(lape.apply(host(img_size=32, dynamic_img_size=True), **names))
     x = torch.randn(2, 3, 48, 64)

@@ -202,6 +202,11 @@ class Positions:
         """
         if self.folded_for:
             raise UsageError("A folded model keeps the grids that it was folded for: set the size, then fold.")
+        if self.scheme.embedding.bias is not None and self.scheme.embedding.bias.normed:
+            raise UsageError(
+                f"pe={self.scheme.embedding.name!r} normalises over the {by(self.grid)} patches that it was made for. "
+                "Use pe='relative', or set the size before lape.apply."
+            )
         type(self.model).set_input_size(self.model, *sizes, **named_sizes)  # pyright: ignore[reportAttributeAccessIssue]
         grid, table = self.own_grid(), self.scheme.embedding.table
         with torch.no_grad():
