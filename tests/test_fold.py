@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_surgery import EVERY_HOST, EVERY_SCHEME, host, images, shaken
+from tiny_hosts import EVERY_HOST, EVERY_SCHEME, host, images, shaken
 
 import lape
 from lape.errors import UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_surgery import host, images, shaken
+from tiny_hosts import host, images, shaken
 
 import lape
 from lape.errors import RunError

@@ -1,0 +1,216 @@
+"""Laws of living with everything else: copies, files, optimisers, averages, DDP, compilers and checkpointing."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed
+from timm.layers import set_reentrant_ckpt
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from tiny_hosts import EVERY_SCHEME, gradients, host, images, shaken
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import lape
+from lape.errors import UsageError
+from lape.positions import BIAS_TABLE
+
+# --- Copies, files, optimisers
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_independent_of_its_original(names: dict[str, str], copied: Any) -> None:
+    model = shaken(lape.apply(host(), **names)).train()
+    x = images(model)
+    model(x).sum().backward()  # a copy must not depend on what a forward left behind
+    model.eval()
+    before = model(x)
+    other = copied(model)
+    assert torch.equal(other(x), before)
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    assert torch.equal(model(x), before)
+    assert not torch.equal(other(x), before)
+    lape.remove(other)
+    assert torch.equal(model(x), before)
+
+
+@EVERY_SCHEME
+def test_a_state_dict_makes_a_round_trip(names: dict[str, str]) -> None:
+    model, other = shaken(lape.apply(host(), **names)), lape.apply(host(), **names)
+    x = images(model)
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    assert not torch.equal(model(x), other(x))
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(model(x), other(x))
+
+
+def test_names_are_those_of_the_authors() -> None:
+    model = lape.apply(host())
+    added = set(model.state_dict()) - set(host().state_dict())
+    assert added == {f"blocks.{layer}.pe_norm.{part}" for layer in range(3) for part in ("weight", "bias")}
+    assert repr(model.blocks[2]).count("(pe_norm): PositionNorm(32, eps=1e-06, g⊙Norm(ω) + b)") == 1
+
+
+def test_lape_costs_2_d_parameters_a_layer() -> None:
+    count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
+    model = timm.create_model("deit_tiny_patch16_224")
+    assert count(model) == 5_717_416
+    assert count(lape.apply(model)) == 5_722_024
+
+
+@EVERY_SCHEME
+def test_tables_and_norms_are_exempt_from_weight_decay(names: dict[str, str]) -> None:
+    model = lape.apply(host(), **names)
+    exempt = model.no_weight_decay()
+    positional = {n for n, p in model.named_parameters() if "pos_embed" in n or "pe_norm" in n or BIAS_TABLE in n}
+    assert positional <= exempt
+    decayed, spared = sorted(
+        param_groups_weight_decay(model, 0.05, no_weight_decay_list=exempt), key=lambda g: -g["weight_decay"]
+    )
+    spared_ids = {id(p) for p in spared["params"]}
+    assert all(id(p) in spared_ids for n, p in model.named_parameters() if n in positional and p.requires_grad)
+    assert decayed["params"]
+
+
+def test_a_pe_norm_is_of_its_block_in_layer_decay() -> None:
+    model = lape.apply(host())
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    for layer, block in enumerate(model.blocks):
+        assert scale[id(block.pe_norm.weight)] == scale[id(block.norm1.weight)] == 0.5 ** (3 - layer)
+    assert scale[id(model.pos_embed)] == 0.5**4
+
+
+def test_an_exponential_moving_average_follows() -> None:
+    model = lape.apply(host())
+    ema = ModelEmaV3(model, decay=0.5)
+    x, before = images(model), model.blocks[1].pe_norm.weight.clone()
+    shaken(model)
+    ema.update(model)
+    torch.testing.assert_close(ema.module.blocks[1].pe_norm.weight, (before + model.blocks[1].pe_norm.weight) / 2)
+    assert not torch.equal(ema.module(x), model(x))
+
+
+@EVERY_SCHEME
+def test_distributed_training_finds_no_unused_parameter(names: dict[str, str]) -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(lape.apply(host(), **names))
+        for _ in range(2):  # an unused parameter is an error at the second step
+            model(images(model.module)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_distributed_training_takes_re_entrant_checkpoints_with_a_static_graph() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    set_reentrant_ckpt(True)
+    try:
+        alone, model = lape.apply(host()).train(), lape.apply(host()).train()
+        x = images(model).requires_grad_()
+        alone(x).sum().backward()
+        model.set_grad_checkpointing()
+        distributed = DistributedDataParallel(model, static_graph=True)
+        for _ in range(2):
+            model.zero_grad()
+            distributed(x).sum().backward()
+    finally:
+        set_reentrant_ckpt(False)
+        torch.distributed.destroy_process_group()
+    for name, gradient in gradients(alone).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# --- Compilers and checkpointing
+
+
+@EVERY_SCHEME
+def test_compiles_without_a_graph_break(names: dict[str, str]) -> None:
+    model = shaken(lape.apply(host(depth=2), **names)).train()
+    x = images(model)
+    expected = model(x)
+    expected.square().sum().backward()
+    eager = gradients(model)
+    model.zero_grad()
+    torch._dynamo.reset()
+    output = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@EVERY_SCHEME
+def test_exports(names: dict[str, str]) -> None:
+    model = shaken(lape.apply(host(depth=2), **names))
+    x = images(model)
+    expected = model(x)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    more = images(model, count=5)
+    torch.testing.assert_close(program.module()(x), expected)
+    torch.testing.assert_close(program.module()(more), model(more))
+
+
+@EVERY_SCHEME
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "re-entrant"])
+def test_checkpointing_changes_no_gradient(names: dict[str, str], reentrant: bool) -> None:
+    model = shaken(lape.apply(host(), **names)).train()
+    x = images(model).requires_grad_()  # re-entrant checkpoints ask for an input with a gradient
+    model(x).square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    set_reentrant_ckpt(reentrant)
+    try:
+        model.set_grad_checkpointing()
+        for _ in range(2):  # twice: nothing may be left over from the first
+            model.zero_grad()
+            model(x).square().sum().backward()
+    finally:
+        set_reentrant_ckpt(False)
+    assert gradients(model).keys() == expected.keys()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_checkpointing_two_grids_at_once_is_refused_and_one_after_the_other_is_not() -> None:
+    model = lape.apply(host(img_size=(32, 64), dynamic_img_size=True)).train()
+    model.set_grad_checkpointing()
+    wide, tall = torch.randn(2, 3, 32, 64), torch.randn(2, 3, 64, 32)
+    for x in (wide, tall, wide):
+        model(x).sum().backward()
+        with torch.no_grad():
+            model(tall)
+    (model(wide).sum() + model(wide).sum()).backward()  # the same rungs: nothing to mix up
+    with pytest.raises(UsageError, match="one on another grid"):
+        (model(wide).sum() + model(tall).sum()).backward()
+
+
+def test_a_block_on_its_own_is_refused_in_words() -> None:
+    model = lape.apply(host())
+    with pytest.raises(UsageError, match="call the model"):
+        model.blocks[0](torch.randn(1, 9, 32))
+
+
+def test_a_user_may_checkpoint_blocks_themselves() -> None:
+    model = lape.apply(host()).train()
+    x = images(model)
+    model(x).sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    blocks = list(model.blocks)
+    tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    for block in blocks:
+        tokens = checkpoint(block, tokens, use_reentrant=False)
+    model.forward_head(model.norm(tokens)).sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
