@@ -36,7 +36,10 @@ def test_their_unshared_and_relative_tables_go_to_their_blocks() -> None:
     model = lape.apply(host(), join="default", pe="relative-layernorm")
     names = ("relative_position_bias_table", "relative_position_index", "pe_norm.weight")
     theirs = {f"blocks.1.attn.{name}": torch.zeros(1) for name in names}
-    assert convert(theirs, model).keys() == {"blocks.1.relative_position_bias_table", "blocks.1.pe_norm.weight"}
+    assert convert(theirs, model).keys() == {
+        "blocks.1.relative_position_bias_table",
+        "blocks.1.relative_position.pe_norm.weight",
+    }
 
 
 def test_their_1d_sinusoid_has_no_batch_axis() -> None:

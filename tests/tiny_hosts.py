@@ -39,6 +39,7 @@ SCHEMES: list[dict[str, str]] = [
     {"join": "lape", "pe": "sinusoidal-1d"},
     {"join": "lape", "pe_norm": "scalar-norm"},
     {"join": "lape", "pe": "learnable+relative"},
+    {"join": "lape", "pe": "learnable+relative-layernorm"},
 ]
 EVERY_SCHEME = pytest.mark.parametrize("names", SCHEMES, ids=lambda names: "-".join(names.values()))
 

@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lape.checkpoints import RESULT
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.parallel import Done, side_by_side
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lape.training import Progress
-
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)

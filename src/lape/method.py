@@ -32,7 +32,7 @@ class Rung(NamedTuple):
     bias: Tensor | None = None  # (1, heads, N, N), joins the attention logits
 
 
-# --- Position tables (METHOD 4) -----------------------------------------------------------------------------------
+# --- Position tables ----------------------------------------------------------------------------------------------
 
 
 def learnable(grid: Grid, prefix: int, dim: int) -> Tensor:

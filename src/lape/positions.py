@@ -15,6 +15,7 @@ from lape.hosts import Host
 from lape.method import Grid, Rung, Scheme
 
 BIAS_TABLE = "relative_position_bias_table"
+BIAS_OWN = "relative_position"  # holds the bias's norm as `pe_norm`: a block may have one for its table too
 
 
 @dataclass
@@ -116,7 +117,9 @@ class Positions:
                 f"the input has {by(grid)}. Use pe='relative', or inputs of one size."
             )
         table = resized_bias_table(block.get_parameter(BIAS_TABLE), self.grid, grid)
-        return relative(table, grid, self.prefix, block.get_submodule("pe_norm") if relative.normed else None)
+        return relative(
+            table, grid, self.prefix, block.get_submodule(f"{BIAS_OWN}.pe_norm") if relative.normed else None
+        )
 
     def _folded(self, block: nn.Module, grid: Grid) -> Rung:
         if grid not in self.folded_for:

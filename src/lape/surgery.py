@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lape.errors import UsageError, choose
 from lape.hosts import block_row, find, parts
 from lape.method import Grid, PositionNorm, Rung, scheme
-from lape.positions import BIAS_TABLE, FoldedRung, Positions, by
+from lape.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Positions, by
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -77,7 +77,7 @@ class _IntoProjection(_IntoAttention):
 def apply(model: Model, join: str = "lape", pe: str | None = None, pe_norm: str = "layernorm") -> Model:
     """Join the position embedding of a pre-norm vision transformer with its tokens in another way, in place.
 
-    MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)), ω_{l+1} = LN_ω|l(ω_l) for `lape` (9)-(11); METHOD.md's Table 7 has the others.
+    MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)), ω_{l+1} = LN_ω|l(ω_l) for `lape` (9)-(11); the paper's Table 7 has the others.
     `pe` replaces the table; without it the model keeps its own. `pe_norm` is what stands in for LN_ω (Table 8).
     Returns the model. Raises UsageError for a model, a name or a combination that cannot be.
     """
@@ -161,7 +161,7 @@ def _build(record: Positions, own: nn.Parameter | None, keeps_own: bool) -> None
             logits = torch.empty((2 * rows - 1) * (2 * columns - 1), _heads(block), **new)
             setattr(block, BIAS_TABLE, nn.Parameter(nn.init.trunc_normal_(logits, std=0.02)))
         if bias is not None and bias.normed:
-            block.add_module("pe_norm", nn.LayerNorm(rows * columns, **new))
+            block.add_module(BIAS_OWN, nn.ModuleDict({"pe_norm": nn.LayerNorm(rows * columns, **new)}))
         if chosen.join.normed:
             norm = parts(block, block_row(host, block).norms)[0]
             block.add_module("pe_norm", PositionNorm(width, getattr(norm, "eps", 1e-6), chosen.norm, **new))
@@ -192,6 +192,7 @@ def _take_out(record: Positions) -> None:
     """Take the tables and PE norms of a scheme out of the blocks."""
     for block in record.blocks:
         block._modules.pop("pe_norm", None)
+        block._modules.pop(BIAS_OWN, None)
         block._parameters.pop(record.host.table, None)
         block._parameters.pop(BIAS_TABLE, None)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lape.errors import RunError
 from lape.hosts import find
-from lape.positions import BIAS_TABLE, Positions
+from lape.positions import BIAS_OWN, BIAS_TABLE, Positions
 from lape.surgery import RECORD
 
 Weights = dict[str, Tensor]
@@ -23,7 +23,7 @@ Weights = dict[str, Tensor]
 _RENAMED = (
     (re.compile(r"^pos_embed(\d+)$"), r"blocks.\1.pos_embed"),
     (re.compile(rf"^(blocks\.\d+)\.attn\.({BIAS_TABLE})$"), r"\1.\2"),
-    (re.compile(r"^(blocks\.\d+)\.attn\.(pe_norm\.\w+)$"), r"\1.\2"),
+    (re.compile(r"^(blocks\.\d+)\.attn\.(pe_norm\.\w+)$"), rf"\1.{BIAS_OWN}.\2"),
 )
 _RECOMPUTED = re.compile(r"\.relative_position_index$")
 _OF_A_JOIN = re.compile(rf"\.(pe_norm\.\w+|{BIAS_TABLE}|pos_embed)$")
