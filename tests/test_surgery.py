@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lape
 from lape.errors import UsageError
-from lape.hosts import HOSTS, class_names
+from lape.hosts import HOSTS, TIMM, class_names
 from lape.surgery import positions
 
 # --- Every pre-norm VisionTransformer
@@ -295,4 +295,8 @@ def test_every_host_row_names_classes_that_exist() -> None:
     for row in HOSTS:
         room, _, kind = row.model.rpartition(".")
         assert hasattr(__import__(room, fromlist=[kind]), kind)
-        assert row.model in class_names(host())
+        for block in row.block:
+            room, _, kind = block.rpartition(".")
+            assert hasattr(__import__(room, fromlist=[kind]), kind)
+        assert hasattr(__import__(row.filter, fromlist=["_"]), "checkpoint_filter_fn")
+    assert TIMM.model in class_names(host())

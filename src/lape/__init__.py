@@ -7,6 +7,8 @@ lape.apply(model)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lape.registration import register
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -27,6 +29,9 @@ _ROOMS = {
 }
 
 __all__ = ["RunError", "UsageError", "apply", "create_model", "fold", "ladder", "load_weights", "remove"]
+
+
+register()
 
 
 def __getattr__(name: str) -> Any:

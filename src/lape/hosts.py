@@ -4,7 +4,7 @@ No family's library is imported here: a model is recognised by the names of its 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -25,25 +25,55 @@ class Block:
 
 
 @dataclass(frozen=True)
+class WindowBias:
+    """A relative bias of the host's own: the path of a block's attention, and its method that makes the bias."""
+
+    attention: str
+    method: str
+
+
+@dataclass(frozen=True)
 class Host:
     """One family: the class it is known by, its blocks by class, and the paths of blocks, table and what handles it."""
 
     name: str
     model: str  # qualified class name
     block: Mapping[str, Block]  # by qualified class name
-    blocks: str
-    width: str  # D
-    grid: str  # (rows, columns) of patches that the table is for
     table: str
-    add_table: str  # the method that adds the table to the patches and puts the prefix tokens before them
-    table_dropout: str
-    patch_dropout: str
-    prefix: str  # the number of prefix tokens
-    prefix_has_no_rows: str  # whether the table leaves the prefix tokens out
-    silent: Mapping[str, Any]  # what `add_table` sees while it must add no table and drop nothing
+    width: str = "embed_dim"  # D, of the first stage
+    grid: str = "patch_embed.grid_size"  # (rows, columns) of patches that the table is for
+    # From the model to its stages, from a stage to its blocks, and to what takes tokens from the stage before to it.
+    stages: str = ""
+    blocks: str = "blocks.*"
+    crossing: str | None = None
+    # The table is added by a method, which puts the prefix tokens before the patches too, or behind a module.
+    add_table: str | None = None
+    behind: str | None = None
+    silent: Mapping[str, Any] = field(default_factory=dict)  # what `add_table` sees while it must add and drop nothing
+    table_dropout: str | None = None
+    patch_dropout: str | None = None
+    prefix: str | None = None  # the number of prefix tokens
+    prefix_has_no_rows: str | None = None  # whether the table leaves the prefix tokens out
+    window_bias: WindowBias | None = None
+    # The position embedding that it comes with, and what it gets for a join that needs a table.
+    own: str = "learnable"
+    own_joined: str = "learnable"
+    table_scale: float = 1.0  # how much wider than 0.02 its learnt table starts
+    # Patterns of parameter names in the files of the family's first authors, and what stands for them here; then the
+    # module of timm whose `checkpoint_filter_fn` does the rest.
+    names: tuple[tuple[str, str], ...] = ()
+    filter: str = "timm.models.vision_transformer"
 
 
 _VIT = "timm.models.vision_transformer"
+_SWIN = "timm.models.swin_transformer"
+
+# LaPE's authors (github.com/Ingrid725/LaPE) name an unshared table and the parts of a relative bias otherwise.
+_AUTHORS = (
+    (r"^pos_embed(\d+)$", r"blocks.\1.pos_embed"),
+    (r"^(blocks\.\d+)\.attn\.(relative_position_bias_table)$", r"\1.\2"),
+    (r"^(blocks\.\d+)\.attn\.(pe_norm\.\w+)$", r"\1.relative_position.\2"),
+)
 
 TIMM = Host(
     name="timm VisionTransformer",
@@ -54,19 +84,74 @@ TIMM = Host(
         f"{_VIT}.DiffParallelScalingBlock": Block("in_norm", "in_proj"),
         f"{_VIT}.ParallelThingsBlock": Block("attns.*.norm"),
     },
-    blocks="blocks",
-    width="embed_dim",
-    grid="patch_embed.grid_size",
     table="pos_embed",
     add_table="_pos_embed",
+    silent={"dynamic_img_size": False, "pos_drop": nn.Identity()},
     table_dropout="pos_drop",
     patch_dropout="patch_drop",
     prefix="num_prefix_tokens",
     prefix_has_no_rows="no_embed_class",
-    silent={"dynamic_img_size": False, "pos_drop": nn.Identity()},
+    names=_AUTHORS,
 )
 
-HOSTS = (TIMM,)
+SWIN = Host(
+    name="timm SwinTransformer",
+    model=f"{_SWIN}.SwinTransformer",
+    block={f"{_SWIN}.SwinTransformerBlock": Block("norm1")},
+    table="absolute_pos_embed",
+    stages="layers.*",
+    crossing="downsample",
+    behind="patch_embed",
+    window_bias=WindowBias("attn", "_get_rel_pos_bias"),
+    own="relative",
+    own_joined="learnable+relative",
+    filter=_SWIN,
+)
+
+# Models of this project are VisionTransformers with parts of their own.
+T2T_VIT = replace(
+    TIMM,
+    name="T2T-ViT",
+    model="lape.models.t2t_vit.T2TViT",
+    own="sinusoidal-1d",
+    own_joined="sinusoidal-1d",
+    names=((r"^tokens_to_token\.", "patch_embed."), *_AUTHORS),
+)
+
+CEIT = replace(
+    TIMM,
+    name="CeiT",
+    model="lape.models.ceit.CeiT",
+    names=(
+        (r"^i2t\.backbone\.", "patch_embed."),
+        (r"^i2t\.proj\.", "patch_embed.proj."),
+        (r"^(blocks\.\d+)\.leff\.", r"\1.mlp."),
+        (r"^lca\.feedforward\.", "lca.mlp."),
+        *_AUTHORS,
+    ),
+)
+
+COMPACT = replace(
+    TIMM,
+    name="Compact Transformer",
+    model="lape.models.compact.CompactTransformer",
+    table_scale=10.0,
+    names=(
+        (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"patch_embed.convs.\1."),
+        (r"^classifier\.positional_emb$", "pos_embed"),
+        (r"^classifier\.class_emb$", "cls_token"),
+        (r"^classifier\.attention_pool\.", "attn_pool.score."),
+        (r"^classifier\.fc\.", "head."),
+        # The norm that stands on the stream goes out of the way before the one before attention takes its name.
+        (r"^classifier\.(blocks\.\d+)\.norm1\.", r"\1.norm2."),
+        (r"^classifier\.(blocks\.\d+)\.pre_norm\.", r"\1.norm1."),
+        (r"^classifier\.(blocks\.\d+)\.self_attn\.", r"\1.attn."),
+        (r"^classifier\.(blocks\.\d+)\.linear(\d)\.", r"\1.mlp.fc\2."),
+        (r"^classifier\.", ""),
+    ),
+)
+
+HOSTS = (T2T_VIT, CEIT, COMPACT, TIMM, SWIN)  # the first that fits a class stands
 
 
 def class_names(model: nn.Module) -> set[str]:
@@ -79,7 +164,8 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
 
     Raises UsageError, saying why, where there is none or more than one.
     """
-    found = [(part, host) for part in model.modules() for host in HOSTS if host.model in class_names(part)]
+    rows = [(part, [host for host in HOSTS if host.model in class_names(part)]) for part in model.modules()]
+    found = [(part, fitting[0]) for part, fitting in rows if fitting]
     if len(found) == 1:
         return found[0]
     what = type(model).__name__
@@ -88,7 +174,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
             f"A join is applied to one vision transformer at a time; {what} holds {len(found)}. "
             f"Call lape.apply on each of them."
         )
-    families = ", ".join(host.name for host in HOSTS)
+    families = ", ".join(sorted(host.name for host in HOSTS))
     raise UsageError(f"{what} cannot carry a join: {_reason(model)} lape.apply takes: {families}.")
 
 

@@ -239,15 +239,16 @@ class Join:
     normed: bool = False  # has a PositionNorm in every layer
     table_per_layer: bool = False
     with_tokens: bool = False  # ω is part of x_0: it meets the tokens before their dropout
+    carries_table: bool = False  # every layer is told ω itself, in all stages
 
 
 JOINS = {
     join.name: join
     for join in (
         Join("default", with_the_tokens, with_tokens=True),
-        Join("shared", into_the_stream),
+        Join("shared", into_the_stream, carries_table=True),
         Join("unshared", into_the_stream, table_per_layer=True),
-        Join("lape-sharing", normed_alike, normed=True),
+        Join("lape-sharing", normed_alike, normed=True, carries_table=True),
         Join("lape", normed_in_turn, normed=True),
     )
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lape.errors import UsageError
-from lape.hosts import Host
-from lape.method import Grid, Rung, Scheme
+from lape.hosts import Host, parts
+from lape.method import Grid, PositionNorm, Rung, Scheme
+from lape.view import View
 
 BIAS_TABLE = "relative_position_bias_table"
 BIAS_OWN = "relative_position"  # holds the bias's norm as `pe_norm`: a block may have one for its table too
@@ -30,6 +32,30 @@ class _Forward:
     first_without_gradient: bool = False  # a block ran without gradients although its rung has one
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer, the grid of its tokens, and what they came through from the stage before."""
+
+    block: nn.Module
+    grid: Grid
+    crossing: nn.Module | None
+
+
+@dataclass(frozen=True)
+class _LastOfStage:
+    """The PE norm of a stage's last layer: what it hands on goes through the crossing."""
+
+    norm: PositionNorm
+    crossing: nn.Module
+    grid: Grid
+
+    def __call__(self, position: Tensor) -> Tensor:
+        return self.norm(position)
+
+    def hand_on(self, position: Tensor) -> Tensor:
+        return cross(self.crossing, self.norm.hand_on(position), self.grid)
+
+
 class Positions:
     """The positions of one operated model: builds its ladder and hands the rungs to its blocks.
 
@@ -39,7 +65,7 @@ class Positions:
     def __init__(self, model: nn.Module, host: Host, scheme: Scheme) -> None:
         self.model, self.host, self.scheme = model, host, scheme
         self.grid = self.own_grid()  # that of the stored tables
-        self.put_aside: dict[str, nn.Parameter | None] = {}  # the host's table, where another took its place
+        self.put_aside: dict[str, nn.Parameter | None] = {}  # of the host, where another or nothing took their place
         self.handles: list[RemovableHandle] = []
         self.folded_for: tuple[Grid, ...] = ()
         self.forward = _Forward(self.grid)
@@ -50,21 +76,40 @@ class Positions:
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks that the model has now (feature extraction may have cut some off)."""
-        return list(getattr(self.model, self.host.blocks))
+        return [layer.block for layer in self.layers(self.grid)]
+
+    @property
+    def crossings(self) -> list[nn.Module]:
+        """What takes the tokens from one stage to the next."""
+        return [layer.crossing for layer in self.layers(self.grid) if layer.crossing is not None]
+
+    def layers(self, grid: Grid) -> list[Layer]:
+        """Return the layers for a grid of (rows, columns) patches, which every crossing halves."""
+        layers: list[Layer] = []
+        for stage in parts(self.model, self.host.stages):
+            crossing = getattr(stage, self.host.crossing) if self.host.crossing else None
+            if isinstance(crossing, nn.Identity):
+                crossing = None
+            if crossing is not None:
+                grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+            for place, block in enumerate(parts(stage, self.host.blocks)):
+                layers.append(Layer(block, grid, None if place else crossing))
+        return layers
 
     @property
     def prefix(self) -> int:
         """The number of tokens before the patches."""
-        return getattr(self.model, self.host.prefix)
+        return getattr(self.model, self.host.prefix) if self.host.prefix else 0
 
     @property
     def prefix_rows(self) -> int:
         """The number of those that have a row in the table."""
-        return 0 if getattr(self.model, self.host.prefix_has_no_rows) else self.prefix
+        without = self.host.prefix_has_no_rows is not None and getattr(self.model, self.host.prefix_has_no_rows)
+        return 0 if without else self.prefix
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, in the first stage."""
         return getattr(self.model, self.host.width)
 
     def own_grid(self) -> Grid:
@@ -81,34 +126,51 @@ class Positions:
         """
         if self.folded_for:
             return [self._folded(block, grid) for block in self.blocks]
-        ladder = [Rung() for _ in self.blocks]
+        layers = self.layers(grid)
+        ladder = [Rung() for _ in layers]
         if self.scheme.embedding.table is not None:
-            norms = [block.pe_norm for block in self.blocks] if self.scheme.join.normed else []
-            ladder = self.scheme.join.climb(self._tables(grid), norms)  # pyright: ignore[reportArgumentType]
+            norms = self._norms(layers) if self.scheme.join.normed else []
+            ladder = self.scheme.join.climb(self._tables(layers, grid), norms)
             missing = self.prefix - self.prefix_rows
             ladder = [Rung(*(part if part is None else F.pad(part, (0, 0, missing, 0)) for part in r)) for r in ladder]
-        if self.scheme.embedding.bias is not None:
-            ladder = [r._replace(bias=self._bias(block, grid)) for r, block in zip(ladder, self.blocks, strict=True)]
+        if self.scheme.embedding.bias is not None and self.host.window_bias is None:
+            ladder = [r._replace(bias=self._bias(layer, grid)) for r, layer in zip(ladder, layers, strict=True)]
         return ladder
 
-    def _tables(self, grid: Grid) -> list[Tensor]:
-        kind = self.scheme.embedding.table
+    def _tables(self, layers: list[Layer], grid: Grid) -> list[Tensor]:
+        kind, join = self.scheme.embedding.table, self.scheme.join
         assert kind is not None
-        if self.scheme.join.table_per_layer:
-            return [self._resized(block.get_parameter(self.host.table), grid) for block in self.blocks]
+        if join.table_per_layer:
+            own = self.layers(self.grid)
+            return [
+                self._resized(layer.block.get_parameter(self.host.table), layer.grid, stored.grid)
+                for layer, stored in zip(layers, own, strict=True)
+            ]
         table = self.model.get_parameter(self.host.table)
         if kind.learns:
-            table = self._resized(table, grid)
+            table = self._resized(table, grid, self.grid)
         elif grid != self.grid:
             table = kind.make(grid, self.prefix_rows, table.shape[-1]).to(table)
-        return [table] * len(self.blocks)
+        tables = [table]
+        for before, layer in pairwise(layers):
+            if layer.crossing is not None and join.carries_table:
+                table = cross(layer.crossing, table, before.grid)
+            tables.append(table)
+        return tables
 
-    def _resized(self, table: Tensor, grid: Grid) -> Tensor:
+    def _norms(self, layers: list[Layer]) -> list[Any]:
+        norms: list[Any] = [layer.block.pe_norm for layer in layers]
+        for place, (layer, following) in enumerate(pairwise(layers)):
+            if following.crossing is not None:
+                norms[place] = _LastOfStage(norms[place], following.crossing, layer.grid)
+        return norms
+
+    def _resized(self, table: Tensor, grid: Grid, old: Grid) -> Tensor:
         from timm.layers.pos_embed import resample_abs_pos_embed
 
-        return resample_abs_pos_embed(table, list(grid), list(self.grid), num_prefix_tokens=self.prefix_rows)
+        return resample_abs_pos_embed(table, list(grid), list(old), num_prefix_tokens=self.prefix_rows)
 
-    def _bias(self, block: nn.Module, grid: Grid) -> Tensor:
+    def _bias(self, layer: Layer, grid: Grid) -> Tensor:
         relative = self.scheme.embedding.bias
         assert relative is not None
         if relative.normed and grid != self.grid:
@@ -116,10 +178,9 @@ class Positions:
                 f"pe={self.scheme.embedding.name!r} normalises over the {by(self.grid)} patches that it was made for; "
                 f"the input has {by(grid)}. Use pe='relative', or inputs of one size."
             )
-        table = resized_bias_table(block.get_parameter(BIAS_TABLE), self.grid, grid)
-        return relative(
-            table, grid, self.prefix, block.get_submodule(f"{BIAS_OWN}.pe_norm") if relative.normed else None
-        )
+        table = resized_bias_table(layer.block.get_parameter(BIAS_TABLE), self.grid, grid)
+        norm = layer.block.get_submodule(f"{BIAS_OWN}.pe_norm") if relative.normed else None
+        return relative(table, grid, self.prefix, norm)
 
     def _folded(self, block: nn.Module, grid: Grid) -> Rung:
         if grid not in self.folded_for:
@@ -131,22 +192,31 @@ class Positions:
 
     # --- One forward, from the table to the blocks
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """Stand in for the host's adding of its table: patches (B, H·W, D) or (B, H, W, D) to tokens (B, N, D)."""
-        grid = (patches.shape[1], patches.shape[2]) if patches.ndim == 4 else self.own_grid()
+    def begin(self, grid: Grid) -> Tensor | None:
+        """Make the ladder of a forward on a grid; return what joins the tokens before the first block (1, N, D)."""
         ladder = self.ladder(grid)
         last, self.forward = self.forward, _Forward(grid, self._for_the_blocks(ladder))
         self.forward.awaited = last.awaited or torch.is_grad_enabled()
         self.forward.others_awaited = last.awaited and (
             last.others_awaited or last.grid != grid or last.kept is not None
         )
+        return ladder[0].residual if self.scheme.join.with_tokens else None
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Stand in for the host's adding of its table: patches (B, H·W, D) or (B, H, W, D) to tokens (B, N, D)."""
+        position = self.begin((patches.shape[1], patches.shape[2]) if patches.ndim == 4 else self.own_grid())
         some = next(self.model.parameters())
         silence = torch.zeros(1, 1, patches.shape[-1], dtype=some.dtype, device=patches.device)
-        view = _View(self.model, {**self.host.silent, self.host.table: silence})
+        view = View(self.model, {**self.host.silent, self.host.table: silence})
+        assert self.host.add_table is not None
         tokens = getattr(type(self.model), self.host.add_table)(view, patches.flatten(1, -2))
-        if self.scheme.join.with_tokens and ladder[0].residual is not None:
-            tokens = tokens + ladder[0].residual
-        return getattr(self.model, self.host.table_dropout)(tokens)
+        if position is not None:
+            tokens = tokens + position
+        return getattr(self.model, self.host.table_dropout)(tokens) if self.host.table_dropout else tokens
+
+    def no_bias(self) -> Tensor:
+        """Stand in for the method that makes a host's relative bias, where there is none: (1, 1, 1, 1)."""
+        return next(self.model.parameters()).new_zeros(1, 1, 1, 1)
 
     def _for_the_blocks(self, ladder: list[Rung]) -> list[Rung]:
         return [rung._replace(residual=None) for rung in ladder] if self.scheme.join.with_tokens else ladder
@@ -155,6 +225,7 @@ class Positions:
         """Stand in for the forward of the host's patch dropout, noting which patches of each image it keeps."""
         from timm.layers.patch_dropout import patch_dropout_forward
 
+        assert self.host.patch_dropout is not None
         drop = getattr(self.model, self.host.patch_dropout)
         tokens, self.forward.kept = patch_dropout_forward(
             tokens, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training
@@ -210,25 +281,37 @@ class Positions:
                 f"pe={self.scheme.embedding.name!r} normalises over the {by(self.grid)} patches that it was made for. "
                 "Use pe='relative', or set the size before lape.apply."
             )
-        type(self.model).set_input_size(self.model, *sizes, **named_sizes)  # pyright: ignore[reportAttributeAccessIssue]
-        grid, table = self.own_grid(), self.scheme.embedding.table
+        stored = self.layers(self.grid)
         with torch.no_grad():
-            if table is not None and not table.learns:
-                fixed = self.model.get_parameter(self.host.table)
-                made = table.make(grid, self.prefix_rows, fixed.shape[-1])
-                setattr(self.model, self.host.table, nn.Parameter(made.to(fixed), requires_grad=False))
-            if self.scheme.join.table_per_layer:
-                for block in self.blocks:
-                    resized = self._resized(block.get_parameter(self.host.table), grid)
-                    setattr(block, self.host.table, nn.Parameter(resized))
-            if self.scheme.embedding.bias is not None:
-                for block in self.blocks:
-                    resized = resized_bias_table(block.get_parameter(BIAS_TABLE), self.grid, grid)
-                    setattr(block, BIAS_TABLE, nn.Parameter(resized))
-            for name, aside in self.put_aside.items():
-                if aside is not None:
-                    self.put_aside[name] = nn.Parameter(self._resized(aside, grid), requires_grad=aside.requires_grad)
+            # The host resizes what is its own, so it gets back what was taken from its blocks.
+            taken = [name for name in self.put_aside if name != self.host.table]
+            for name in taken:
+                place(self.model, name, self.put_aside[name])
+            type(self.model).set_input_size(self.model, *sizes, **named_sizes)  # pyright: ignore[reportAttributeAccessIssue]
+            for name in taken:
+                self.put_aside[name] = place(self.model, name, None)
+            grid, table = self.own_grid(), self.scheme.embedding.table
+            own = self._own_table()
+            if own is not None and table is not None and not table.learns:
+                made = table.make(grid, self.prefix_rows, own.shape[-1])
+                place(self.model, self.host.table, nn.Parameter(made.to(own), requires_grad=False))
+            elif own is not None and self.host.behind is not None:  # the host does not know of it
+                place(self.model, self.host.table, nn.Parameter(self._resized(own, grid, self.grid)))
+            for before, layer in zip(stored, self.layers(grid), strict=True):
+                if self.scheme.join.table_per_layer:
+                    resized = self._resized(before.block.get_parameter(self.host.table), layer.grid, before.grid)
+                    place(layer.block, self.host.table, nn.Parameter(resized))
+                if self.scheme.embedding.bias is not None and self.host.window_bias is None:
+                    resized = resized_bias_table(before.block.get_parameter(BIAS_TABLE), self.grid, grid)
+                    place(layer.block, BIAS_TABLE, nn.Parameter(resized))
+            aside = self.put_aside.get(self.host.table)
+            if aside is not None:
+                resized = self._resized(aside, grid, self.grid)
+                self.put_aside[self.host.table] = nn.Parameter(resized, requires_grad=aside.requires_grad)
         self.grid = grid
+
+    def _own_table(self) -> nn.Parameter | None:
+        return getattr(self.model, self.host.table, None)
 
     def train(self, mode: bool = True) -> nn.Module:
         """Stand in for the `train` of a folded model, which has nothing left to learn its positions with."""
@@ -237,16 +320,6 @@ class Positions:
                 "A folded model is for inference: its positions are constants. Train the model, then fold."
             )
         return type(self.model).train(self.model, False)
-
-
-class _View:
-    """A model with some of its attributes replaced, for a method of its class to run on."""
-
-    def __init__(self, model: nn.Module, replaced: Mapping[str, Any]) -> None:
-        self._model, self._replaced = model, replaced
-
-    def __getattr__(self, name: str) -> Any:
-        return self._replaced[name] if name in self._replaced else getattr(self._model, name)
 
 
 class FoldedRung(nn.Module):
@@ -265,6 +338,25 @@ class FoldedRung(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(self._buffers)
+
+
+def cross(merging: nn.Module, position: Tensor, grid: Grid) -> Tensor:
+    """Take a position map (1, H·W, C) to the next stage (1, ⌈H/2⌉·⌈W/2⌉, C').
+
+    It goes the tokens' road, the same 2×2 gather and the same linear reduction, around a norm of its own: this is our
+    reading of the paper, which does not say how the PE crosses a stage of a Swin Transformer.
+    """
+    road = View(merging, {"norm": merging.pe_norm})
+    return type(merging).forward(road, position.unflatten(1, grid)).flatten(1, 2)  # pyright: ignore
+
+
+def place(model: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """Set a parameter by its dotted name; return what was there."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    before = getattr(module, own, None)
+    setattr(module, own, parameter)
+    return before
 
 
 def by(grid: Grid) -> str:

@@ -1,10 +1,14 @@
 """Weights from files: the authors' checkpoints, timm's and ours. The only room that opens weight files."""
 
 import argparse
+import math
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from inspect import signature
+from operator import attrgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,20 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lape.errors import RunError
-from lape.hosts import find
-from lape.positions import BIAS_OWN, BIAS_TABLE, Positions
+from lape.hosts import Host, find
+from lape.method import POSITION_EMBEDDINGS
+from lape.positions import BIAS_TABLE, Positions
 from lape.surgery import RECORD
 
 Weights = dict[str, Tensor]
 
-# The authors' names (github.com/Ingrid725/LaPE) and ours, where they differ.
-_RENAMED = (
-    (re.compile(r"^pos_embed(\d+)$"), r"blocks.\1.pos_embed"),
-    (re.compile(rf"^(blocks\.\d+)\.attn\.({BIAS_TABLE})$"), r"\1.\2"),
-    (re.compile(r"^(blocks\.\d+)\.attn\.(pe_norm\.\w+)$"), rf"\1.{BIAS_OWN}.\2"),
-)
-_RECOMPUTED = re.compile(r"\.relative_position_index$")
-_OF_A_JOIN = re.compile(rf"\.(pe_norm\.\w+|{BIAS_TABLE}|pos_embed)$")
+_RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")
+_OF_A_JOIN = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|pos_embed|absolute_pos_embed)$")
 
 
 @dataclass(frozen=True)
@@ -85,34 +84,50 @@ def _state(stored: Any, path: Path) -> Weights:
 
 
 def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
-    """Return weights under a model's own names and sizes, from the authors' or timm's.
+    """Return weights under a model's own names and sizes, from its family's first authors', LaPE's authors' or timm's.
 
     Tables are resized to the model's grid. Raises RunError where a file's table is not the fixed table of the model.
     """
-    vit, _ = find(model)
+    vit, host = find(model)
     named: Weights = {}
     for name, value in weights.items():
-        for pattern, ours in _RENAMED:
-            name = pattern.sub(ours, name)
+        for pattern, ours in host.names:
+            name = re.sub(pattern, ours, name)
         if not _RECOMPUTED.search(name):
             named[name] = value
-    table = named.get("pos_embed")
+    own: nn.Parameter | None = getattr(vit, host.table, None)
+    table = named.get(host.table)
     if table is not None and table.ndim == 2:  # the authors' 1-D sinusoid has no batch axis
-        named["pos_embed"] = table = table[None]
-    record: Positions | None = vit.__dict__.get(RECORD)
-    kind = record and record.scheme.embedding.table
-    if record is not None and kind is not None and not kind.learns and table is not None:
-        own = vit.get_parameter("pos_embed")
-        if table.shape != own.shape:
-            named["pos_embed"] = own.detach()  # a fixed table is made for the grid, not resized
-        elif not torch.allclose(table.to(own), own, atol=1e-4):
-            raise RunError(
-                f"The file's position table was learnt, and this model's is fixed (pe={record.scheme.embedding.name!r})"
-                ". Use pe='learnable'."
-            )
-    from timm.models.vision_transformer import checkpoint_filter_fn
+        named[host.table] = table = table[None]
+    if table is not None and own is not None:
+        named[host.table] = _fitted(table, own, vit, host)
+    given = import_module(host.filter).checkpoint_filter_fn
+    options = {"adapt_layer_scale": True} if "adapt_layer_scale" in signature(given).parameters else {}
+    return given(named, vit, **options)
 
-    return checkpoint_filter_fn(named, vit, adapt_layer_scale=True)  # pyright: ignore[reportArgumentType]
+
+def _fitted(table: Tensor, own: nn.Parameter, vit: nn.Module, host: Host) -> Tensor:
+    """Return a file's table as the model's kind of table, where timm's filter does not see to it."""
+    record: Positions | None = vit.__dict__.get(RECORD)
+    name = host.own if record is None else record.scheme.embedding.name
+    kind = POSITION_EMBEDDINGS[name].table
+    if kind is not None and not kind.learns:
+        if table.shape != own.shape:
+            return own.detach()  # a fixed table is made for the grid, not resized
+        if not torch.allclose(table.to(own), own, atol=1e-4):
+            raise RunError(
+                f"The file's position table was learnt, and this model's is fixed (pe={name!r}). Use pe='learnable'."
+            )
+    elif host.behind is not None and table.shape != own.shape:
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        if math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
+            raise RunError(
+                f"{host.table} has {table.shape[1]} rows, no square, so its grid is not known and it cannot be resized. "
+                "Create the model with the img_size of the file, load it, then call set_input_size."
+            )
+        return resample_abs_pos_embed(table, list(attrgetter(host.grid)(vit)), num_prefix_tokens=0)
+    return table
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Loaded:
@@ -132,7 +147,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             f"{where} was trained with another join or table than this model's: {_named(foreign)} not in the model. "
             "Apply that join first: lape.apply(model, join=..., pe=...)."
         )
-    lacking = [name for name in missing if not _OF_A_JOIN.search(f".{name}")]
+    lacking = [name for name in missing if not _OF_A_JOIN.search(name)]
     if foreign or lacking:
         parts = [
             f"{_named(names)} not in the {place}" for names, place in ((foreign, "model"), (lacking, "file")) if names

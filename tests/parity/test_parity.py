@@ -1,6 +1,7 @@
 """Law: given a reference model's weights and input, ours computes its output and its gradients, in float64 to 1e-9.
 
-Every *.json below the folder in LAPE_FIXTURES, or else below tests/fixtures, is a case; a case is built from it alone.
+Every *.json below the folder in LAPE_FIXTURES, or else below tests/fixtures, is a case. A case is built from it alone;
+its weights come through the conversion that `lape.load_weights` makes of a reference project's file.
 """
 
 import json
@@ -14,10 +15,15 @@ import pytest
 from safetensors.torch import load_file
 from timm.layers import LayerNorm
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lape
+from lape.models import swin as published_swin
+from lape.models.ceit import CeiT
+from lape.models.compact import CompactTransformer
+from lape.models.t2t_vit import T2TViT
 from lape.weights import convert
 
 FOLDER = Path(os.environ.get("LAPE_FIXTURES") or Path(__file__).parents[1] / "fixtures")
@@ -26,6 +32,8 @@ TOLERANCE = 1e-9
 
 JOINS = {
     "basic": "default",
+    "default": "default",
+    "lape": "lape",
     "LN": "default",
     "share": "shared",
     "unshare": "unshared",
@@ -38,6 +46,8 @@ TABLES = {
     "2D_sin": "sinusoidal-2d",
     "2D_RPE": "relative",
     "none": "none",
+    "rpe": "relative",
+    "learnable+rpe": "learnable+relative",
 }
 NORMS = {
     "identity": "identity",
@@ -51,36 +61,41 @@ NORMS = {
 }
 
 
-def vit(case: dict[str, Any], kind: type[VisionTransformer] = VisionTransformer) -> nn.Module:
-    arch = case["arch"]
-    sizes = (
-        "img_size",
-        "patch_size",
-        "in_chans",
-        "num_classes",
-        "embed_dim",
-        "depth",
-        "num_heads",
-        "mlp_ratio",
-        "qkv_bias",
-    )
-    model = kind(**{name: arch[name] for name in sizes}, norm_layer=partial(LayerNorm, eps=arch["norm_eps"]))
+SIZES = ("img_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+
+def joined(model: nn.Module, case: dict[str, Any]) -> nn.Module:
     pe = TABLES[case["pe"]] + ("-layernorm" if case["join"] == "LN" else "")
-    return lape.apply(model, JOINS[case["join"]], pe, NORMS[arch.get("pe_norm_kind", "layernorm")])
+    return lape.apply(model, JOINS[case["join"]], pe, NORMS[case["arch"].get("pe_norm_kind", "layernorm")])
 
 
+def vit(case: dict[str, Any], kind: type[VisionTransformer], *renamed: tuple[str, str], **fixed: Any) -> nn.Module:
+    """A VisionTransformer from the numbers that all have, and those that one kind calls by another name."""
+    arch = case["arch"]
+    options = {name: arch[name] for name in SIZES} | {ours: arch[theirs] for ours, theirs in renamed} | fixed
+    return joined(kind(**options, norm_layer=partial(LayerNorm, eps=arch["norm_eps"])), case)
+
+
+def swin(case: dict[str, Any]) -> nn.Module:
+    arch = case["arch"]
+    names = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depths", "num_heads", "window_size")
+    options = {name: arch[name] for name in (*names, "mlp_ratio", "qkv_bias")}
+    model = SwinTransformer(**options, norm_layer=partial(LayerNorm, eps=arch["ln_eps"]))
+    return joined(published_swin.as_published(model), case)
+
+
+PATCH, BIAS = ("patch_size", "patch_size"), ("qkv_bias", "qkv_bias")
+KERNEL, CONVOLUTIONS = ("kernel", "kernel_size"), ("convolutions", "n_conv_layers")
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    "vit": vit,
-    "deit_distilled": partial(vit, kind=VisionTransformerDistilled),
+    "vit": lambda case: vit(case, VisionTransformer, PATCH, BIAS),
+    "deit_distilled": lambda case: vit(case, VisionTransformerDistilled, PATCH, BIAS),
+    "t2t_vit": lambda case: vit(case, T2TViT, BIAS, ("token_dim", "token_dim")),
+    "ceit": lambda case: vit(case, CeiT, PATCH, BIAS, ("stem_dim", "stem_chans")),
+    "vit_lite": lambda case: vit(case, CompactTransformer, KERNEL, class_token=True),
+    "cvt": lambda case: vit(case, CompactTransformer, KERNEL),
+    "cct": lambda case: vit(case, CompactTransformer, KERNEL, CONVOLUTIONS),
+    "swin": swin,
 }
-# Their models are the work of the issue "The paper's classification models".
-AWAITED = {"vit_lite", "cvt", "cct", "t2t_vit", "ceit"}
-
-
-def cases() -> list[Any]:
-    awaited = [path for path in CASES if json.loads(path.read_text())["family"] in AWAITED]
-    mark = pytest.mark.xfail(reason="the paper's classification models have not landed", raises=KeyError, strict=True)
-    return [pytest.param(path, id=path.stem, marks=[mark] if path in awaited else []) for path in CASES]
 
 
 def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
@@ -93,7 +108,7 @@ def test_there_are_cases() -> None:
     assert CASES, f"no *.json below {FOLDER}"
 
 
-@pytest.mark.parametrize("path", cases())
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_computes_what_the_reference_computes(path: Path) -> None:
     case = json.loads(path.read_text())
     tensors = load_file(path.with_suffix(".safetensors"))
@@ -110,13 +125,15 @@ def test_computes_what_the_reference_computes(path: Path) -> None:
     assert image.grad is not None
     assert_close(image.grad, tensors["input_grad"], "input gradient")
     # Gradients are filed under the reference's names, so they go through the same conversion as the weights.
-    gradients = {name.removeprefix("grad/"): value for name, value in tensors.items() if name.startswith("grad/")}
-    assert set(gradients) == set(case["grad_keys"])
+    filed = {name.removeprefix("grad/"): value for name, value in tensors.items() if name.startswith("grad/")}
+    assert set(filed) == set(case.get("grad_keys", filed))
+    among = {id(value) for value in filed.values()}
+    gradients = {name: value for name, value in convert(state | filed, model).items() if id(value) in among}
+    assert len(gradients) == len(filed)
     for name, reference in gradients.items():
-        (ours,) = convert({name: reference}, model).keys()
-        gradient = model.get_parameter(ours).grad
-        assert gradient is not None, f"{ours} has no gradient"
-        assert_close(gradient, reference, f"gradient of {ours}")
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None, f"{name} has no gradient"
+        assert_close(gradient, reference, f"gradient of {name}")
     for layer, rung in enumerate(lape.ladder(model)):
         if f"aux/pe.{layer}" in tensors:
             assert rung.attention is not None

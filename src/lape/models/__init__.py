@@ -1,3 +1,126 @@
-"""Models of this project; importing this package adds their names to timm's registry."""
+"""Models of the paper, and small ones; importing this package adds their names to timm's registry.
 
-from lape.models import vit as vit
+`timm.create_model(name, join="lape", pe=..., pe_norm=...)` creates one with a join applied; without `join`, `pe` and
+`pe_norm` it is the model alone, as its first authors or timm made it.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from lape.models import ceit, compact, deit, swin, t2t_vit, vit
+from lape.models.ceit import CeiT
+from lape.models.compact import CompactTransformer
+from lape.models.t2t_vit import T2TViT
+from lape.surgery import apply
+
+Build = Callable[..., nn.Module]
+
+
+def _as_it_is(model: nn.Module) -> nn.Module:
+    return model
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one architecture: a class with the numbers of each name, or names of timm's with what a recipe adds."""
+
+    variants: Mapping[str, Mapping[str, Any]]
+    kind: type[nn.Module] | None = None
+    as_published: Callable[[nn.Module], nn.Module] = _as_it_is
+
+
+FAMILIES = (
+    Family({name: {} for name in deit.NAMES}, as_published=deit.as_published),
+    Family(t2t_vit.VARIANTS, T2TViT),
+    Family(ceit.VARIANTS, CeiT),
+    Family({name: {} for name in swin.NAMES}, as_published=swin.as_published),
+    Family(compact.VARIANTS, CompactTransformer),
+    Family(vit.VARIANTS, VisionTransformer),
+)
+MODELS: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.variants}
+
+# What the paper calls them, in its Tables 1 and 2.
+PAPER = {
+    "deit_tiny_patch16_224": "DeiT-Ti",
+    "deit_small_patch16_224": "DeiT-S",
+    "deit_base_patch16_224": "DeiT-B",
+    "deit_tiny_distilled_patch16_224": "DeiT-Ti-distill",
+    "deit_small_distilled_patch16_224": "DeiT-S-distill",
+    "deit_base_distilled_patch16_224": "DeiT-B-distill",
+    "t2t_vit_7": "T2T-ViT-7",
+    "ceit_tiny_patch16_224": "CeiT-Ti",
+    "ceit_small_patch16_224": "CeiT-S",
+    "swin_tiny_patch4_window7_224": "Swin-Ti",
+    "swin_small_patch4_window7_224": "Swin-S",
+    "vit_7_4_32": "ViT-Lite-7/4",
+    "cvt_7_4_32": "CVT-7/4",
+    "cct_7_3x1_32": "CCT-7/3x1",
+}
+
+
+def _cfg(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    side = numbers["img_size"]
+    photographs = side >= 224
+    return {
+        "input_size": (3, side, side),
+        "num_classes": 1000 if photographs else 10,
+        "crop_pct": 0.9 if photographs else 1.0,
+        "mean": IMAGENET_DEFAULT_MEAN if photographs else (0.5, 0.5, 0.5),
+        "std": IMAGENET_DEFAULT_STD if photographs else (0.5, 0.5, 0.5),
+        "classifier": "head",
+    }
+
+
+# By this name `register_model` finds what is known of a model.
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(numbers) for family in FAMILIES if family.kind for name, numbers in family.variants.items()}
+)
+
+
+def _build(name: str, family: Family) -> Build:
+    if family.kind is None:
+        return timm.model_entrypoint(name)
+    kind: Any = family.kind
+    numbers = dict(family.variants[name])
+
+    def build(pretrained: bool = False, **options: Any) -> nn.Module:  # timm hands over its own keywords
+        classes: dict[str, Any] = {"num_classes": default_cfgs[name].default.num_classes}
+        features = {"out_indices": 3, "feature_cls": "getter"}
+        return build_model_with_cfg(kind, name, pretrained, feature_cfg=features, **classes | numbers | options)
+
+    build.__name__ = name  # the name under which timm lists it
+    return build
+
+
+def _register(name: str, family: Family) -> None:
+    build = _build(name, family)
+
+    @wraps(build)  # timm's names stay those of timm's modules
+    def create(
+        pretrained: bool = False,
+        join: str | None = None,
+        pe: str | None = None,
+        pe_norm: str = "layernorm",
+        **options: Any,
+    ) -> nn.Module:
+        model = build(pretrained=pretrained, **options)
+        if join is None and pe is None and pe_norm == "layernorm":
+            return model
+        return apply(model if pretrained else family.as_published(model), join or "default", pe, pe_norm)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Overwriting")  # DeiT and Swin are timm's, and learn three keywords here
+        register_model(create)
+
+
+for _name, _family in MODELS.items():
+    _register(_name, _family)

@@ -1,0 +1,14 @@
+"""DeiT (Touvron et al., arXiv 2012.12877), plain and distilled: timm's models, with the class token of the recipe."""
+
+from timm.layers.weight_init import trunc_normal_
+from torch import nn
+
+NAMES = tuple(
+    f"deit_{size}{distilled}_patch16_224" for distilled in ("", "_distilled") for size in ("tiny", "small", "base")
+)
+
+
+def as_published(model: nn.Module) -> nn.Module:
+    """Start the class token as the original does, truncated normal of 0.02; timm starts it at 1e-6."""
+    trunc_normal_(model.get_parameter("cls_token"), std=0.02)
+    return model

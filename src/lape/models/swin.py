@@ -1,0 +1,26 @@
+"""Swin Transformer (Liu et al., arXiv 2103.14030): timm's model, with the windows of the original.
+
+Facts from github.com/microsoft/Swin-Transformer at f82860b.
+"""
+
+from typing import Any
+
+from torch import nn
+
+NAMES = ("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224")
+
+
+def as_published(model: nn.Module) -> nn.Module:
+    """Give a stage whose shorter side fits into a window one square window of that side, and no shift.
+
+    timm decides for each side alone. For square images, as for all of the paper's, the two are the same.
+    """
+    swin: Any = model
+    for stage in swin.layers:
+        sides = stage.output_resolution
+        for number, block in enumerate(stage.blocks):
+            window = min(*sides, *block.window_size)
+            shift = window // 2 if number % 2 and min(sides) > window else 0
+            block.target_shift_size = (shift, shift)
+            block.set_input_size(sides, (window, window), always_partition=True)
+    return model
