@@ -2,11 +2,14 @@
 
 import gzip
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from timm.data.distributed_sampler import RepeatAugSampler
+from torchvision.datasets.folder import pil_loader
 
 from lape.data import sources
 from lape.data.pipeline import (
@@ -53,7 +56,7 @@ def whole_epoch(images, order, epoch=0, workers=0, process=0, first=None):
 
 
 def test_an_epoch_shows_every_sample_once_but_what_is_left_over():
-    shown = Order(seed=3, samples=103, batch=10, parts=1).epoch(5).flatten()
+    shown = Order(seed=3, images=103, batch=10, parts=1).epoch(5).flatten()
     assert len(shown) == len(set(shown.tolist())) == 100
 
 
@@ -67,7 +70,7 @@ def test_epochs_and_seeds_differ_and_each_repeats_itself():
 def test_parts_and_processes_share_the_same_steps(parts, processes):
     one, many = Order(0, 100, 16), Order(0, 100, 16, parts, processes)
     for step, shared in zip(one.epoch(2), many.epoch(2), strict=True):
-        assert step.flatten().tolist() == shared.flatten().tolist()
+        assert step.flatten().tolist() == shared.transpose(1, 2).flatten().tolist()
 
 
 @pytest.mark.parametrize("first", [0, 1, 6, 7, 13, 20])
@@ -86,6 +89,33 @@ def test_a_batch_that_cannot_be_shared_or_filled_is_refused():
         Order(0, 100, 10, parts=2, processes=2)
     with pytest.raises(UsageError, match=r"batch_size 10 is more than the 9 training images"):
         Order(0, 9, 10)
+    with pytest.raises(UsageError, match=r"batch_size 300 is more than the 256 training images of an epoch"):
+        Order(0, 400, 300, repeats=3)
+
+
+@pytest.mark.parametrize(("count", "processes"), [(600, 1), (600, 2), (600, 4), (100, 1)])
+def test_repeated_augmentation_shows_the_images_that_timms_sampler_does(monkeypatch, count, processes):
+    order = Order(0, count, 16, processes=processes, repeats=3)
+    numbers = order.epoch(2)
+    permutation = Order(0, count, 1).epoch(2).flatten()
+    monkeypatch.setattr("timm.data.distributed_sampler.torch.randperm", lambda *_, **__: permutation)
+    assert order.steps == (512 if count >= 256 else count) // 16
+    for process in range(processes):
+        theirs = list(RepeatAugSampler(range(count), processes, process, num_repeats=3))
+        ours = (numbers[:, :, process].flatten() % count).tolist()
+        assert ours == theirs[: len(ours)]
+        assert len(theirs) - len(ours) < 16
+
+
+def test_the_copies_of_an_image_are_samples_of_their_own(digits):
+    numbers = Order(0, 300, 16, repeats=3).epoch(0).flatten()
+    assert len(numbers.unique()) == len(numbers)
+    assert numbers.max() < 3 * 300
+    for asked in (Augmentation(shift=2), PHOTOGRAPHIC, Augmentation(batched=True, scale=(0.5, 1.0))):
+        images = training_images(digits, replace(asked, repeats=3), (8, 8), seed=0)
+        copies, labels, *draws = images[0, 5 + torch.arange(3) * len(digits.train)]
+        assert labels.unique().tolist() == [digits.train.labels[5]]
+        assert len((draws[0] if draws else copies).unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -171,6 +201,18 @@ def test_what_is_not_asked_for_is_the_sets_own(digits):
     assert augmentation(Augmentation(scale=(0.8, 1.0)), digits).shift is None
     with pytest.raises(UsageError, match="leave out shift or scale"):
         augmentation(Augmentation(shift=1, scale=(0.8, 1.0)), digits)
+
+
+def test_an_interpolation_by_chance_is_bicubic_in_validation(tmp_path):
+    source = sources.find(str(image_folder(tmp_path)))
+    chance, bicubic, bilinear = (
+        validation_images(source, Augmentation(interpolation=name), (16, 16))[0, torch.arange(4)][0]
+        for name in ("random", "bicubic", "bilinear")
+    )
+    assert torch.equal(chance, bicubic)
+    assert not torch.equal(chance, bilinear)
+    with pytest.raises(UsageError, match=r"batched augments images in memory, and those of .* are files: leave it out"):
+        training_images(source, Augmentation(batched=True), (16, 16), 0)
 
 
 def test_an_experiment_is_its_own_augmentation(digits):
@@ -307,3 +349,58 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, workers, content):
     images = training_images(sources.find(str(root)), Augmentation(), (16, 16), 0)
     with pytest.raises(RunError, match=r"^\S*train/dog/2\.png cannot be read as an image \(.*Replace or remove it\.$"):
         whole_epoch(images, Order(0, 8, 4), workers=workers)
+
+
+# What a file shows
+
+
+def halves(left, right):
+    """A picture of 32×16 in two colours, as an array."""
+    return np.concatenate([np.tile(np.array(colour), (16, 16, 1)) for colour in (left, right)], axis=1)
+
+
+def lying():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be shown on its side
+    return exif
+
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+COLOURS = Image.fromarray(halves(RED, BLUE).astype(np.uint8))
+GREY = Image.fromarray(halves(60, 200)[..., 0].astype(np.uint8))
+FILES = {  # a picture, how it is saved, and the two colours that are seen
+    "RGB": (COLOURS, {}, RED, BLUE),
+    "CMYK": (COLOURS.convert("CMYK"), {}, RED, BLUE),
+    "grey": (GREY, {}, (60, 60, 60), (200, 200, 200)),
+    "EXIF on its side": (COLOURS, {"exif": lying()}, RED, BLUE),
+    "PNG called JPEG": (COLOURS, {"format": "PNG"}, RED, BLUE),
+    "grey in 16 bits": (  # whatever is above 255 is white
+        Image.fromarray(halves(60, 40_000)[..., 0].astype(np.uint16)),
+        {"format": "PNG"},
+        (60, 60, 60),
+        WHITE,
+    ),
+    "transparent palette": (COLOURS.quantize(2), {"format": "PNG", "transparency": 0}, RED, BLUE),
+    "transparent": (Image.merge("RGBA", [*COLOURS.split(), GREY]), {"format": "PNG"}, RED, BLUE),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_any_kind_shows_what_the_recipes_saw(tmp_path, kind):
+    """Bit for bit torchvision's loader of class folders: EXIF's orientation and transparency are left aside."""
+    picture, options, *colours = FILES[kind]
+    path = tmp_path / "n01440764_18.JPEG"
+    picture.save(path, **({"format": "JPEG", "subsampling": 0} | options))
+    seen = sources.Split("a file", [path], torch.zeros(1)).picture(0, channels=3)
+    assert seen.size == (32, 16)
+    np.testing.assert_allclose(seen, halves(*colours), atol=3)
+    np.testing.assert_array_equal(seen, pil_loader(path))
+
+
+def test_a_photograph_cut_short_is_named(tmp_path):
+    path = tmp_path / "n01440764_18.JPEG"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(RunError, match=r"^\S*n01440764_18\.JPEG cannot be read as an image \(.*truncated"):
+        sources.Split("a file", [path], torch.zeros(1)).picture(0, channels=3)

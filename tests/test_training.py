@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lape import checkpoints
+from lape import checkpoints, comparison
+from lape.comparison import trained
 from lape.errors import RunError, UsageError
 from lape.evaluation import evaluate_checkpoint
 from lape.experiment import Experiment, Place
+from lape.interruption import Stopped
 from lape.training import Run, launch, train
 
 TINY = Experiment(
@@ -109,6 +112,33 @@ def test_the_same_experiment_gives_the_same_weights(finished, tmp_path):
     assert not torch.equal(weights(tmp_path / "c")["norm.weight"], weights(tmp_path / "b")["norm.weight"])
 
 
+EVERYTHING = replace(
+    TINY,
+    batch_size=200, accumulate=2, cooldown_epochs=1, lr_by_epoch=True, lr_lag=1, lr_batch=100,
+    also_decay=("pos_embed",), ema=0.9, ema_evaluated=False, drop_path=0.2, clip_grad=1.0,
+    scale=(0.5, 1.0), interpolation="random", auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0,
+    smoothing=0.1, mix_epochs=2, erase_after_mix=True, repeats=3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_whatever_the_recipes_have_repeats_itself_and_resumes(tmp_path, batched):
+    experiment = replace(EVERYTHING, batched=batched)
+    train(experiment, tmp_path / "whole")
+    train(replace(experiment, checkpoint_seconds=0.0, workers=0), tmp_path / "again")
+    assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+    sent = []
+
+    def stop(progress):
+        if progress.step >= 7 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    with pytest.raises(Stopped):
+        train(replace(experiment, checkpoint_seconds=0.0), tmp_path / "cut", report=stop)
+    train(experiment, tmp_path / "cut", resume=True)
+    assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
 def test_workers_change_nothing(tmp_path):
     augmented = replace(TINY, auto_augment="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0, drop_path=0.2)
     for workers in (0, 2):
@@ -133,7 +163,7 @@ def test_two_processes_are_one(tmp_path):
     """A two-process gloo run ends with the weights of one process at the same global batch."""
     options = [
         "train", "--model-args", json.dumps(TINY.model_args), "--epochs", "2", "--batch-size", "400", "--lr", "1e-3",
-        "--drop-path", "0",
+        "--drop-path", "0", "--cooldown-epochs", "1", "--lr-by-epoch", "--warmup-epochs", "0",
         "--accelerator", "cpu", "--checkpoint-seconds", "0",
     ]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -144,7 +174,7 @@ def test_two_processes_are_one(tmp_path):
     )  # fmt: skip
     # gloo may abort when its processes leave, after all is written: what counts is the file.
     assert (tmp_path / "two" / "result.json").exists(), told.stderr
-    train(replace(TINY, lr=1e-3), tmp_path / "one")
+    train(replace(TINY, lr=1e-3, cooldown_epochs=1, lr_by_epoch=True, warmup_epochs=0.0), tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     assert one["experiment"] | Place().__dict__ == two["experiment"] | Place().__dict__
     for left, right in zip(one["curve"], two["curve"], strict=True):
@@ -161,6 +191,8 @@ def test_what_decides_the_result_is_the_identity():
     assert len({e.fingerprint() for e in [TINY, *other]}) == 5
     again = Experiment.of(json.loads(json.dumps(replace(TINY, betas=(0.9, 0.95), data_dir=Path("x")).settings())))
     assert again == replace(TINY, betas=(0.9, 0.95), data_dir=Path("x"))
+    with_names = replace(TINY, also_decay=("pos_embed",), repeats=3, batched=True)
+    assert Experiment.of(json.loads(json.dumps(with_names.settings()))) == with_names
 
 
 # The parts of a step
@@ -176,6 +208,26 @@ def test_the_average_is_what_is_judged_and_kept(tmp_path):
     assert evaluate_checkpoint(tmp_path / "a" / "last.pt").metrics["val_loss"] == pytest.approx(curve[-1]["val_loss"])
 
 
+def test_the_weights_themselves_are_judged_and_kept_beside_an_average(tmp_path):
+    train(replace(TINY, ema=0.5, ema_evaluated=False), tmp_path / "a")
+    last, best = (checkpoints.read(tmp_path / "a" / name) for name in ("last.pt", "best.pt"))
+    if best["metrics"]["epoch"] == 2:
+        assert_equal_weights(best["model"], last["model"])
+    assert not torch.equal(last["ema"]["norm.weight"], last["model"]["norm.weight"])
+    loss = last["state"]["curve"][-1]["val_loss"]
+    assert evaluate_checkpoint(tmp_path / "a" / "last.pt").metrics["val_loss"] == pytest.approx(loss)
+    judged = trained(comparison.read(tmp_path / "a"))
+    assert_equal_weights(judged.state_dict(), last["model"])
+
+
+def test_a_cooldown_is_more_epochs_at_the_last_rate(tmp_path):
+    heard = []
+    result = json.loads(train(replace(TINY, cooldown_epochs=2), tmp_path / "a", report=heard.append).read_text())
+    assert result["steps"] == 8
+    assert [row["lr"] for row in result["curve"]][2:] == [TINY.min_lr] * 2
+    assert heard[-1].epoch == heard[-1].epochs == 4
+
+
 def test_clipping_bounds_the_gradient(tmp_path):
     run = Run(replace(TINY, clip_grad=1e-3), tmp_path, launch(TINY))
     seen = []
@@ -186,22 +238,26 @@ def test_clipping_bounds_the_gradient(tmp_path):
     assert max(seen) <= 1e-3 * (1 + 1e-4)
 
 
-def test_the_schedule_rises_and_falls_by_steps(tmp_path):
-    run = Run(replace(TINY, epochs=10, warmup_epochs=2.0, lr=1.0, min_lr=0.1, warmup_lr=0.0), tmp_path, launch(TINY))
-    rates = []
-    for step in range(run.steps):
-        run.scheduler.step_update(step)
-        rates.append(run.optimizer.param_groups[0]["lr"])
-    assert rates[:4] == [0, 0.25, 0.5, 0.75]
-    assert rates[4:] == [pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * step / 20))) for step in range(4, 20)]
-
-
 def test_tables_and_pe_norms_do_not_decay(tmp_path):
     run = Run(TINY, tmp_path, launch(TINY))
     named = {parameter: name for name, parameter in run.module.named_parameters()}
     decayed = {named[p] for group in run.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert "blocks.0.attn.qkv.weight" in decayed
     assert not {name for name in decayed if "pe_norm" in name or "pos_embed" in name or "cls_token" in name}
+
+
+def test_what_is_named_decays_all_the_same(tmp_path):
+    asked = replace(TINY, also_decay=("pos_embed", "cls_token"))
+    tables = {"lape": {"pos_embed"}, "unshared": {"blocks.0.pos_embed", "blocks.1.pos_embed"}}
+    for join, layer_decay in (("lape", None), ("lape", 0.9), ("unshared", None)):
+        run = Run(replace(asked, join=join, layer_decay=layer_decay), tmp_path, launch(TINY))
+        named = {parameter: name for name, parameter in run.module.named_parameters()}
+        decay = {named[p]: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+        assert {decay[name] for name in {"cls_token", *tables[join]}} == {0.3}
+        assert decay["norm.weight"] == decay["head.bias"] == 0
+    for part in ("pos_embedd", "norm", "pe_norm", "reg_token"):
+        with pytest.raises(UsageError, match=f"'{part}' is none of cls_token, pos_embed"):
+            train(replace(TINY, also_decay=(part,)), tmp_path / "a")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])

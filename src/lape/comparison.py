@@ -223,16 +223,17 @@ def read(folder: Path) -> Result:
 
 
 def trained(result: Result) -> "nn.Module":
-    """Return the model of a finished run as its accuracy was taken: after the last step, or its average (EMA)."""
+    """Return the model of a finished run as its last accuracy was taken: the weights, or their average (EMA)."""
     from lape import checkpoints
     from lape.assembly import model_of
     from lape.data.sources import find
+    from lape.evaluation import judged_weights
 
     experiment = Experiment.of(result.record["experiment"])
     model, _ = model_of(experiment, find(experiment.data, experiment.data_dir))
     path = result.folder / checkpoints.LAST
     saved = checkpoints.read(path)
-    checkpoints.load(model, saved["ema"] or saved["model"], path)
+    checkpoints.load(model, judged_weights(saved), path)
     return model.eval()
 
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from lape.assembly import launch, model_of
 from lape.checkpoints import BEST, load, read
@@ -58,13 +59,19 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
         )
     fabric = launch(experiment)
     model, size = model_of(experiment, source)
-    load(model, saved.get("ema") or saved["model"], path)
+    load(model, judged_weights(saved), path)
     model = fabric.strategy.precision.convert_module(model.to(fabric.device))
-    task = Classification(len(source.classes), pipeline.augmentation(experiment, source))
+    task = Classification(len(source.classes))
     images = pipeline.validation_images(source, experiment, size)
     share = Whole(len(source.validation), experiment.batch_size, fabric.global_rank, fabric.world_size)
     batches = pipeline.load(images, share, experiment.workers, pin=fabric.device.type == "cuda")
     return Judged(path, source.name, len(source.validation), evaluate(fabric, task, model, batches))
+
+
+def judged_weights(saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return those weights of a checkpoint that its run validates: their average (EMA), or the weights themselves."""
+    averaged = saved.get("ema") if Experiment.of(saved["experiment"]).ema_evaluated else None
+    return averaged or saved["model"]
 
 
 def _named(classes: list[str] | tuple[str, ...]) -> str:

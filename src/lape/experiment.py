@@ -17,7 +17,7 @@ class Place:
 
     Args:
         data_dir: Where a named set lies, or is downloaded to; nothing: the cache of the user.
-        workers: Processes that prepare images; nothing: none for sets held in memory, else one a core, at most 8.
+        workers: Processes that prepare images; nothing: none for sets held in memory, else one a core, at most 24.
         accelerator: What computes: auto, cpu, cuda, gpu, mps.
         devices: Devices on each machine; under torchrun its number of processes stands instead.
         nodes: Machines; under torchrun its own number.
@@ -37,12 +37,16 @@ class Optimisation:
     """Optimisation
 
     Args:
-        epochs: Passes over the training images.
+        epochs: Passes over the training images in which the schedule runs.
+        cooldown_epochs: More passes, at the learning rate that the schedule ends with.
         batch_size: Images in one optimiser step, over all processes and accumulated parts.
         accumulate: Parts in which each process computes its share of a batch.
         optimizer: One of timm.optim's names.
-        lr: Highest learning rate, used as given.
-        weight_decay: Weight decay; tables, PE norms, biases and norms are exempt.
+        lr: Highest learning rate.
+        lr_batch: Batch size that lr is for: it is scaled in proportion to batch_size; nothing: used as given.
+        scale_lr_ends: Scale min_lr and warmup_lr as lr is.
+        weight_decay: Weight decay; tables, tokens, PE norms, biases and norms are exempt.
+        also_decay: Names of tables and tokens that decay all the same, as in pos_embed,cls_token.
         momentum: Momentum of those optimisers that have one.
         betas: Adam's two decay rates; nothing: the optimiser's own.
         layer_decay: Factor of the learning rate from a layer to the one before it; nothing: none.
@@ -51,18 +55,28 @@ class Optimisation:
         min_lr: Learning rate at the end of the schedule.
         warmup_epochs: Epochs in which the learning rate rises; nothing: a tenth of all.
         warmup_lr: Learning rate of the first step.
-        ema: Decay of an average of the weights, which is then what is validated and kept as best; nothing: none.
+        warmup_prefix: Begin the schedule behind the warm-up; otherwise it runs on beneath it.
+        lr_by_epoch: Change the learning rate from epoch to epoch, not from step to step.
+        lr_lag: Epochs by which the learning rate runs behind.
+        ema: Decay of an average of the weights; nothing: none.
+        ema_evaluated: Validate the average, where there is one, and keep it as best; otherwise the weights themselves.
+        teacher: A timm model whose answers a distilled model's second head learns, seeing the same images.
+        teacher_weights: File of the teacher's weights; nothing: timm's pretrained ones.
         precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed, 64-true ...
         compile: Compile the model with torch.compile.
         seed: Decides initial weights, order and augmentation.
     """
 
     epochs: int = 30
+    cooldown_epochs: int = 0
     batch_size: int = 32
     accumulate: int = 1
     optimizer: str = "adamw"
     lr: float = 3e-3
+    lr_batch: int | None = None
+    scale_lr_ends: bool = False
     weight_decay: float = 0.3
+    also_decay: tuple[str, ...] = ()
     momentum: float = 0.9
     betas: tuple[float, float] | None = None
     layer_decay: float | None = None
@@ -71,7 +85,13 @@ class Optimisation:
     min_lr: float = 1e-5
     warmup_epochs: float | None = None
     warmup_lr: float = 1e-6
+    warmup_prefix: bool = False
+    lr_by_epoch: bool = False
+    lr_lag: int = 0
     ema: float | None = None
+    ema_evaluated: bool = True
+    teacher: str | None = None
+    teacher_weights: Path | None = None
     precision: str = "32-true"
     compile: bool = False
     seed: int = 0
@@ -95,7 +115,11 @@ class Augmentation:
         remode: What erased areas are filled with: const, rand, pixel.
         mixup: Mixup's alpha; 0: no mixup.
         cutmix: Cutmix's alpha; 0: no cutmix.
+        mix_epochs: Epochs after which mixup and cutmix end; nothing: they never do.
         smoothing: Label smoothing.
+        erase_after_mix: Mix images of whole colour values, then normalise and erase; otherwise erase, then mix.
+        repeats: Times that an image is shown in a row, each time augmented anew; an epoch stays as long as before.
+        batched: Augment whole batches on the training device; for small images in memory.
     """
 
     shift: int | None = None
@@ -111,7 +135,11 @@ class Augmentation:
     remode: str | None = None
     mixup: float | None = None
     cutmix: float | None = None
+    mix_epochs: int | None = None
     smoothing: float | None = None
+    erase_after_mix: bool | None = None
+    repeats: int | None = None
+    batched: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +147,7 @@ class Subject:
     """Data and model
 
     Args:
+        recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings stand where none are typed.
         data: digits, fashion-mnist, cifar10, cifar100, or a folder with train/ and val/ of one folder per class.
         img_size: Side of the images as the model sees them; nothing: the set's own, for a folder the model's.
         model: A timm VisionTransformer, or one of vit_nano_patch2_8, vit_nano_patch4_28, vit_nano_patch4_32,
@@ -131,6 +160,7 @@ class Subject:
         grad_checkpointing: Recompute activations in the backward pass to save memory.
     """
 
+    recipe: str | None = None
     data: str = "digits"
     img_size: int | None = None
     model: str = "vit_nano_patch2_8"
@@ -142,7 +172,21 @@ class Subject:
     grad_checkpointing: bool = False
 
 
-LEAST = {"epochs": 1, "batch_size": 1, "accumulate": 1, "devices": 1, "nodes": 1, "workers": 0, "img_size": 1, "lr": 0}
+LEAST = {
+    "epochs": 1,
+    "cooldown_epochs": 0,
+    "batch_size": 1,
+    "accumulate": 1,
+    "lr": 0,
+    "lr_batch": 1,
+    "lr_lag": 0,
+    "mix_epochs": 1,
+    "repeats": 1,
+    "devices": 1,
+    "nodes": 1,
+    "workers": 0,
+    "img_size": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -155,6 +199,11 @@ class Experiment(Place, Augmentation, Optimisation, Subject):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, not {value}.")
 
+    @property
+    def passes(self) -> int:
+        """All passes over the training images."""
+        return self.epochs + self.cooldown_epochs
+
     def settings(self) -> dict[str, Any]:
         """Every setting, as JSON can hold it."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
@@ -163,12 +212,13 @@ class Experiment(Place, Augmentation, Optimisation, Subject):
     def of(cls, settings: Mapping[str, Any]) -> Self:
         """The experiment of `settings()`, or of a part of it."""
         lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
-        paths = {"data_dir": Path(settings["data_dir"])} if settings.get("data_dir") else {}
+        path_fields = [f.name for f in dataclasses.fields(cls) if f.type == Path | None]
+        paths = {name: Path(settings[name]) for name in path_fields if settings.get(name)}
         return cls(**{**settings, **lists, **paths})
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: two runs with equal identities are the same experiment."""
-        place = {f.name for f in dataclasses.fields(Place)}
+        place = {f.name for f in dataclasses.fields(Place)} | {"recipe"}
         return {name: value for name, value in self.settings().items() if name not in place}
 
     def fingerprint(self) -> str:

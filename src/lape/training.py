@@ -19,18 +19,18 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from lape.assembly import launch, model_of, optimizer_of, scheduler_of
+from lape.assembly import launch, model_of, optimizer_of, schedule_of, task_of
 from lape.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, refuse_other, save, write_json
 from lape.curves import Curves
 from lape.data import pipeline
 from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
+from lape.data.preparation import Preparation
 from lape.data.sources import find
 from lape.errors import RunError
 from lape.evaluation import evaluate
 from lape.experiment import Experiment
 from lape.interruption import Stopped, signals
 from lape.provenance import provenance
-from lape.tasks.classification import Classification
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
 SECONDS_BETWEEN_REPORTS = 0.1
@@ -99,18 +99,26 @@ class Run:
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
             self.source = find(experiment.data, experiment.data_dir)
+        chosen = pipeline.augmentation(experiment, self.source)
         self.order = Order(
-            experiment.seed, len(self.source.train), experiment.batch_size, experiment.accumulate, fabric.world_size
+            experiment.seed,
+            len(self.source.train),
+            experiment.batch_size,
+            experiment.accumulate,
+            fabric.world_size,
+            chosen.repeats or 1,
         )
-        self.task = Classification(len(self.source.classes), pipeline.augmentation(experiment, self.source))
-        self.task.check(self.order.share)
         self.module, self.size = model_of(experiment, self.source)
+        self.preparation = Preparation(self.source, chosen, self.size, self.order.share, fabric.device)
+        with fabric.rank_zero_first(local=True):
+            self.task = task_of(experiment, self.source, self.module, fabric)
         optimizer = optimizer_of(experiment, self.module)
-        self.scheduler = scheduler_of(experiment, optimizer, self.order.steps)
+        self.set_rates = schedule_of(experiment, optimizer, self.order.steps)
         compiled: Any = torch.compile(self.module) if experiment.compile else self.module
         self.model, self.optimizer = fabric.setup(compiled, optimizer)
         self.ema = ModelEmaV3(self.module, decay=experiment.ema) if experiment.ema else None
-        self.steps = experiment.epochs * self.order.steps
+        self.judged = self.ema.module if self.ema and experiment.ema_evaluated else self.module
+        self.steps = experiment.passes * self.order.steps
         self.state = State()
         self.durations = deque[float](maxlen=1000)
 
@@ -155,7 +163,7 @@ class Run:
     def _step(self, step: int, batches: Iterator[Batch], stop: bool) -> Tensor:
         """One optimiser step; returns (2,): its loss, and whether any process was told to stop."""
         settings, fabric = self.experiment, self.fabric
-        self.scheduler.step_update(step)
+        self.set_rates(step)
         total = torch.zeros((), device=fabric.device)
         for part in range(settings.accumulate):
             batch = fabric.to_device(next(batches))
@@ -163,8 +171,9 @@ class Run:
             reseed(seed)
             if fabric.device.type == "cuda":
                 torch.cuda.manual_seed(seed)
+            images, targets = self.preparation(batch, step // self.order.steps)
             with fabric.no_backward_sync(self.model, enabled=part + 1 < settings.accumulate):
-                loss = self.task.loss(self.model, batch) / settings.accumulate
+                loss = self.task.loss(self.model, images, targets) / settings.accumulate
                 fabric.backward(loss)
             total += loss.detach()
         if settings.clip_grad:
@@ -192,7 +201,8 @@ class Run:
     def _refuse(self, step: int, what: str) -> None:
         """Raise RunError for a step that went wrong, naming its images and the last checkpoint before it."""
         epoch, place = divmod(step, self.order.steps)
-        titles = [self.source.train.title(index) for index in self.order.epoch(epoch)[place].flatten().tolist()]
+        indices = self.order.epoch(epoch)[place].flatten() % len(self.source.train)
+        titles = [self.source.train.title(index) for index in indices.tolist()]
         last = self.folder / LAST
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint before it"
         listed = self.folder / "broken-batch.json"
@@ -207,10 +217,9 @@ class Run:
     def _end_epoch(self) -> None:
         """Validate, add a row to the curve, and keep the best weights."""
         state, settings = self.state, self.experiment
-        judged = self.ema.module if self.ema else self.module
         images = pipeline.validation_images(self.source, settings, self.size)
         share = Whole(len(self.source.validation), self.order.share, self.fabric.global_rank, self.fabric.world_size)
-        metrics = evaluate(self.fabric, self.task, judged, self._load(images, share))
+        metrics = evaluate(self.fabric, self.task, self.judged, self._load(images, share))
         row = {
             "epoch": state.step // self.order.steps,
             "step": state.step,
@@ -225,7 +234,7 @@ class Run:
         state.losses.clear()
         if self.curves:
             if best:
-                save(self.folder / BEST, self._named() | {"model": judged.state_dict(), "metrics": row})
+                save(self.folder / BEST, self._named() | {"model": self.judged.state_dict(), "metrics": row})
             self.curves.add(state.curve)
 
     def _named(self) -> dict[str, Any]:
@@ -286,7 +295,7 @@ class Run:
         passed = monotonic() - self.begun
         return Progress(
             epoch=len(state.curve),
-            epochs=self.experiment.epochs,
+            epochs=self.experiment.passes,
             step=step,
             steps=self.steps,
             images_per_second=self.experiment.batch_size / fmean(list(self.durations)[-50:]),

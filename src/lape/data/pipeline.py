@@ -1,5 +1,6 @@
-"""From a set of images to batches. What a sample looks like depends on (seed, epoch, index), and on nothing else:
-not on the number of workers or processes, nor on where in a run one starts.
+"""From a set of images to batches. What a sample looks like depends on (seed, epoch, number), and on nothing else:
+not on the number of workers or processes, nor on where in a run one starts. Of N images sample number k is image
+k mod N: with repeated augmentation an epoch has several samples of one image.
 """
 
 import os
@@ -12,16 +13,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.sources import ImageSource, Split
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation
 
-Key = tuple[int, Tensor]  # epoch, indices (B,)
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
+Key = tuple[int, Tensor]  # epoch, numbers of samples (B,)
+Batch = tuple[Tensor, ...]  # images (B, C, H, W), labels (B,), and where the device augments draws (B, columns)
 Batches = Generator[Batch, None, None]
+
+SETTLED = {"random": "bicubic"}  # an interpolation by chance, and what validation has in its place
 
 
 def seed_of(*key: int) -> int:
@@ -37,38 +40,73 @@ def reseed(seed: int) -> None:
 
 
 class Draws:
-    """Uniform random numbers for every sample of an epoch: row i of the table (N, columns) is sample i's."""
+    """Uniform random numbers for every sample of an epoch: row k of the table (samples, columns) is sample k's."""
 
-    def __init__(self, seed: int, samples: int, columns: int) -> None:
-        self.seed, self.shape = seed, (samples, columns)
+    def __init__(self, seed: int, samples: int, columns: int, dtype: torch.dtype = torch.float64) -> None:
+        self.seed, self.shape, self.dtype = seed, (samples, columns), dtype
         self.epoch = -1
 
-    def __call__(self, epoch: int, indices: Tensor) -> Tensor:
+    def __call__(self, epoch: int, numbers: Tensor) -> Tensor:
         """Return rows (B, columns) in [0, 1)."""
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 1))
-            self.table = torch.rand(self.shape, generator=generator, dtype=torch.float64)
+            self.table = torch.rand(self.shape, generator=generator, dtype=self.dtype)
             self.epoch = epoch
-        return self.table[indices]
+        return self.table[numbers]
+
+
+class Normalise:
+    """Whole colour values, 0 to 255, to mean 0 and deviation 1: (x / 255 - mean) / std in every channel."""
+
+    def __init__(self, source: ImageSource, device: torch.device | str = "cpu") -> None:
+        scale = torch.tensor([source.mean, source.std], dtype=torch.float32, device=device)
+        self.mean, self.std = scale.view(2, 1, -1, 1, 1) * 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return images (B, C, H, W) as float32."""
+        return (images - self.mean) / self.std
+
+
+class Stored(Dataset[Batch]):
+    """Images in memory as they are, uint8, and random numbers with them by which the device augments."""
+
+    def __init__(self, split: Split, seed: int, repeats: int, columns: int) -> None:
+        assert isinstance(split.pictures, Tensor)  # what the caller chose this class by
+        self.pictures, self.labels = split.pictures, split.labels
+        # Rounding a float64 could make a 1 of a number below 1, and not every device has float64.
+        self.draws = Draws(seed, repeats * len(split), columns, torch.float32)
+
+    def __getitem__(self, key: Key) -> Batch:
+        epoch, numbers = key
+        indices = numbers % len(self.labels)
+        return self.pictures[indices], self.labels[indices], self.draws(epoch, numbers)
 
 
 class Shifted(Dataset[Batch]):
     """Images in memory, shifted and mirrored a whole batch at a time (some 0.1 ms for 64 digits)."""
 
-    def __init__(self, source: ImageSource, split: Split, seed: int, shift: int, hflip: float, vflip: float) -> None:
-        assert isinstance(split.pictures, Tensor)  # what the caller chose this class by
-        self.pictures, self.labels = split.pictures, split.labels
+    def __init__(
+        self,
+        split: Split,
+        finish: Callable[[Tensor], Tensor],
+        seed: int = 0,
+        repeats: int = 1,
+        shift: int = 0,
+        hflip: float = 0,
+        vflip: float = 0,
+    ) -> None:
+        assert isinstance(split.pictures, Tensor)
+        self.pictures, self.labels, self.finish = split.pictures, split.labels, finish
         self.shift, self.hflip, self.vflip = shift, hflip, vflip
-        scale = torch.tensor([source.mean, source.std], dtype=torch.float32).view(2, 1, -1, 1, 1) * 255
-        self.mean, self.std = scale
-        self.draws = Draws(seed, len(split), columns=4)
+        self.draws = Draws(seed, repeats * len(split), columns=4)
 
     def __getitem__(self, key: Key) -> Batch:
-        epoch, indices = key
+        epoch, numbers = key
+        indices = numbers % len(self.labels)
         images = self.pictures[indices]
         if self.shift or self.hflip or self.vflip:
-            images = self._moved(images, self.draws(epoch, indices))
-        return (images - self.mean) / self.std, self.labels[indices]
+            images = self._moved(images, self.draws(epoch, numbers))
+        return self.finish(images), self.labels[indices]
 
     def _moved(self, images: Tensor, draws: Tensor) -> Tensor:
         samples, channels, height, width = images.shape
@@ -100,20 +138,22 @@ class Unreadable:
 class Pictures(Dataset[Batch | Unreadable]):
     """Images opened one by one and sent through a transform of timm's or torchvision's."""
 
-    def __init__(self, split: Split, channels: int, transform: Any, seed: int) -> None:
+    def __init__(self, split: Split, channels: int, transform: Any, seed: int = 0, repeats: int = 1) -> None:
         self.split, self.channels, self.transform = split, channels, transform
-        self.draws = Draws(seed, len(split), columns=1)
+        self.draws = Draws(seed, repeats * len(split), columns=1)
 
     def __getitem__(self, key: Key) -> Batch | Unreadable:
-        epoch, indices = key
+        epoch, numbers = key
+        indices = numbers % len(self.split)
         images = []
         try:
-            for index, draw in zip(indices.tolist(), self.draws(epoch, indices)[:, 0].tolist(), strict=True):
+            for index, draw in zip(indices.tolist(), self.draws(epoch, numbers)[:, 0].tolist(), strict=True):
                 reseed(int(draw * 2**53))
                 images.append(self.transform(self.split.picture(index, self.channels)))
         except RunError as error:
             return Unreadable(str(error))
-        return torch.stack(images), self.split.labels[indices]
+        # default_collate writes a worker's images straight into shared memory: a tenth less time for an image.
+        return default_collate(images), self.split.labels[indices]
 
 
 def augmentation(asked: Augmentation, source: ImageSource) -> Augmentation:
@@ -128,18 +168,25 @@ def augmentation(asked: Augmentation, source: ImageSource) -> Augmentation:
 
 
 def training_images(source: ImageSource, asked: Augmentation, size: tuple[int, int], seed: int) -> Dataset[Any]:
-    """The training images of a set, augmented anew in every epoch."""
+    """The training images of a set, augmented anew in every epoch; what `Preparation` still has to do is left to it.
+
+    Raises UsageError for files that are to be augmented in batches.
+    """
     from timm.data.transforms_factory import create_transform
 
     chosen = augmentation(asked, source)
-    one_by_one = chosen.auto_augment or chosen.color_jitter or chosen.reprob
-    if (
-        isinstance(source.train.pictures, Tensor)
-        and source.size == size
-        and chosen.shift is not None
-        and not one_by_one
-    ):
-        return Shifted(source, source.train, seed, chosen.shift, chosen.hflip or 0, chosen.vflip or 0)
+    repeats = chosen.repeats or 1
+    in_memory = isinstance(source.train.pictures, Tensor)
+    if chosen.batched:
+        from lape.data.batched import Augmenter
+
+        if not in_memory:
+            raise UsageError(f"batched augments images in memory, and those of {source.name} are files: leave it out.")
+        return Stored(source.train, seed, repeats, Augmenter(size, source.mean, chosen).columns)
+    one_by_one = chosen.auto_augment or chosen.color_jitter or (chosen.reprob and not chosen.erase_after_mix)
+    if in_memory and source.size == size and chosen.shift is not None and not one_by_one:
+        finish = nn.Identity() if chosen.erase_after_mix else Normalise(source)
+        return Shifted(source.train, finish, seed, repeats, chosen.shift, chosen.hflip or 0, chosen.vflip or 0)
     options: dict[str, Any] = {
         "scale": chosen.scale,
         "ratio": chosen.ratio,
@@ -152,6 +199,7 @@ def training_images(source: ImageSource, asked: Augmentation, size: tuple[int, i
         "re_mode": chosen.remode,
         "mean": source.mean,
         "std": source.std,
+        "use_prefetcher": bool(chosen.erase_after_mix),  # then colour values are left whole, and nothing is erased
     }
     transform: Any = create_transform(size, is_training=True, **options)
     steps = transform.transforms
@@ -161,7 +209,7 @@ def training_images(source: ImageSource, asked: Augmentation, size: tuple[int, i
         pairs = getattr(step, "policy", None) or [getattr(step, "ops", [])]
         for operation in (operation for pair in pairs for operation in pair if operation.name.startswith("Posterize")):
             operation.aug_fn = Posterize(operation.aug_fn)
-    return Pictures(source.train, source.channels, transform, seed)
+    return Pictures(source.train, source.channels, transform, seed, repeats)
 
 
 @dataclass(frozen=True)
@@ -174,12 +222,18 @@ class Posterize:
         return self.keep(image, bits, **options) if bits else image.point(lambda _: 0)
 
 
+def _settled(chosen: Augmentation) -> str:
+    """How images are resized where nothing may be random."""
+    asked = chosen.interpolation or "bilinear"
+    return SETTLED.get(asked, asked)
+
+
 def _shift(size: tuple[int, int], chosen: Augmentation) -> Callable[[Image.Image], Image.Image]:
     """timm's random resized crop is replaced by a shift, as its own recipes do for small images."""
     from timm.data.transforms import str_to_interp_mode
     from torchvision import transforms
 
-    mode: Any = str_to_interp_mode(chosen.interpolation or "bilinear")
+    mode: Any = str_to_interp_mode(_settled(chosen))
     resize = transforms.Resize(size, mode)
     return transforms.Compose([resize, transforms.RandomCrop(size, padding=chosen.shift)])
 
@@ -190,25 +244,28 @@ def validation_images(source: ImageSource, asked: Augmentation, size: tuple[int,
 
     chosen = augmentation(asked, source)
     if isinstance(source.validation.pictures, Tensor) and source.size == size and chosen.crop_pct == 1:
-        return Shifted(source, source.validation, 0, 0, 0, 0)
-    options: dict[str, Any] = {"interpolation": chosen.interpolation, "crop_pct": chosen.crop_pct}
+        return Shifted(source.validation, Normalise(source))
+    options: dict[str, Any] = {"interpolation": _settled(chosen), "crop_pct": chosen.crop_pct}
     transform = create_transform(size, mean=source.mean, std=source.std, **options)
-    return Pictures(source.validation, source.channels, transform, seed=0)
+    return Pictures(source.validation, source.channels, transform)
 
 
 @dataclass(frozen=True)
 class Order:
     """Which samples make up which optimiser step, and which of them are whose: a pure function of its fields.
 
-    An epoch is a permutation of the samples, cut into steps of `batch`; what is left over at its end is not used.
-    A step is cut into `parts` that are computed one after the other, and each part among `processes`.
+    An epoch is a permutation of the images, cut into steps of `batch`; what is left over at its end is not used. With
+    repeated augmentation every image stands `repeats` times in a row, and the epoch ends after as many samples as there
+    are images, rounded down to 256. A step is cut into `parts` that are computed one after the other, and each part is
+    dealt out among `processes`, so that an image's copies fall on different ones.
     """
 
     seed: int
-    samples: int
+    images: int
     batch: int
     parts: int = 1
     processes: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.batch % (self.parts * self.processes):
@@ -218,8 +275,15 @@ class Order:
             )
         if self.batch > self.samples:
             raise UsageError(
-                f"batch_size {self.batch} is more than the {self.samples} training images: use that many or fewer."
+                f"batch_size {self.batch} is more than the {self.samples} training images of an epoch: use that many "
+                "or fewer."
             )
+
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch, before it is cut into steps."""
+        whole = self.images // 256 * 256
+        return whole if self.repeats > 1 and whole else self.images
 
     @property
     def steps(self) -> int:
@@ -232,10 +296,15 @@ class Order:
         return self.batch // (self.parts * self.processes)
 
     def epoch(self, epoch: int) -> Tensor:
-        """Return the indices of an epoch (steps, parts, processes, samples of each)."""
+        """Return the numbers of an epoch's samples (steps, parts, processes, samples of each).
+
+        The c-th copy of image i, from 0 on, is sample number i + c · images.
+        """
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, 0))
-        order = torch.randperm(self.samples, generator=generator)[: self.steps * self.batch]
-        return order.view(self.steps, self.parts, self.processes, self.share)
+        order = torch.randperm(self.images, generator=generator)
+        numbers = order[:, None] + torch.arange(self.repeats) * self.images  # (images, repeats)
+        shown = numbers.flatten()[: self.steps * self.batch]
+        return shown.view(self.steps, self.parts, self.share, self.processes).transpose(2, 3)
 
 
 class Shares(Sampler[Key]):
@@ -248,7 +317,7 @@ class Shares(Sampler[Key]):
         for epoch in range(self.first // self.order.steps, -(-self.last // self.order.steps)):
             start = epoch * self.order.steps
             for parts in self.order.epoch(epoch)[max(self.first - start, 0) : self.last - start, :, self.process]:
-                yield from ((epoch, indices) for indices in parts)
+                yield from ((epoch, numbers) for numbers in parts)
 
 
 class Whole(Sampler[Key]):
@@ -264,11 +333,12 @@ class Whole(Sampler[Key]):
 def load(images: Dataset[Any], keys: Sampler[Key], workers: int | None, pin: bool) -> Batches:
     """Yield batches, prepared by `workers` processes; raises RunError for an image that cannot be read.
 
-    Unless a number is given, images in memory are prepared here, and others by a process a core, at most 8. Closing the
-    generator ends the processes.
+    Unless a number is given, images in memory are prepared here, and others by a process a core, at most 24, which
+    torchrun's processes share. Closing the generator ends them.
     """
     if workers is None:
-        workers = 0 if isinstance(images, Shifted) else min(8, _cores())
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = 0 if isinstance(images, Stored | Shifted) else max(1, min(24, _cores() // sharing))
     loader = DataLoader(
         images,
         sampler=keys,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lape.data import SETS
 from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation
 
@@ -154,8 +155,17 @@ def _cifar(
     return ImageSource(name, tuple(train.classes), 3, (32, 32), mean, std, training, validation, OBJECTS)
 
 
+def imagenet(data_dir: Path | None) -> ImageSource:
+    """ImageNet-1K as everybody has it: `data_dir` holds train/ and val/ with a folder for each class."""
+    if data_dir is None:
+        raise UsageError(
+            "ImageNet is not downloaded; its folder was not named. Give --data the folder that holds train/ and val/."
+        )
+    return replace(folder(data_dir), name="imagenet")
+
+
 SOURCES: Mapping[str, Callable[[Path | None], ImageSource]] = MappingProxyType(
-    {"digits": digits, "fashion-mnist": fashion_mnist, "cifar10": cifar10, "cifar100": cifar100}
+    dict(zip(SETS, (digits, fashion_mnist, cifar10, cifar100, imagenet), strict=True))
 )
 
 

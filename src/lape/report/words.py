@@ -50,7 +50,7 @@ def question(comparison: Comparison) -> str:
     return (
         f"{_counted('Join', comparison.joins)} compared on {base.data} ({train:,} training and {validation:,} "
         f"validation images): {base.model} with the {_counted('position table', comparison.pes)}, "
-        f"{base.epochs} epochs, {seeds} {'seeds' if seeds > 1 else 'seed'}."
+        f"{base.passes} epochs, {seeds} {'seeds' if seeds > 1 else 'seed'}."
     )
 
 

@@ -1,12 +1,10 @@
-"""Image classification: cross-entropy with smoothing, mixup and cutmix; accuracy in percent."""
+"""Image classification: soft cross-entropy, with or without a teacher; accuracy in percent."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from lape.errors import UsageError
-from lape.experiment import Augmentation
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
 
@@ -16,39 +14,29 @@ class Classification:
 
     score = "val_accuracy"  # of what `Meter.compute` returns, the one by which the best weights are kept
 
-    def __init__(self, classes: int, augmentation: Augmentation) -> None:
+    def __init__(self, classes: int) -> None:
         self.classes = classes
-        self.smoothing = augmentation.smoothing or 0.0
-        self.mix = None
-        if augmentation.mixup or augmentation.cutmix:
-            from timm.data.mixup import Mixup
 
-            self.mix = Mixup(
-                augmentation.mixup or 0.0,
-                augmentation.cutmix or 0.0,
-                label_smoothing=self.smoothing,
-                num_classes=classes,
-            )
-
-    def check(self, samples: int) -> None:
-        """Raise UsageError where `samples` images, one process's part of a batch, cannot be trained on."""
-        if self.mix and samples % 2:
-            raise UsageError(
-                f"mixup and cutmix pair the images of a part, and {samples} is odd: use an even number of images "
-                "on each process (batch_size / accumulate / processes)."
-            )
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a training batch, a scalar."""
-        images, labels = batch
-        if self.mix:
-            images, targets = self.mix(images, labels)  # targets (B, classes), smoothed
-            return F.cross_entropy(model(images), targets)
-        return F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
+        return F.cross_entropy(model(images), targets)
 
     def meter(self) -> "Meter":
         """A new account of validation results."""
         return Meter(self.classes)
+
+
+class Distillation(Classification):
+    """Names each image's class, and by a second head the class that a teacher names: DeiT's hard distillation."""
+
+    def __init__(self, classes: int, teacher: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(classes)
+        self.teacher = teacher  # images (B, C, H, W) to its answers (B,)
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """½ CE(class head, targets) + ½ CE(distillation head, teacher's answers), a scalar."""
+        named, learnt = model(images)
+        return (F.cross_entropy(named, targets) + F.cross_entropy(learnt, self.teacher(images))) / 2
 
 
 class Meter(nn.Module):

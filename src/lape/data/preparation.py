@@ -1,0 +1,88 @@
+"""What happens to a training batch on its device, before the model sees it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lape.data.pipeline import Batch, Normalise
+from lape.data.sources import ImageSource
+from lape.errors import UsageError
+from lape.experiment import Augmentation
+
+Step = Callable[[Tensor], Tensor]
+
+
+class Preparation:
+    """From a batch as the workers leave it to normalised images and the shares of their classes.
+
+    The workers leave images normalised and, where asked for, erased: they are only mixed. Or they leave whole colour
+    values, for which the rest is done here: augmented as a batch (`batched`), and mixed before they are erased
+    (`erase_after_mix`) or afterwards. What is random is drawn from the generators that `pipeline.reseed` sets.
+
+    `share` is the number of images in a part, and `size` their (H, W). Raises UsageError where an odd number is mixed.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        chosen: Augmentation,
+        size: tuple[int, int],
+        share: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.augment = _augmenter(source, chosen, size)
+        self.mix = _mixing(len(source.classes), chosen, share)
+        finish: list[Step] = [Normalise(source, device), *_erasing(chosen, device)]
+        self.before: list[Step] = []
+        self.after: list[Step] = []
+        if chosen.erase_after_mix:
+            self.before, self.after = [Tensor.float], [torch.round, *finish]
+        elif chosen.batched:
+            self.before = finish
+
+    def __call__(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return images (B, C, H, W) and targets (B, classes), smoothed and mixed."""
+        images, labels, *draws = batch
+        images = self.augment(images, *draws)
+        for step in self.before:
+            images = step(images)
+        images, targets = self.mix(images, labels, epoch)
+        for step in self.after:
+            images = step(images)
+        return images, targets
+
+
+def _augmenter(source: ImageSource, chosen: Augmentation, size: tuple[int, int]) -> Callable[..., Tensor]:
+    if not chosen.batched:
+        return nn.Identity()
+    from lape.data.batched import Augmenter
+
+    return Augmenter(size, source.mean, chosen)
+
+
+def _mixing(classes: int, chosen: Augmentation, share: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """Mixup and cutmix, one draw for a batch, in the epochs that have them; targets are smoothed in all."""
+    from timm.data.mixup import Mixup, mixup_target
+
+    smoothing = chosen.smoothing or 0.0
+    if not (chosen.mixup or chosen.cutmix):
+        return lambda images, labels, _: (images, mixup_target(labels, classes, smoothing=smoothing))
+    if share % 2:
+        raise UsageError(
+            f"mixup and cutmix pair the images of a part, and {share} is odd: use an even number of images "
+            "on each process (batch_size / accumulate / processes)."
+        )
+    mixup = Mixup(chosen.mixup or 0.0, chosen.cutmix or 0.0, label_smoothing=smoothing, num_classes=classes)
+
+    def mix(images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        mixup.mixup_enabled = chosen.mix_epochs is None or epoch < chosen.mix_epochs
+        return mixup(images, labels)
+
+    return mix
+
+
+def _erasing(chosen: Augmentation, device: torch.device | str) -> list[Step]:
+    from timm.data.random_erasing import RandomErasing
+
+    return [RandomErasing(chosen.reprob, mode=chosen.remode or "const", device=str(device))] if chosen.reprob else []
