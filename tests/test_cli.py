@@ -123,7 +123,7 @@ def test_version_and_completion(lape):
     ],
 )
 def test_lists_are_typed_with_spaces_or_commas(typed, read):
-    assert cli._normal("compare", [*typed, "--epochs", "3"]) == [f"--joins={read}", "--epochs", "3"]
+    assert cli._normal("compare", [*typed, "--epochs", "3"]) == [f"--joins={read}", "--epochs=3"]
 
 
 def test_numbers_lists_flags_and_dashes_are_read(lape):
@@ -162,6 +162,12 @@ def test_compare_takes_the_settings_of_a_run_but_those_that_it_varies(lape):
         (["train", "--data", "no/folder"], "There is no folder no/folder"),
         (["train", "--img_size", "9"], "which do not divide 9x9 images"),
         (["train", "--config", "nothing.yaml"], "nothing.yaml"),
+        (["train", "--recipe", "cifar10/cct_7"], "Did you mean cifar10/cct_7_3x1_32?"),
+        (["train", "--recipe", "nothing.yaml"], "nothing.yaml cannot be read as a recipe"),
+        (["train", "--recipe", "imagenet/t2t_vit_7"], "Give --data the folder that holds train/ and val/"),
+        (["recipes", "cct"], "is no recipe"),
+        (["models", "resnet"], "No model's name has resnet in it"),
+        (["results", "no/runs"], "No finished run"),
         (["train", "--pe", "relative", "--join", "lape"], "relative"),
         (["compare", "--joins", "default", "lapee"], "'lape'"),
         (["compare", "--seeds", "0"], "seeds"),
@@ -195,7 +201,7 @@ def test_train_then_eval(lape, tmp_path):
 
 def test_a_run_has_a_folder_by_default(lape, tmp_path):
     assert lape("train", *SMALL, "--epochs", "1", "--join", "default", "--seed", "7")[0] == 0
-    assert (tmp_path / "runs" / "digits-default-learnable-seed7" / "result.json").exists()
+    assert (tmp_path / "runs" / "digits" / "default-learnable-seed7" / "result.json").exists()
 
 
 def test_a_used_folder(lape):

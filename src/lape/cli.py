@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import json
 import os
 import sys
 import typing
@@ -26,14 +27,15 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
     """This command
 
     Args:
-        out: Folder of the run; nothing: runs/DATA-JOIN-PE-seedSEED.
+        out: Folder of the run; nothing: runs/DATA/JOIN-PE-seedSEED, under a recipe runs/RECIPE/...
         resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped.
     """
     from lape.report.run import Bar
     from lape.training import train
 
-    name = f"{Path(experiment.data).name}-{experiment.join}-{experiment.pe}-seed{experiment.seed}"
-    folder = out or Path("runs") / name
+    recipe = experiment.recipe or Path(experiment.data).name
+    row = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    folder = out or Path("runs") / row / f"{experiment.join}-{experiment.pe}-seed{experiment.seed}"
     with Bar(console(stderr=True)) as bar:
         result = train(experiment, folder, resume=resume, report=bar)
     if _first_process():
@@ -143,6 +145,58 @@ def cost(
         write_text(out / "cost.json", as_json(costs, said))
 
 
+def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
+    """This command
+
+    Args:
+        name: Parts of the names to list, as in cct or deit_tiny; nothing: all.
+    """
+    from rich.progress import track
+
+    from lape.catalogue import entries, names
+    from lape.report.catalogue import models
+
+    chosen = names(name)
+    counted = track(entries(chosen), "counting", len(chosen), console=console(stderr=True), transient=True)
+    console().print(models(counted))
+
+
+def recipes(name: str | None = None) -> None:
+    """This command
+
+    Args:
+        name: A recipe to show as a whole; nothing: all in a table.
+    """
+    from lape import recipes
+    from lape.report.catalogue import note
+    from lape.report.catalogue import recipes as table
+
+    if name:
+        from rich.text import Text
+
+        console().print(Text(note(recipes.load(name))))
+    else:
+        console().print(table([recipes.load(each) for each in recipes.names()]))
+
+
+def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
+    """This command
+
+    Args:
+        runs: Folders to look for finished runs in.
+        out: A Markdown file for the table.
+    """
+    from lape.checkpoints import write_text
+    from lape.report.results import markdown, terminal
+    from lape.results import find
+
+    found = find(runs)
+    console().print(terminal(found))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, markdown(found))
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the help, and the function whose parameters are the options.
@@ -154,6 +208,7 @@ class Command:
     does: str
     example: str
     without: tuple[str, ...] = ()
+    bare: str | None = None  # the option that words without dashes are for
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -171,7 +226,26 @@ COMMANDS: Mapping[str, Command] = {
     "eval": Command(
         evaluate,
         "measure the accuracy of a checkpoint",
-        "lape eval --checkpoint runs/first/best.pt",
+        "lape eval runs/first/best.pt",
+        bare="checkpoint",
+    ),
+    "models": Command(
+        models,
+        "list the models of the paper: parameters, FLOPs, input size, joins",
+        "lape models cct",
+        bare="name",
+    ),
+    "recipes": Command(
+        recipes,
+        "list the paper's experiments, or show one: command, expected number, open choices, settings",
+        "lape recipes cifar100/cct_7_3x1_32",
+        bare="name",
+    ),
+    "results": Command(
+        results,
+        "set finished runs of recipes beside the paper's numbers",
+        "lape results runs --out results.md",
+        bare="runs",
     ),
     "cost": Command(
         cost,
@@ -230,7 +304,7 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
     parser = _parser()
     name = words[0]
     if name in COMMANDS:
-        words = [name, *_with_kept_settings(_normal(name, words[1:]))]
+        words = [name, *_with_recipe(name, _with_kept_settings(_normal(name, words[1:])))]
     elif not name.startswith("-"):
         near = get_close_matches(name, COMMANDS, n=1)
         raise UsageError(f"{name!r} is no command{_did_you_mean(near)}. There are {', '.join(COMMANDS)}.")
@@ -309,6 +383,8 @@ def _normal(name: str, words: list[str]) -> list[str]:
     known = {*hints, "config", "print_config", "help"}
     normal: list[str] = []
     rest = list(words)
+    if COMMANDS[name].bare and rest and not rest[0].startswith("-"):
+        rest.insert(0, f"--{COMMANDS[name].bare}")
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
@@ -321,7 +397,7 @@ def _normal(name: str, words: list[str]) -> list[str]:
             meant = _did_you_mean([f"--{other}" for other in near])
             raise UsageError(f"lape {name} has no option --{option}{meant}. lape {name} --help lists them.")
         hint = hints.get(option)
-        if hint is bool and not equals and rest[:1] not in (["true"], ["false"]):
+        if bool in (hint, *typing.get_args(hint)) and not equals and rest[:1] not in (["true"], ["false"]):
             normal.append(f"--{option}=true")
         elif _takes_several(hint):
             items = [value] if equals else []
@@ -330,6 +406,8 @@ def _normal(name: str, words: list[str]) -> list[str]:
             items = [item.strip() for part in items for item in part.strip("[]").split(",") if item.strip()]
             normal.append(f"--{option}=[{','.join(items)}]")
         else:
+            if not equals and rest and not rest[0].startswith("--"):
+                equals, value = "=", rest.pop(0)
             normal.append(f"--{option}{equals}{value}")
     return normal
 
@@ -344,6 +422,26 @@ def _with_kept_settings(words: list[str]) -> list[str]:
     if seen.out and seen.resume == "true" and not seen.config and (kept := seen.out / "experiment.json").exists():
         return [f"--config={kept}", *words]
     return words
+
+
+def _with_recipe(name: str, words: list[str]) -> list[str]:
+    """Put a recipe's settings before what is typed; `--data FOLDER` says where its set lies."""
+    from lape import recipes
+    from lape.data import SETS
+
+    given = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    if "recipe" not in given:
+        return words
+    settings = recipes.load(given["recipe"]).settings
+    if "data" in settings and given.get("data", settings["data"]) not in SETS:
+        words = [word.replace("--data=", "--data_dir=", 1) if word.startswith("--data=") else word for word in words]
+    known = _hints(COMMANDS[name])
+    return [*_normal(name, [_typed(*setting) for setting in settings.items() if setting[0] in known]), *words]
+
+
+def _typed(name: str, value: Any) -> str:
+    """Write a setting as a person types it."""
+    return f"--{name}=" + (",".join(map(str, value)) if isinstance(value, list) else json.dumps(value).strip('"'))
 
 
 def _first_process() -> bool:

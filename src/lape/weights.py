@@ -123,7 +123,7 @@ def _fitted(table: Tensor, own: nn.Parameter, vit: nn.Module, host: Host) -> Ten
 
         if math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
             raise RunError(
-                f"{host.table} has {table.shape[1]} rows, no square, so its grid is not known and it cannot be resized. "
+                f"{host.table} has {table.shape[1]} rows, no square, so its grid is not known and it is not resized. "
                 "Create the model with the img_size of the file, load it, then call set_input_size."
             )
         return resample_abs_pos_embed(table, list(attrgetter(host.grid)(vit)), num_prefix_tokens=0)

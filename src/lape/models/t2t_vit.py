@@ -3,6 +3,7 @@
 Facts from github.com/yitu-opensource/T2T-ViT at 0f63dc9.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -48,8 +49,9 @@ class TokenPerformer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def _attend(self, keys: Tensor, queries: Tensor, values: Tensor) -> Tensor:
-        kind = torch.promote_types(values.dtype, torch.float32)
-        with torch.autocast(values.device.type, enabled=False):  # an exponential does not fit into half precision
+        kind, device = torch.promote_types(values.dtype, torch.float32), values.device.type
+        # An exponential does not fit into half precision.
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             k, q = (self._features(part.to(kind)) for part in (keys, queries))  # (B, N, m)
             attended = q @ (k.mT @ values.to(kind))
             return (attended / (q @ k.sum(1)[:, :, None] + EPSILON)).to(values.dtype)

@@ -1,0 +1,101 @@
+"""The rows of the paper's tables as experiments: what to type, what to expect, which choices were open.
+
+Imports no torch. A recipe is a YAML file, of this package or of the user's. `extends` names another one, whose settings
+it takes first.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lape.errors import UsageError
+from lape.experiment import Experiment
+
+HERE = Path(__file__).parent
+SHARED = "families"  # parts of recipes, no rows
+PARTS = ("extends", "paper", "expected", "at_epoch_100", "command", "hardware", "open", "settings")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment of the paper; `expected` is its top-1 accuracy in percent under each join that its row has."""
+
+    name: str
+    settings: Mapping[str, Any]
+    paper: Mapping[str, Any] = field(default_factory=dict)  # table, model, pe
+    expected: Mapping[str, float] = field(default_factory=dict)
+    at_epoch_100: Mapping[str, float] = field(default_factory=dict)
+    command: str = ""
+    hardware: str = ""
+    open: tuple[str, ...] = ()
+
+    def experiment(self) -> Experiment:
+        """Return the experiment as the recipe has it."""
+        return Experiment.of({**self.settings, "recipe": self.name})
+
+    def changed(self, experiment: Experiment) -> dict[str, Any]:
+        """Return the settings that decide a result, but for join and seed, which an experiment has otherwise."""
+        own, asked = self.experiment().identity(), experiment.identity()
+        return {name: value for name, value in asked.items() if value != own[name] and name not in ("join", "seed")}
+
+
+def names() -> list[str]:
+    """Return the names of all recipes, in the order of the paper's tables."""
+    files = [path.relative_to(HERE).with_suffix("").as_posix() for path in HERE.rglob("*.yaml")]
+    rows = [load(name) for name in files if not name.startswith(f"{SHARED}/")]
+    return [recipe.name for recipe in sorted(rows, key=lambda recipe: (recipe.paper["table"], recipe.name))]
+
+
+def load(name: str, below: tuple[str, ...] = ()) -> Recipe:
+    """Return a recipe by its name, or from the user's own file; `below` are those that extend it.
+
+    Raises UsageError for a name that there is not, with the nearest, and for a file that is no recipe, saying why.
+    """
+    if name in below:
+        raise UsageError(f"Recipes extend each other in a circle: {' -> '.join((*below, name))}. Break it.")
+    own = Path(name)
+    if own.suffix in (".yaml", ".yml"):
+        return _recipe(name, _read(own), own, below)
+    path = HERE / f"{name}.yaml"
+    if not path.is_file() or ".." in own.parts or own.is_absolute():
+        known = names()
+        near = get_close_matches(name, known, n=1, cutoff=0.4) or [k for k in known if k.endswith(f"/{name}")][:1]
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{name!r} is no recipe.{hint} `lape recipes` lists them; a file of your own ends in .yaml.")
+    return _recipe(name, _read(path), path, below)
+
+
+def _recipe(name: str, parts: dict[str, Any], path: Path, below: tuple[str, ...]) -> Recipe:
+    """Join a file's parts with what it extends: settings under its own, open choices before its own."""
+    above = load(parts.pop("extends"), (*below, name)) if "extends" in parts else Recipe("", {})
+    settings = {**above.settings, **parts.pop("settings", {})}
+    options = {option.name for option in dataclasses.fields(Experiment)} - {"recipe"}
+    for setting in settings:
+        if setting not in options:
+            near = get_close_matches(setting, options, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UsageError(f"{path}: there is no setting {setting!r}{hint}. `lape train --help` lists them.")
+    chosen = tuple(" ".join(text.split()) for text in parts.pop("open", []))
+    return Recipe(name, settings, open=(*above.open, *chosen), **parts)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        parts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{path} cannot be read as a recipe ({reason}). It is a YAML file.") from error
+    kinds = {"extends": str, "command": str, "hardware": str, "open": list}
+    sound = isinstance(parts, dict) and all(isinstance(v, kinds.get(k, dict)) for k, v in parts.items() if k in PARTS)
+    if not sound:
+        raise UsageError(f"{path} is no recipe: it maps {', '.join(PARTS)} to what they are; see the shipped ones.")
+    if foreign := [str(part) for part in parts if part not in PARTS]:
+        raise UsageError(f"{path}: a recipe has no part {foreign[0]!r}, only {', '.join(PARTS)}. Mend its name.")
+    if not all(isinstance(text, str) for text in parts.get("open", [])):
+        raise UsageError(f"{path}: `open` lists sentences. Write each as one string.")
+    return parts

@@ -1,0 +1,82 @@
+"""Models and recipes as tables for the terminal, and a recipe as a note."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from lape.catalogue import Entry
+from lape.recipes import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+
+def models(entries: Iterable[Entry]) -> "Group":
+    """Return one line a model for rich."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from lape.method import JOINS
+
+    table = _table("name", "paper", "parameters", "GFLOPs", "size", "joins")
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            entry.paper or "–",
+            f"{entry.parameters:,}",
+            f"{entry.flops / 1e9:.3g}",
+            str(max(entry.size)),
+            "all" if len(entry.joins) == len(JOINS) else f"{len(entry.joins)} of {len(JOINS)}",
+        )
+    said = (
+        f"\njoins: {', '.join(JOINS)}; a fixed sinusoid has no unshared (add --pe learnable). LaPE adds two parameters "
+        "a channel and layer. size: of the square images that a model is made for; --img_size sets another. GFLOPs: of "
+        "one image, an addition and a multiplication counted as two. Every pre-norm VisionTransformer of timm takes a "
+        "join, too."
+    )
+    return Group(table, Text(said))
+
+
+def recipes(chosen: Sequence[Recipe]) -> "Group":
+    """Return one line a recipe for rich, below the number of its table."""
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table("recipe", "expected, %")
+    above = None
+    for recipe in chosen:
+        if recipe.paper["table"] != above:
+            above = recipe.paper["table"]
+            table.add_row(Text(f"Table {above}", style="bold"), "")
+        table.add_row(f" {recipe.name}", " / ".join(f"{top1:g}" for top1 in recipe.expected.values()))
+    said = (
+        "\nexpected: the paper's top-1; of two numbers the first is of --join default, the second of --join lape.\n"
+        "lape recipes NAME shows one as a whole."
+    )
+    return Group(table, Text(said))
+
+
+def note(recipe: Recipe) -> str:
+    """Return a recipe as its lab note: command, expectations, open choices and every setting."""
+    expected = ", ".join(f"{top1:g} % with join={join}" for join, top1 in recipe.expected.items())
+    early = ", ".join(f"{top1:g} % with join={join}" for join, top1 in recipe.at_epoch_100.items())
+    lines = [recipe.name, ""]
+    if recipe.paper:
+        lines.append(f"Paper: Table {recipe.paper['table']}, {recipe.paper['model']}, {recipe.paper['pe']}.")
+    lines += [f"Expected: {expected}."] if expected else []
+    lines += [f"At epoch 100: {early}."] if early else []
+    lines += [f"Command: {recipe.command}"] if recipe.command else []
+    lines += [f"Hardware: {recipe.hardware}."] if recipe.hardware else []
+    lines += ["", "Choices that the paper leaves open:", *(f"- {text}" for text in recipe.open)] if recipe.open else []
+    return "\n".join([*lines, "", "Settings:", *(f"  {key}: {value}" for key, value in recipe.settings.items())])
+
+
+def _table(*headings: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in headings:
+        words = heading in ("name", "paper", "recipe", "joins")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    return table

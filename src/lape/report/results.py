@@ -1,0 +1,72 @@
+"""Results of recipes beside the paper's: for the terminal, and as Markdown with what each number stands on."""
+
+from typing import TYPE_CHECKING
+
+from lape.provenance import provenance
+from lape.report import words
+from lape.results import Results, Row
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+HEADINGS = ("recipe", "join", "seeds", "top-1, %", "paper, %", "difference")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """Return a row's text under each heading."""
+    expected = "–" if row.expected is None else f"{row.expected:g}"
+    apart = "–" if row.expected is None else words.signed(row.accuracy.mean - row.expected)
+    seeds = f"{len(row.seeds)}"
+    return row.recipe.name, row.join, seeds, words.percent(row.accuracy), expected, apart
+
+
+def remarks(results: Results) -> list[str]:
+    """Say what keeps a number from standing beside the paper's."""
+    said = []
+    for row in results.rows:
+        where = f"{row.recipe.name}, {row.join}"
+        if row.changed:
+            changes = ", ".join(f"{name} {value}" for name, value in row.changed.items())
+            said.append(f"{where}: run with {changes}, so the paper's number is not set beside it.")
+        elif row.expected is None:
+            said.append(f"{where}: the paper has no such row.")
+        elif row.recipe.paper["table"] == 2 and len(row.seeds) < 5:
+            said.append(f"{where}: the paper's is the mean of 5 seeds, this of {len(row.seeds)}.")
+    if results.others:
+        said.append(f"Not of a recipe: {', '.join(str(file.parent) for file in results.others)}.")
+    return said
+
+
+EXPLANATION = (
+    "top-1: on the validation images after the last step, mean ± standard deviation over the seeds. paper: Yu et al., "
+    "ICCV 2023 (one run a row on ImageNet, the mean of seeds 121 to 125 on CIFAR)."
+)
+
+
+def terminal(results: Results) -> "Group":
+    """Return table and remarks for rich."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    for place, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if place > 1 else "left", vertical="bottom")
+    for row in results.rows:
+        table.add_row(*map(Text, cells(row)))
+    shown = [table, Text(f"\n{EXPLANATION}")] if results.rows else []
+    return Group(*shown, *map(Text, remarks(results)))
+
+
+def markdown(results: Results) -> str:
+    """Return table, remarks and the folders of the runs as Markdown."""
+    lines = [HEADINGS, ["---", "---", *["---:"] * (len(HEADINGS) - 2)], *map(cells, results.rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    runs = [
+        f"- {row.recipe.name}, {row.join}: "
+        + ", ".join(f"seed {seed} in `{place}`" for seed, place in zip(row.seeds, row.places, strict=True))
+        for row in results.rows
+    ]
+    parts = [table, EXPLANATION, *remarks(results), "\n".join(runs), f"`{provenance()['command']}`"]
+    return "\n\n".join(part for part in parts if part) + "\n"

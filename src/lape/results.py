@@ -1,0 +1,93 @@
+"""All results of recipes beside the paper's numbers: mean and spread over seeds, and what was run otherwise."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lape import comparison, recipes
+from lape.checkpoints import RESULT
+from lape.errors import RunError, UsageError
+from lape.experiment import Experiment
+from lape.recipes import Recipe
+from lape.statistics import Sample
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one recipe under one join, made with the same settings."""
+
+    recipe: Recipe
+    join: str
+    seeds: tuple[int, ...]
+    accuracy: Sample  # after the last step
+    best: Sample
+    expected: float | None  # the paper's, where it has this row and the settings are the recipe's
+    changed: Mapping[str, Any]  # settings that are not the recipe's
+    places: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What lies below some folders: rows of recipes, and finished runs of no recipe."""
+
+    rows: tuple[Row, ...]
+    others: tuple[Path, ...]
+
+
+def find(folders: Sequence[Path]) -> Results:
+    """Gather every `result.json` below the folders.
+
+    Raises UsageError where there is none, or two of the same experiment; RunError for one that cannot be read.
+    """
+    files = sorted({file for folder in folders for file in folder.rglob(RESULT)})
+    if not files:
+        looked = ", ".join(map(str, folders))
+        raise UsageError(f"No finished run ({RESULT}) below {looked}. Train one, or name the folder of your runs.")
+    groups: dict[str, list[tuple[Experiment, Mapping[str, Any], Path]]] = {}
+    others: list[Path] = []
+    for file in files:
+        record = comparison.read(file.parent).record
+        experiment = _experiment(record, file)
+        if experiment.recipe is None:
+            others.append(file)
+            continue
+        unseeded = {name: value for name, value in experiment.identity().items() if name != "seed"}
+        key = json.dumps([experiment.recipe, unseeded], sort_keys=True)
+        groups.setdefault(key, []).append((experiment, record, file))
+    rows = sorted(map(_row, groups.values()), key=_place)
+    return Results(tuple(rows), tuple(others))
+
+
+def _experiment(record: Mapping[str, Any], file: Path) -> Experiment:
+    try:
+        return Experiment.of(record["experiment"])
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{file} names settings that this version does not know ({error}). Move it away.") from error
+
+
+def _row(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> Row:
+    runs = sorted(runs, key=lambda run: run[0].seed)
+    seeds = tuple(experiment.seed for experiment, _, _ in runs)
+    if len(set(seeds)) < len(seeds):
+        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+        places = ", ".join(str(file) for experiment, _, file in runs if experiment.seed == twice)
+        raise UsageError(f"Seed {twice} of one experiment is there twice, and would count twice: {places}. Leave one.")
+    experiment = runs[0][0]
+    recipe = recipes.load(experiment.recipe or "")
+    changed = recipe.changed(experiment)
+    return Row(
+        recipe,
+        experiment.join,
+        seeds,
+        accuracy=Sample.of([record["final"]["val_accuracy"] for _, record, _ in runs]),
+        best=Sample.of([record["best"]["val_accuracy"] for _, record, _ in runs]),
+        expected=None if changed else recipe.expected.get(experiment.join),
+        changed=changed,
+        places=tuple(file.parent for _, _, file in runs),
+    )
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row.recipe.paper.get("table", 0), row.recipe.name, bool(row.changed), row.join

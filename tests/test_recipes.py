@@ -1,0 +1,377 @@
+"""Laws of the recipes: each row of the paper has one, with the paper's and its original's numbers, and it runs."""
+
+import json
+import math
+import pickle
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from test_schedule import rates
+
+from lape import checkpoints, recipes
+from lape.assembly import model_of
+from lape.cli import parsed
+from lape.data import sources
+from lape.errors import UsageError
+from lape.models import MODELS
+from lape.training import train
+
+PAPER = json.loads((Path(__file__).parent / "fixtures/paper_results.json").read_text())
+NAMES = recipes.names()
+EVERY_RECIPE = pytest.mark.parametrize("name", NAMES)
+
+
+# --- What the paper says
+
+
+def rows_of_the_paper():
+    """(table, model, pe, join, pe_norm) -> top-1; Table 2's models stand once for each data set."""
+    rows = {}
+    for model, _, pe, join, _, top1 in PAPER["table1_imagenet_top1"]["rows"]:
+        rows[1, model, pe, join, "layernorm"] = top1
+    for model, _, join, *both in PAPER["table2_cifar_top1"]["rows"]:
+        for data, top1 in zip(("cifar10", "cifar100"), both, strict=True):
+            rows[2, f"{model} {data}", "learnable", join, "layernorm"] = top1
+    for model, pe, join, _, top1 in PAPER["table7_joining_methods"]["rows"]:
+        rows[7, model, pe, join, "layernorm"] = top1
+    for model, norm, top1 in PAPER["table8_ln_decomposition"]["rows"]:
+        join, norm = ("default", "layernorm") if norm == "default" else ("lape", norm)
+        rows[8, model, "learnable", join, norm] = top1
+    return rows
+
+
+def rows_of_the_recipes():
+    rows = {}
+    for recipe in map(recipes.load, NAMES):
+        experiment, paper = recipe.experiment(), recipe.paper
+        model = f"{paper['model']} {experiment.data}" if paper["table"] == 2 else paper["model"]
+        assert experiment.pe == paper["pe"]
+        for join, top1 in recipe.expected.items():
+            key = paper["table"], model, paper["pe"], join, experiment.pe_norm
+            assert key not in rows, f"{recipe.name} stands for a row that another one has"
+            rows[key] = top1
+    return rows
+
+
+def test_every_row_of_the_tables_has_its_recipe_and_its_number():
+    assert rows_of_the_recipes() == rows_of_the_paper()
+
+
+def test_the_accuracy_at_epoch_100_is_the_papers():
+    early = {(model, pe, join): top1 for model, _, pe, join, top1, _ in PAPER["table1_imagenet_top1"]["rows"]}
+    seen = {
+        (recipe.paper["model"], recipe.paper["pe"], join): top1
+        for recipe in map(recipes.load, NAMES)
+        for join, top1 in recipe.at_epoch_100.items()
+    }
+    assert seen == early
+
+
+@EVERY_RECIPE
+def test_a_recipe_is_a_lab_note(name):
+    recipe = recipes.load(name)
+    assert recipe.open, "every recipe stands on a choice that the paper leaves open"
+    assert recipe.hardware
+    words = shlex.split(recipe.command)
+    _, given = parsed(words[words.index("lape") + 1 :])
+    experiment = given["experiment"]
+    assert experiment.recipe == name
+    assert experiment.data_dir is not None
+    assert recipe.changed(experiment) == {}
+    assert experiment.model in MODELS
+    assert experiment.join in recipe.expected
+
+
+# --- What the originals say (their code, as read at the commits that the recipes name)
+
+DEIT = {"warmup": 5, "first": 1e-6, "top": 1e-3, "least": 1e-5, "end": 300, "passes": 300, "lag": 1}
+T2T = {"warmup": 10, "first": 1e-6, "top": 1e-3, "least": 1e-5, "end": 300, "passes": 310, "lag": 0}
+ORIGINALS = {
+    "deit": DEIT,
+    "ceit": DEIT,
+    "t2t": T2T,
+    "swin": {"warmup": 20, "first": 1e-6, "top": 1e-3, "least": 1e-5, "end": 300, "passes": 300},
+    "cifar10": T2T | {"top": 5.5e-4, "first": 1e-5},
+    "cifar100": T2T | {"top": 6e-4},
+}
+
+
+def original(name, experiment):
+    if experiment.data in ORIGINALS:
+        return ORIGINALS[experiment.data]
+    return ORIGINALS[experiment.model.partition("_")[0]]
+
+
+def rate(numbers, epoch):
+    """cos-timm, per epoch; without a lag given: per iteration, the warm-up standing before the cosine."""
+    by_step = "lag" not in numbers
+    t = epoch if by_step else max(epoch - numbers["lag"], 0)
+    warmup, end, top, least = numbers["warmup"], numbers["end"], numbers["top"], numbers["least"]
+    if t < warmup:
+        return numbers["first"] + t * (top - numbers["first"]) / warmup
+    if t >= end:
+        return least
+    part = (t - warmup) / (end - warmup) if by_step else t / end
+    return least + (top - least) * (1 + math.cos(math.pi * part)) / 2
+
+
+@EVERY_RECIPE
+def test_every_epoch_has_the_learning_rate_of_the_original(name):
+    experiment = recipes.load(name).experiment()
+    numbers = original(name, experiment)
+    seen = rates(replace(experiment, also_decay=()), steps=2)[::2]
+    assert len(seen) == numbers["passes"]
+    assert seen == pytest.approx([rate(numbers, epoch) for epoch in range(numbers["passes"])], rel=1e-9)
+
+
+FACTS = {  # batch, weight decay, drop path, repeats, erasing, mixing ends, crop, EMA, evaluated weights, clipping
+    "deit": (1024, 0.05, 0.1, 3, 0.25, None, 1.0, 0.99996, "raw", None),
+    "ceit": (1024, 0.05, 0.1, 3, 0.25, None, 0.875, 0.99996, "raw", None),
+    "t2t": (512, 0.03, 0.1, None, 0.25, None, 0.9, 0.99996, "ema", None),
+    "swin_tiny": (1024, 0.05, 0.2, None, 0.25, None, 0.875, None, "raw", 5.0),
+    "swin_small": (1024, 0.05, 0.3, None, 0.25, None, 0.875, None, "raw", 5.0),
+    "cifar10": (128, 0.06, 0.1, None, 0.25, 175, 1.0, None, "raw", None),
+    "cifar10 cct": (128, 0.06, 0.1, None, 0.0, 175, 1.0, None, "raw", None),
+    "cifar100": (128, 0.06, 0.1, None, 0.25, None, 1.0, None, "raw", None),
+}
+
+
+@EVERY_RECIPE
+def test_the_numbers_are_those_of_the_original(name):
+    e = recipes.load(name).experiment()
+    keys = (f"{e.data} {e.model[:3]}", e.data, e.model[:10].rstrip("_"), e.model.partition("_")[0])
+    facts = FACTS[next(key for key in keys if key in FACTS)]
+    evaluated = "ema" if e.ema and e.ema_evaluated else "raw"
+    seen = e.batch_size, e.weight_decay, e.drop_path, e.repeats, e.reprob, e.mix_epochs, e.crop_pct, e.ema, evaluated
+    assert (*seen, e.clip_grad) == facts
+    assert (e.mixup, e.cutmix, e.smoothing, e.hflip, e.auto_augment) == (0.8, 1.0, 0.1, 0.5, "rand-m9-mstd0.5-inc1")
+    assert e.scale == ((0.8, 1.0) if "cifar" in e.data else (0.08, 1.0))
+    mixed_first = e.model.startswith("t2t") or "cifar" in e.data
+    assert bool(e.erase_after_mix) is mixed_first
+    assert e.interpolation == ("random" if mixed_first else "bicubic")
+    assert e.teacher == ("regnety_160" if "distilled" in e.model else None)
+    assert e.precision == "16-mixed"
+
+
+# --- Two steps of each on images of its own shape
+
+SMALLER = {  # depth and width of a model that trains here; all else is the recipe's
+    "deit": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+    "t2t": {"depth": 2, "embed_dim": 48, "num_heads": 4, "token_dim": 16},
+    "ceit": {"depth": 2, "embed_dim": 48, "num_heads": 3, "stem_dim": 8},
+    "swin": {"depths": (1, 1, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 4, 8)},
+    "vit": {"depth": 2, "embed_dim": 64},
+    "cvt": {"depth": 2, "embed_dim": 64},
+    "cct": {"depth": 2, "embed_dim": 64},
+}
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory):
+    """Class folders with photographs' sizes."""
+    root, random = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    for part, count in (("train", 4), ("val", 2)):
+        for number in range(2 * count):
+            folder = root / part / f"n0000000{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 256, (250, 300, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.JPEG")
+    return root
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Files in CIFAR's layout."""
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    random = np.random.default_rng(0)
+    for reader, labels, count, each in ((CIFAR10, "labels", 10, 2), (CIFAR100, "fine_labels", 100, 10)):
+        folder = tmp_path / reader.base_folder
+        folder.mkdir()
+        for file, _ in reader.train_list + reader.test_list:
+            pixels = random.integers(0, 256, (each, 3072), dtype=np.uint8)
+            (folder / file).write_bytes(pickle.dumps({"data": pixels, labels: list(range(each))}))
+        names = [f"class {i}" for i in range(count)]
+        (folder / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: names}))
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A small teacher's name and weights."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    torch.save(timm.create_model("resnet10t", num_classes=2).state_dict(), path)
+    return {"teacher": "resnet10t", "teacher_weights": path}
+
+
+@EVERY_RECIPE
+def test_it_trains_two_steps_on_images_of_its_own_shape(name, imagenet, cifar, teacher, tmp_path):
+    full = recipes.load(name).experiment()
+    batch = full.batch_size
+    experiment = replace(
+        full,
+        model_args=SMALLER[full.model.partition("_")[0]],
+        epochs=1,
+        warmup_epochs=0,
+        cooldown_epochs=0,
+        batch_size=4,
+        lr_batch=full.lr_batch and full.lr_batch * 4 // batch,
+        data_dir=cifar if "cifar" in full.data else imagenet,
+        accelerator="cpu",
+        workers=0,
+        **teacher if full.teacher else {},
+    )
+    result = json.loads(train(experiment, tmp_path / "run").read_text())
+    assert result["steps"] >= 2
+    assert result["experiment"]["recipe"] == name
+    assert math.isfinite(result["curve"][-1]["train_loss"])
+    assert all(value.isfinite().all() for value in checkpoints.read(tmp_path / "run/last.pt")["model"].values())
+
+
+@pytest.mark.parametrize("name", ["imagenet/ceit_tiny_patch16_224", "cifar100/cct_7_3x1_32"])
+def test_the_same_seed_gives_the_same_weights_twice_and_another_gives_others(name, imagenet, cifar, tmp_path):
+    full = recipes.load(name).experiment()
+    small = replace(
+        full,
+        model_args=SMALLER[full.model.partition("_")[0]],
+        epochs=1,
+        warmup_epochs=0,
+        cooldown_epochs=0,
+        batch_size=4,
+        data_dir=cifar if "cifar" in full.data else imagenet,
+        accelerator="cpu",
+        workers=0,
+    )
+    weights = []
+    for place, seed in enumerate((7, 7, 8)):
+        train(replace(small, seed=seed), tmp_path / str(place))
+        weights.append(checkpoints.read(tmp_path / str(place) / "last.pt")["model"])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+LEARNERS = {
+    "deit_tiny_patch16_224": {"depth": 3, "embed_dim": 48, "num_heads": 3, "patch_size": 8},
+    "deit_tiny_distilled_patch16_224": {"depth": 3, "embed_dim": 48, "num_heads": 3, "patch_size": 8},
+    "t2t_vit_7": {"depth": 3, "embed_dim": 48, "token_dim": 32},
+    "ceit_tiny_patch16_224": {"depth": 3, "embed_dim": 48, "num_heads": 3, "stem_dim": 16, "patch_size": 2},
+    "vit_7_4_32": {"depth": 3, "embed_dim": 48, "kernel": 2},
+    "cvt_7_4_32": {"depth": 3, "embed_dim": 48, "kernel": 2},
+    "cct_7_3x1_32": {"depth": 3, "embed_dim": 64},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 2), "num_heads": (2, 4), "embed_dim": 24, "window_size": 4},
+}
+
+
+@pytest.mark.parametrize("model", LEARNERS)
+def test_one_model_of_each_family_learns_digits(model, tmp_path):
+    """Until its loss has clearly fallen from that of guessing, ln 10 = 2.30."""
+    pe = "learnable+relative" if model.startswith("swin") else "learnable"
+    base = recipes.load("families/augmented").experiment()
+    experiment = replace(
+        base, recipe=None, data="digits", img_size=16 if model.endswith("_32") else 32, model=model,
+        model_args=LEARNERS[model], join="lape", pe=pe,
+        epochs=5, batch_size=32, lr=3e-3, warmup_epochs=1, precision="32-true", drop_path=0.0, accelerator="cpu",
+        auto_augment="", reprob=0.0, mixup=0.0, cutmix=0.0, hflip=0.0, shift=0, workers=0, ratio=None,
+    )  # fmt: skip
+    curve = json.loads(train(experiment, tmp_path / "run").read_text())["curve"]
+    assert curve[-1]["train_loss"] < 1.8, [row["train_loss"] for row in curve]
+    assert curve[-1]["val_accuracy"] > 40
+
+
+# --- What is refused, and how
+
+
+def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match=r"Did you mean cifar100/cct_7_3x1_32\?"):
+        recipes.load("cifar100/cct_7_3x1")
+    with pytest.raises(UsageError, match="is no recipe"):
+        recipes.load("../experiment")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("settings: {learning_rate: 1}", "there is no setting 'learning_rate'"),
+        ("setings: {}", "no part 'setings'"),
+        ("settings: 3", "is no recipe"),
+        ("[1, 2]", "is no recipe"),
+        ("a: [", "cannot be read as a recipe"),
+        ("!!python/object/apply:os.system ['true']", "cannot be read as a recipe"),
+        ("open: [1]", "lists sentences"),
+        ("extends: imagenet/nothing", "is no recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_with_the_reason(tmp_path, text, says):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=says):
+        recipes.load(str(path))
+
+
+def test_recipes_in_a_circle_are_refused(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"extends: {two}")
+    two.write_text(f"extends: {one}")
+    with pytest.raises(UsageError, match="in a circle"):
+        recipes.load(str(one))
+
+
+def test_a_recipe_of_ones_own_extends_a_shipped_one(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("extends: cifar10/cvt_7_4_32\nsettings: {epochs: 20}\nopen: [Twenty epochs.]")
+    recipe = recipes.load(str(path))
+    assert recipe.experiment().epochs == 20
+    assert recipe.experiment().lr == 5.5e-4
+    assert recipe.open[-1] == "Twenty epochs."
+    assert recipe.expected == {}
+
+
+def test_on_the_command_line_the_recipe_stands_below_what_is_typed(tmp_path):
+    words = [
+        "train",
+        "--recipe",
+        "cifar100/cct_7_3x1_32",
+        "--join",
+        "default",
+        "--seed",
+        "122",
+        "--data",
+        str(tmp_path),
+    ]
+    _, given = parsed([*words, "--epochs", "2"])
+    experiment = given["experiment"]
+    assert (experiment.data, experiment.data_dir) == ("cifar100", tmp_path)
+    assert (experiment.join, experiment.seed, experiment.epochs, experiment.lr) == ("default", 122, 2, 6e-4)
+    assert recipes.load("cifar100/cct_7_3x1_32").changed(experiment) == {"epochs": 2}
+    _, given = parsed(["compare", "--recipe", "cifar100/cct_7_3x1_32", "--joins", "default,lape", "--pe", "learnable"])
+    assert given["experiment"].lr == 6e-4
+
+
+def test_imagenet_without_its_folder_is_refused():
+    with pytest.raises(UsageError, match="--data the folder that holds train/ and val/"):
+        sources.find("imagenet")
+
+
+def test_the_names_of_sets_are_those_of_their_readers():
+    from lape.data import SETS
+
+    assert tuple(sources.SOURCES) == SETS
+    assert all(not hasattr(value, "shape") for value in SETS)
+
+
+def test_a_full_model_of_every_recipe_can_be_made():
+    for name in NAMES:
+        experiment = recipes.load(name).experiment()
+        source = sources.find("digits")
+        with torch.device("meta"):
+            model, size = model_of(replace(experiment, img_size=experiment.img_size or 32), source)
+        assert model.num_classes == 10
+        assert size in ((224, 224), (32, 32))
