@@ -119,3 +119,20 @@ def test_draws_on_the_way_to_the_device_are_below_one(digits):
     assert draws.dtype == torch.float32
     assert 0 <= draws.min() < draws.max() < 1
     assert np.unique(draws[:, 0]).size > 900
+
+
+@pytest.mark.parametrize("batches", [1, 3, 8])
+def test_some_batches_augmented_at_once_are_what_each_is_alone(digits, monkeypatch, batches):
+    monkeypatch.setattr("lape.data.preparation.ROWS", 12)
+    asked = Augmentation(batched=True, scale=(0.5, 1.0), auto_augment="rand-m9-mstd0.5-inc1", smoothing=0.1)
+    chosen = pipeline.augmentation(asked, digits)
+    stored = pipeline.training_images(digits, asked, (8, 8), seed=3)
+    preparation = Preparation(digits, chosen, (8, 8), share=4)
+    assert preparation.at_once == 3
+    alone = [stored[0, torch.arange(4) + 4 * number] for number in range(batches)]
+    moved = []
+    together = list(preparation.ahead(iter(alone), lambda batch: moved.append(len(moved)) or batch))
+    assert moved == list(range(batches))
+    for batch, other in zip(alone, together, strict=True):
+        for one, same in zip(preparation(batch, 0), preparation(other, 0), strict=True):
+            assert torch.equal(one, same)

@@ -130,10 +130,11 @@ class Run:
         self.begun = saved - self.state.seconds
         waiting: tuple[int, Tensor] | None = None
         told_early = False
+        prepared = self.preparation.ahead(batches, self.fabric.to_device)
         with closing(batches), signals() as heard:
             for step in range(self.state.step, self.steps):
                 top = monotonic()
-                news = self._step(step, batches, stop=bool(heard))
+                news = self._step(step, prepared, stop=bool(heard))
                 # Reading a number waits for the device: read the last step's while it computes this one.
                 stop = told_early or (waiting is not None and self._settle(*waiting))
                 waiting = step, news
@@ -166,7 +167,7 @@ class Run:
         self.set_rates(step)
         total = torch.zeros((), device=fabric.device)
         for part in range(settings.accumulate):
-            batch = fabric.to_device(next(batches))
+            batch = next(batches)
             seed = seed_of(settings.seed, step, part, fabric.global_rank)
             reseed(seed)
             if fabric.device.type == "cuda":

@@ -1,6 +1,8 @@
 """What happens to a training batch on its device, before the model sees it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from lape.errors import UsageError
 from lape.experiment import Augmentation
 
 Step = Callable[[Tensor], Tensor]
+
+ROWS = 1024  # so many are augmented at once
 
 
 class Preparation:
@@ -32,6 +36,7 @@ class Preparation:
         device: torch.device | str = "cpu",
     ) -> None:
         self.augment = _augmenter(source, chosen, size)
+        self.at_once = max(1, ROWS // share) if chosen.batched else 1
         self.mix = _mixing(len(source.classes), chosen, share)
         finish: list[Step] = [Normalise(source, device), *_erasing(chosen, device)]
         self.before: list[Step] = []
@@ -41,10 +46,25 @@ class Preparation:
         elif chosen.batched:
             self.before = finish
 
+    def ahead(self, batches: Iterator[Batch], to_device: Callable[[Any], Any]) -> Iterator[Batch]:
+        """Bring batches to the device, and augment some of them at once where the device does it.
+
+        A sample's augmentation depends on its own draws alone, so that only the time is another: a thousand rows take
+        half the time at once that eight parts of them take one by one.
+        """
+        while few := [to_device(batch) for batch in islice(batches, self.at_once)]:
+            if len(few) == 1 or len(few[0]) == 2:
+                yield from few
+                continue
+            images, labels, draws = (torch.cat(parts) for parts in zip(*few, strict=True))
+            sizes = [len(batch[1]) for batch in few]
+            yield from zip(self.augment(images, draws).split(sizes), labels.split(sizes), strict=True)
+
     def __call__(self, batch: Batch, epoch: int) -> tuple[Tensor, Tensor]:
         """Return images (B, C, H, W) and targets (B, classes), smoothed and mixed."""
         images, labels, *draws = batch
-        images = self.augment(images, *draws)
+        if draws:
+            images = self.augment(images, *draws)
         for step in self.before:
             images = step(images)
         images, targets = self.mix(images, labels, epoch)
