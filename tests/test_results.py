@@ -46,7 +46,9 @@ def test_what_was_run_otherwise_is_said_and_has_no_papers_number(tmp_path):
     finished(tmp_path / "short", of(CCT, epochs=2), 30.0)
     finished(tmp_path / "whole", of(CCT), 82.0)
     finished(tmp_path / "elsewhere", of(CCT, seed=122, workers=3, data_dir=tmp_path), 82.0)
-    whole, short = results.find([tmp_path]).rows
+    finished(tmp_path / "in parts", of(CCT, seed=123, accumulate=4), 82.0)
+    whole, parts, short = results.find([tmp_path]).rows
+    assert (parts.expected, parts.seeds) == (81.986, (123,))
     assert (whole.expected, whole.seeds, short.expected, dict(short.changed)) == (
         81.986,
         (121, 122),

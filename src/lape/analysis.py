@@ -41,9 +41,17 @@ def entering(model: nn.Module, grid: Grid | None = None) -> Tensor:
     `default`, (l + 1)·ω for `shared`, ω^(0) + ... + ω^(l) for `unshared`. Equation 6 holds for s_l as it does for ω, so
     tokens meet λ2·LN_l(s_l), and λ2, one positive number per token, leaves the cosine as it is.
 
-    Prefix tokens are left out. Raises UsageError where no join is applied and where no table is joined with tokens.
+    Prefix tokens are left out. Raises UsageError where no join is applied, where no table is joined with tokens, and
+    where the layers have no common grid or the stream does not keep what is put into it.
     """
     record = positions(model)
+    if record.crossings:
+        raise UsageError(f"Position correlation compares layers on one grid; a {record.host.name}'s have several.")
+    if record.host.stream_is_normed and not record.scheme.join.normed:
+        raise UsageError(
+            f"A {record.host.name} puts a norm on its residual stream, so what join={record.scheme.join.name!r} adds "
+            "there does not reach later layers as it was. Use join='lape' or 'lape-sharing'."
+        )
     height, width = record.own_grid() if grid is None else grid
     stream, layers = torch.zeros((), dtype=torch.float64), []
     for rung, block in zip(record.ladder((height, width)), record.blocks, strict=True):

@@ -17,8 +17,7 @@ class Entry:
     parameters: int
     flops: int  # of one image's forward, an addition and a multiplication counted as two
     size: tuple[int, int]
-    pe: str  # the position embedding that it has with a join that needs a table
-    joins: tuple[str, ...]  # that mean something with it
+    joins: tuple[str, ...]  # that mean something with its own position embedding
 
 
 def names(patterns: Sequence[str]) -> list[str]:
@@ -37,9 +36,8 @@ def entries(chosen: Iterable[str]) -> Iterator[Entry]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    import lape
     from lape.models import PAPER
-    from lape.surgery import positions
+    from lape.surgery import joins_of
 
     for name in chosen:
         with torch.device("meta"):
@@ -49,16 +47,4 @@ def entries(chosen: Iterable[str]) -> Iterator[Entry]:
             with FlopCounterMode(display=False) as counter:
                 model(torch.empty(1, 3, *size))
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            pe = positions(lape.apply(model)).scheme.embedding.name
-        yield Entry(name, PAPER.get(name), parameters, counter.get_total_flops(), size, pe, tuple(_sound(pe)))
-
-
-def _sound(pe: str) -> Iterator[str]:
-    from lape.method import JOINS, scheme
-
-    for join in JOINS:
-        try:
-            scheme(join, pe)
-        except UsageError:
-            continue
-        yield join
+        yield Entry(name, PAPER.get(name), parameters, counter.get_total_flops(), size, joins_of(model))

@@ -105,7 +105,7 @@ def compare(
 
 def cost(
     model: str = "deit_tiny_patch16_224",
-    joins: list[str] = ["default", "shared", "unshared", "lape-sharing", "lape"],  # noqa: B006 (only read)
+    joins: list[str] | None = None,
     batch_size: int = 16,
     rounds: int = 12,
     threads: int | None = None,
@@ -115,8 +115,9 @@ def cost(
     """This command
 
     Args:
-        model: A timm VisionTransformer.
-        joins: Ways of joining; the untouched model, timed twice, and folded LaPE stand beside them.
+        model: A timm VisionTransformer, or one that lape models lists.
+        joins: Ways of joining; nothing: all that mean something with the model's table. The untouched model, timed
+            twice, and folded LaPE stand beside them.
         batch_size: Images in a step.
         rounds: How often each contender takes its turn.
         threads: Threads of torch; nothing: one a core.

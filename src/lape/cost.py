@@ -44,7 +44,7 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
 
 def measure(
     model: str,
-    joins: Sequence[str],
+    joins: Sequence[str] | None,
     batch_size: int,
     rounds: int,
     device: str = "cpu",
@@ -52,7 +52,8 @@ def measure(
 ) -> list[Cost]:
     """Measure the untouched model twice, then each join, then folded LaPE, all in turn in every round.
 
-    `report` hears the fraction that is done. Raises UsageError for names that are not known.
+    Without `joins` all are measured that mean something with the model's own table. `report` hears the fraction that is
+    done. Raises UsageError for names that are not known.
     """
     if rounds < 2 or batch_size < 1:
         raise UsageError(f"A cost needs at least 2 rounds of 1 image; received {rounds} of {batch_size}.")
@@ -78,15 +79,15 @@ def measure(
     return list(costs.values())
 
 
-def _contenders(model: str, joins: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+def _contenders(model: str, joins: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
     import timm
 
-    from lape.surgery import apply, create_model, fold, remove
+    from lape.surgery import apply, create_model, fold, joins_of, remove
 
     untouched = remove(create_model(model, join="default"))  # refuses names that are not known
     yield "untouched", untouched
     yield "and again", copy.deepcopy(untouched)
-    for join in joins:
+    for join in joins or joins_of(untouched):
         yield join, apply(timm.create_model(model), join)
     yield "lape, folded", fold(apply(timm.create_model(model)))
 
@@ -101,6 +102,9 @@ def _counted(name: str, model: nn.Module, batch_size: int) -> Cost:
     with FlopCounterMode(display=False) as counter:
         model.eval()(image)
     cost = Cost(name, sum(p.numel() for p in model.parameters()), counter.get_total_flops(), None)
+    for frozen in (parameter for parameter in model.parameters() if not parameter.requires_grad):
+        # The tracker hooks gradients on to every parameter, and these have none.
+        frozen.register_hook = frozen.register_post_accumulate_grad_hook = lambda hook: None  # pyright: ignore
     train, _ = _steps(model, image.expand(batch_size, -1, -1, -1))
     if train is not None:
         train()  # the optimiser's state is there from its first step

@@ -55,6 +55,7 @@ class Host:
     prefix: str | None = None  # the number of prefix tokens
     prefix_has_no_rows: str | None = None  # whether the table leaves the prefix tokens out
     window_bias: WindowBias | None = None
+    stream_is_normed: bool = False  # a norm stands on the residual stream itself
     # The position embedding that it comes with, and what it gets for a join that needs a table.
     own: str = "learnable"
     own_joined: str = "learnable"
@@ -135,6 +136,7 @@ COMPACT = replace(
     TIMM,
     name="Compact Transformer",
     model="lape.models.compact.CompactTransformer",
+    stream_is_normed=True,
     table_scale=10.0,
     names=(
         (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"patch_embed.convs.\1."),

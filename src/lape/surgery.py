@@ -6,6 +6,7 @@ Parameters keep the names that they have: the table stays `pos_embed`, the PE no
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -134,6 +135,17 @@ def apply(model: Model, join: str = "lape", pe: str | None = None, pe_norm: str 
     if host.patch_dropout is not None and not isinstance(getattr(vit, host.patch_dropout), nn.Identity):
         getattr(vit, host.patch_dropout).forward = record.drop_patches
     return model
+
+
+def joins_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the joins that mean something for a model that none is applied to, with the position embedding it has."""
+    vit, host = find(model)
+    found = []
+    for join in JOINS:
+        with suppress(UsageError):
+            scheme(join, _own(host, getattr(vit, host.table, None), join))
+            found.append(join)
+    return tuple(found)
 
 
 def _own(host: Host, table: nn.Parameter | None, join: str) -> str:

@@ -20,6 +20,8 @@ HERE = Path(__file__).parent
 SHARED = "families"  # parts of recipes, no rows
 PARTS = ("extends", "paper", "expected", "at_epoch_100", "command", "hardware", "open", "settings")
 
+YOURS = ("join", "seed", "accumulate", "grad_checkpointing", "compile")  # they leave an experiment what it is
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,9 +41,9 @@ class Recipe:
         return Experiment.of({**self.settings, "recipe": self.name})
 
     def changed(self, experiment: Experiment) -> dict[str, Any]:
-        """Return the settings that decide a result, but for join and seed, which an experiment has otherwise."""
+        """Return the settings that decide a result and that an experiment has otherwise, but for YOURS."""
         own, asked = self.experiment().identity(), experiment.identity()
-        return {name: value for name, value in asked.items() if value != own[name] and name not in ("join", "seed")}
+        return {name: value for name, value in asked.items() if value != own[name] and name not in YOURS}
 
 
 def names() -> list[str]:

@@ -1,6 +1,7 @@
 """A comparison for people: tables, pictures and one page, written into a folder."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,13 @@ if TYPE_CHECKING:
 
 
 def maps(comparison: "Comparison") -> "dict[str, Maps]":
-    """Return the position correlations of trained models by table: every join, with the first seed that all have."""
+    """Return the position correlations of trained models by table, with the first seed that all joins have.
+
+    Joins and models that position correlation is not defined for are left out.
+    """
     from lape.analysis import correlation
     from lape.comparison import trained
+    from lape.errors import UsageError
     from lape.method import POSITION_EMBEDDINGS
     from lape.report.plots import Maps
 
@@ -23,15 +28,14 @@ def maps(comparison: "Comparison") -> "dict[str, Maps]":
         common = [seed for seed in comparison.seeds if seeds and all(seed in some for some in seeds)]
         if POSITION_EMBEDDINGS[pe].table is None or not common:
             continue
-        found[pe] = Maps(
-            seed=common[0],
-            by_join={
-                join: correlation(trained(result))
-                for join, results in by_join.items()
-                for result in results
-                if result.run.combination.seed == common[0]
-            },
-        )
+        shown = {}
+        for join, results in by_join.items():
+            for result in results:
+                if result.run.combination.seed == common[0]:
+                    with suppress(UsageError):
+                        shown[join] = correlation(trained(result))
+        if shown:
+            found[pe] = Maps(common[0], shown)
     return found
 
 
