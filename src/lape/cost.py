@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lape.errors import UsageError
 
@@ -103,8 +104,8 @@ def _counted(name: str, model: nn.Module, batch_size: int) -> Cost:
         model.eval()(image)
     cost = Cost(name, sum(p.numel() for p in model.parameters()), counter.get_total_flops(), None)
     for frozen in (parameter for parameter in model.parameters() if not parameter.requires_grad):
-        # The tracker hooks gradients on to every parameter, and these have none.
-        frozen.register_hook = frozen.register_post_accumulate_grad_hook = lambda hook: None  # pyright: ignore
+        # The tracker hooks itself to the gradient of every parameter, and these have none.
+        frozen.register_hook = frozen.register_post_accumulate_grad_hook = lambda _: RemovableHandle({})  # pyright: ignore
     train, _ = _steps(model, image.expand(batch_size, -1, -1, -1))
     if train is not None:
         train()  # the optimiser's state is there from its first step
