@@ -106,7 +106,7 @@ def _counted(name: str, model: nn.Module, batch_size: int) -> Cost:
     cost = Cost(name, sum(p.numel() for p in model.parameters()), counter.get_total_flops(), None)
     for frozen in (parameter for parameter in model.parameters() if not parameter.requires_grad):
         # The tracker hooks itself to the gradient of every parameter, and these have none.
-        frozen.register_hook = lambda _: RemovableHandle(OrderedDict())
+        frozen.register_hook = lambda hook: RemovableHandle(OrderedDict())
         frozen.register_post_accumulate_grad_hook = frozen.register_hook
     train, _ = _steps(model, image.expand(batch_size, -1, -1, -1))
     if train is not None:

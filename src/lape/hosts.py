@@ -140,6 +140,7 @@ COMPACT = replace(
     table_scale=10.0,
     names=(
         (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"patch_embed.convs.\1."),
+        (r"^classifier\.positional_emb(\d+)$", r"blocks.\1.pos_embed"),
         (r"^classifier\.positional_emb$", "pos_embed"),
         (r"^classifier\.class_emb$", "cls_token"),
         (r"^classifier\.attention_pool\.", "attn_pool.score."),
