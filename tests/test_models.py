@@ -372,6 +372,14 @@ def test_intermediate_features_come_out(name: str) -> None:
     assert final.isfinite().all()
 
 
+@EVERY_NAME
+def test_features_only_is_for_joined_models_too(name: str) -> None:
+    options = SMALL[name] | {"join": "lape", "features_only": True, "out_indices": (0,)}
+    (features,) = timm.create_model(name, **options)(images(name))
+    assert features.ndim == 4
+    assert features.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["t2t_vit_7", "ceit_tiny_patch16_224", "cct_7_3x1_32", SWIN])
 def test_compiled_it_computes_the_same(name: str) -> None:
     model = small(name, "lape")
@@ -411,7 +419,8 @@ def test_swins_windows_are_the_originals_on_images_that_are_not_square() -> None
 def test_on_square_images_swins_windows_are_timms() -> None:
     with torch.device("meta"):
         plain = timm.create_model("swin_tiny_patch4_window7_224")
-        model = swin.as_published(timm.create_model("swin_tiny_patch4_window7_224"))
+        model = timm.create_model("swin_tiny_patch4_window7_224")
+        swin.as_published(model)
     for stage, own in zip(plain.layers, model.layers, strict=True):
         for block, other in zip(stage.blocks, own.blocks, strict=True):
             assert (block.window_size, block.shift_size) == (other.window_size, other.shift_size)

@@ -290,9 +290,9 @@ def test_one_model_of_each_family_learns_digits(model, tmp_path):
 
 
 def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
-    with pytest.raises(UsageError, match=r"Did you mean cifar100/cct_7_3x1_32\?"):
+    with pytest.raises(UsageError, match=r"Did you mean 'cifar100/cct_7_3x1_32'\?"):
         recipes.load("cifar100/cct_7_3x1")
-    with pytest.raises(UsageError, match="is no recipe"):
+    with pytest.raises(UsageError, match="is not a recipe"):
         recipes.load("../experiment")
 
 
@@ -306,7 +306,7 @@ def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
         ("a: [", "cannot be read as a recipe"),
         ("!!python/object/apply:os.system ['true']", "cannot be read as a recipe"),
         ("open: [1]", "lists sentences"),
-        ("extends: imagenet/nothing", "is no recipe"),
+        ("extends: imagenet/nothing", "is not a recipe"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_with_the_reason(tmp_path, text, says):

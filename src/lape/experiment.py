@@ -148,13 +148,14 @@ class Subject:
 
     Args:
         recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings stand where none are typed.
-        data: digits, fashion-mnist, cifar10, cifar100, or a folder with train/ and val/ of one folder per class.
+        data: digits, fashion-mnist, cifar10, cifar100, or a folder with train/ and val/ of one folder per class. Beside
+            a recipe: the folder of its set.
         img_size: Side of the images as the model sees them; nothing: the set's own, for a folder the model's.
-        model: A timm VisionTransformer, or one of vit_nano_patch2_8, vit_nano_patch4_28, vit_nano_patch4_32,
-            vit_nano_patch8_64.
+        model: One that lape models lists, as vit_nano_patch4_32, or a VisionTransformer of timm's.
         model_args: More keywords for timm.create_model.
         join: default, shared, unshared, lape-sharing, lape.
-        pe: learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm.
+        pe: learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm, or a table with a bias, as
+            learnable+relative.
         pe_norm: What normalises the position embedding of a layer: layernorm (LaPE's own) or a stand-in.
         drop_path: Rate of stochastic depth in the last block.
         grad_checkpointing: Recompute activations in the backward pass to save memory.

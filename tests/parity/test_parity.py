@@ -81,7 +81,8 @@ def swin(case: dict[str, Any]) -> nn.Module:
     names = ("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depths", "num_heads", "window_size")
     options = {name: arch[name] for name in (*names, "mlp_ratio", "qkv_bias")}
     model = SwinTransformer(**options, norm_layer=partial(LayerNorm, eps=arch["ln_eps"]))
-    return joined(published_swin.as_published(model), case)
+    published_swin.as_published(model)
+    return joined(model, case)
 
 
 PATCH, BIAS = ("patch_size", "patch_size"), ("qkv_bias", "qkv_bias")

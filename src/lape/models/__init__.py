@@ -16,6 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from lape.hosts import find
 from lape.models import ceit, compact, deit, swin, t2t_vit, vit
 from lape.models.ceit import CeiT
 from lape.models.compact import CompactTransformer
@@ -25,8 +26,8 @@ from lape.surgery import apply
 Build = Callable[..., nn.Module]
 
 
-def _as_it_is(model: nn.Module) -> nn.Module:
-    return model
+def _as_it_is(model: nn.Module) -> None:
+    """Nothing differs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Family:
 
     variants: Mapping[str, Mapping[str, Any]]
     kind: type[nn.Module] | None = None
-    as_published: Callable[[nn.Module], nn.Module] = _as_it_is
+    as_published: Callable[[nn.Module], None] = _as_it_is
 
 
 FAMILIES = (
@@ -112,10 +113,14 @@ def _register(name: str, family: Family) -> None:
         pe_norm: str = "layernorm",
         **options: Any,
     ) -> nn.Module:
-        model = build(pretrained=pretrained, **options)
         if join is None and pe is None and pe_norm == "layernorm":
-            return model
-        return apply(model if pretrained else family.as_published(model), join or "default", pe, pe_norm)
+            return build(pretrained=pretrained, **options)
+        if options.get("features_only"):
+            options = {"feature_cls": "getter"} | options  # it keeps the model whole
+        model = build(pretrained=pretrained, **options)
+        if not pretrained:
+            family.as_published(find(model)[0])
+        return apply(model, join or "default", pe, pe_norm)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Overwriting")  # DeiT and Swin are timm's, and learn three keywords here

@@ -8,7 +8,6 @@ NAMES = tuple(
 )
 
 
-def as_published(model: nn.Module) -> nn.Module:
+def as_published(model: nn.Module) -> None:
     """Start the class token as the original does, truncated normal of 0.02; timm starts it at 1e-6."""
     trunc_normal_(model.get_parameter("cls_token"), std=0.02)
-    return model

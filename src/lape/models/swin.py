@@ -10,7 +10,7 @@ from torch import nn
 NAMES = ("swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224")
 
 
-def as_published(model: nn.Module) -> nn.Module:
+def as_published(model: nn.Module) -> None:
     """Give a stage whose shorter side fits into a window one square window of that side, and no shift.
 
     timm decides for each side alone. For square images, as for all of the paper's, the two are the same.
@@ -23,4 +23,3 @@ def as_published(model: nn.Module) -> nn.Module:
             shift = window // 2 if number % 2 and min(sides) > window else 0
             block.target_shift_size = (shift, shift)
             block.set_input_size(sides, (window, window), always_partition=True)
-    return model

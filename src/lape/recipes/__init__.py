@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lape.errors import UsageError
+from lape.errors import UsageError, choose
 from lape.experiment import Experiment
 
 HERE = Path(__file__).parent
@@ -65,10 +65,7 @@ def load(name: str, below: tuple[str, ...] = ()) -> Recipe:
         return _recipe(name, _read(own), own, below)
     path = HERE / f"{name}.yaml"
     if not path.is_file() or ".." in own.parts or own.is_absolute():
-        known = names()
-        near = get_close_matches(name, known, n=1, cutoff=0.4) or [k for k in known if k.endswith(f"/{name}")][:1]
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"{name!r} is no recipe.{hint} `lape recipes` lists them; a file of your own ends in .yaml.")
+        choose(dict.fromkeys(names()), name, "a recipe (lape recipes lists them; a file of your own ends in .yaml)")
     return _recipe(name, _read(path), path, below)
 
 
