@@ -173,3 +173,16 @@ def test_an_untouched_model_is_refused():
 
     with pytest.raises(UsageError, match=r"lape\.apply"):
         correlation(timm.create_model("vit_tiny_patch16_224", **SMALL))
+
+
+def test_a_normed_stream_has_no_correlation_of_what_joined_it() -> None:
+    for join in ("default", "shared", "unshared"):
+        with pytest.raises(UsageError, match="a norm on its residual stream"):
+            entering(lape.create_model("cct_2_3x2_32", join))
+    assert entering(lape.create_model("cct_2_3x2_32", "lape")).isfinite().all()
+
+
+def test_layers_on_several_grids_have_none_either() -> None:
+    swin = lape.create_model("swin_tiny_patch4_window7_224", "lape", img_size=32, window_size=4, depths=(1, 1, 1, 1))
+    with pytest.raises(UsageError, match="compares layers on one grid"):
+        entering(swin)

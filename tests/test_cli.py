@@ -313,3 +313,11 @@ def test_a_bug_is_not_hidden(lape, monkeypatch):
     monkeypatch.setattr(Run, "_step", break_step)
     with pytest.raises(ZeroDivisionError):
         lape("train", *SMALL, "--epochs", "1", "--out", "x")
+
+
+def test_a_flag_is_switched_off_by_false() -> None:
+    assert cli._normal("train", ["--batched", "false", "--compile", "--epochs", "3"]) == [
+        "--batched=false",
+        "--compile=true",
+        "--epochs=3",
+    ]

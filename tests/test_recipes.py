@@ -5,6 +5,7 @@ import math
 import pickle
 import shlex
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from lape.errors import UsageError
 from lape.models import MODELS
 from lape.training import train
 
-PAPER = json.loads((Path(__file__).parent / "fixtures/paper_results.json").read_text())
+PAPER = json.loads((Path(__file__).parent / "paper_results.json").read_text())
 NAMES = recipes.names()
 EVERY_RECIPE = pytest.mark.parametrize("name", NAMES)
 
@@ -212,24 +213,32 @@ def teacher(tmp_path_factory):
     return {"teacher": "resnet10t", "teacher_weights": path}
 
 
+@pytest.fixture
+def shrunk(imagenet, cifar, teacher):
+    """A recipe on a small model and few images of its own shape; all else is the recipe's."""
+
+    def shrink(name):
+        full = recipes.load(name).experiment()
+        return replace(
+            full,
+            model_args=SMALLER[full.model.partition("_")[0]],
+            epochs=1,
+            warmup_epochs=0,
+            cooldown_epochs=0,
+            batch_size=4,
+            lr_batch=full.lr_batch and full.lr_batch * 4 // full.batch_size,
+            data_dir=cifar if "cifar" in full.data else imagenet,
+            accelerator="cpu",
+            workers=0,
+            **teacher if full.teacher else {},
+        )
+
+    return shrink
+
+
 @EVERY_RECIPE
-def test_it_trains_two_steps_on_images_of_its_own_shape(name, imagenet, cifar, teacher, tmp_path):
-    full = recipes.load(name).experiment()
-    batch = full.batch_size
-    experiment = replace(
-        full,
-        model_args=SMALLER[full.model.partition("_")[0]],
-        epochs=1,
-        warmup_epochs=0,
-        cooldown_epochs=0,
-        batch_size=4,
-        lr_batch=full.lr_batch and full.lr_batch * 4 // batch,
-        data_dir=cifar if "cifar" in full.data else imagenet,
-        accelerator="cpu",
-        workers=0,
-        **teacher if full.teacher else {},
-    )
-    result = json.loads(train(experiment, tmp_path / "run").read_text())
+def test_it_trains_two_steps_on_images_of_its_own_shape(name, shrunk, tmp_path):
+    result = json.loads(train(shrunk(name), tmp_path / "run").read_text())
     assert result["steps"] >= 2
     assert result["experiment"]["recipe"] == name
     assert math.isfinite(result["curve"][-1]["train_loss"])
@@ -237,22 +246,10 @@ def test_it_trains_two_steps_on_images_of_its_own_shape(name, imagenet, cifar, t
 
 
 @pytest.mark.parametrize("name", ["imagenet/ceit_tiny_patch16_224", "cifar100/cct_7_3x1_32"])
-def test_the_same_seed_gives_the_same_weights_twice_and_another_gives_others(name, imagenet, cifar, tmp_path):
-    full = recipes.load(name).experiment()
-    small = replace(
-        full,
-        model_args=SMALLER[full.model.partition("_")[0]],
-        epochs=1,
-        warmup_epochs=0,
-        cooldown_epochs=0,
-        batch_size=4,
-        data_dir=cifar if "cifar" in full.data else imagenet,
-        accelerator="cpu",
-        workers=0,
-    )
+def test_the_same_seed_gives_the_same_weights_twice_and_another_gives_others(name, shrunk, tmp_path):
     weights = []
     for place, seed in enumerate((7, 7, 8)):
-        train(replace(small, seed=seed), tmp_path / str(place))
+        train(replace(shrunk(name), seed=seed), tmp_path / str(place))
         weights.append(checkpoints.read(tmp_path / str(place) / "last.pt")["model"])
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
@@ -375,3 +372,53 @@ def test_a_full_model_of_every_recipe_can_be_made():
             model, size = model_of(replace(experiment, img_size=experiment.img_size or 32), source)
         assert model.num_classes == 10
         assert size in ((224, 224), (32, 32))
+
+
+def test_whatever_decides_a_result_counts_as_changed() -> None:
+    recipe = recipes.load("cifar100/cct_7_3x1_32")
+    own = recipe.experiment()
+    yours = {"join", "seed", "accumulate", "grad_checkpointing", "compile"}
+    for name, value in own.identity().items():
+        other = replace(own, **{name: 1 if value is None else None})
+        assert recipe.changed(other).keys() == {name} - yours
+
+
+def test_a_recipe_is_not_reached_by_another_way() -> None:
+    with pytest.raises(UsageError, match="is not a recipe"):
+        recipes.load("../recipes/cifar10/cct_7_3x1_32")
+
+
+def test_recipes_are_listed_in_the_order_of_the_tables() -> None:
+    tables = [recipes.load(name).paper["table"] for name in recipes.names()]
+    assert tables == sorted(tables)
+
+
+def test_another_set_than_the_recipes_is_named_by_data() -> None:
+    _, given = parsed(["train", "--recipe", "cifar100/cct_7_3x1_32", "--data", "cifar10"])
+    assert (given["experiment"].data, given["experiment"].data_dir) == ("cifar10", None)
+
+
+@EVERY_RECIPE
+def test_the_rest_is_as_in_the_original(name):
+    e = recipes.load(name).experiment()
+    small = "cifar" in e.data
+    assert (e.optimizer, e.remode, e.vflip, e.color_jitter, e.ratio) == ("adamw", "pixel", 0.0, 0.0, (3 / 4, 4 / 3))
+    assert (e.img_size or 32, bool(e.batched)) == ((32, True) if small else (224, False))
+    assert e.seed == (121 if small else 42 if e.model.startswith("t2t") else 0)
+
+
+ALSO_DECAY = {  # by the first pattern that fits; the originals exempt nothing of these
+    "cifar*/vit*": ("pos_embed", "cls_token"),
+    "cifar*": ("pos_embed",),
+    "*/ceit*": ("pos_layer_embed",),
+    "*_distilled_*": ("dist_token",),
+    "table7/learnable-unshared": ("pos_embed",),
+    "table7/relative-default": ("relative_position_bias_table",),
+    "*": (),
+}
+
+
+@EVERY_RECIPE
+def test_what_decays_in_the_original_decays(name):
+    found = next(parts for pattern, parts in ALSO_DECAY.items() if fnmatch(name, pattern))
+    assert recipes.load(name).experiment().also_decay == found

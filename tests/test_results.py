@@ -125,3 +125,24 @@ def test_a_recipe_is_shown_with_all_that_a_lab_note_has(capsys):
     out = " ".join(capsys.readouterr().out.split())
     for part in ("Table 2, CCT-7/3x1", "81.986 % with join=lape", "--recipe cifar100/cct_7_3x1_32", "lr: 0.0006"):
         assert part in out
+
+
+def test_the_accuracy_is_that_after_the_last_step_and_the_best_stands_beside_it(tmp_path) -> None:
+    finished(tmp_path / "a", of("cifar100/cct_7_3x1_32"), 80.0)
+    record = json.loads((tmp_path / "a/result.json").read_text())
+    record["best"]["val_accuracy"] = 81.0
+    (tmp_path / "a/result.json").write_text(json.dumps(record))
+    (row,) = results.find([tmp_path]).rows
+    assert (row.accuracy.mean, row.best.mean) == (80.0, 81.0)
+
+
+def test_one_experiment_under_the_names_of_two_rows_is_two_rows(tmp_path) -> None:
+    names = ["table7/learnable-lape", "table8/layernorm"]
+    for name in names:
+        finished(tmp_path / name, of(name), 73.0)
+    assert [row.recipe.name for row in results.find([tmp_path]).rows] == names
+
+
+def test_an_addition_and_a_multiplication_are_two_operations() -> None:
+    (deit,) = entries(["deit_tiny_patch16_224"])
+    assert deit.flops == pytest.approx(2 * 1.25e9, rel=0.02)

@@ -300,3 +300,9 @@ def test_every_host_row_names_classes_that_exist() -> None:
             assert hasattr(__import__(room, fromlist=[kind]), kind)
         assert hasattr(__import__(row.filter, fromlist=["_"]), "checkpoint_filter_fn")
     assert TIMM.model in class_names(host())
+
+
+def test_the_first_of_unshared_tables_is_the_models_own() -> None:
+    model = host()
+    own = model.pos_embed.detach().clone()
+    assert torch.equal(lape.apply(model, join="unshared").blocks[0].pos_embed, own)
