@@ -3,13 +3,42 @@
 No family's library is imported here: a model is recognised by the names of its classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lape.errors import UsageError
+from lape.method import Grid
+
+Resize = Callable[[Tensor, Grid, Grid, int], Tensor]  # table (1, rows, D), new grid, old grid, prefix rows
+
+
+def resize_as_timm(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
+    """Bicubic with antialiasing, as in timm; equal grids leave the table as it is."""
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    return resample_abs_pos_embed(table, list(new), list(old), num_prefix_tokens=prefix)
+
+
+def _interpolated(table: Tensor, new: Grid, old: Grid, prefix: int, mode: str) -> Tensor:
+    patches = table[:, prefix:].mT.unflatten(2, old)
+    patches = F.interpolate(patches, new, mode=mode, align_corners=False).flatten(2).mT
+    return torch.cat([table[:, :prefix], patches], dim=1)
+
+
+def resize_bicubic(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
+    """Bicubic without antialiasing (ViT-Adapter)."""
+    return table if new == old else _interpolated(table, new, old, prefix, "bicubic")
+
+
+def resize_by_count(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
+    """Bilinear without antialiasing, and not at all where another grid has as many patches (Segmenter)."""
+    same = new[0] * new[1] == old[0] * old[1]
+    return table if same else _interpolated(table, new, old, prefix, "bilinear")
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,7 @@ class Host:
     prefix_has_no_rows: str | None = None  # whether the table leaves the prefix tokens out
     window_bias: WindowBias | None = None
     stream_is_normed: bool = False  # a norm stands on the residual stream itself
+    resize: Resize = resize_as_timm
     # The position embedding that it comes with, and what it gets for a join that needs a table.
     own: str = "learnable"
     own_joined: str = "learnable"
@@ -154,7 +184,21 @@ COMPACT = replace(
     ),
 )
 
-HOSTS = (T2T_VIT, CEIT, COMPACT, TIMM, SWIN)  # the first that fits a class stands
+VIT_ADAPTER = replace(
+    TIMM,
+    name="ViT-Adapter",
+    model="lape.models.vit_adapter.ViTAdapter",
+    resize=resize_bicubic,
+    names=(
+        (r"^(blocks\.\d+)\.gamma(\d)$", r"\1.ls\2.gamma"),
+        (r"\.dwconv\.dwconv\.", ".dwconv."),
+        *_AUTHORS,
+    ),
+)
+
+SEGMENTER = replace(TIMM, name="Segmenter", model="lape.models.segmenter.SegmenterViT", resize=resize_by_count)
+
+HOSTS = (T2T_VIT, CEIT, COMPACT, VIT_ADAPTER, SEGMENTER, TIMM, SWIN)  # the first that fits a class stands
 
 
 def class_names(model: nn.Module) -> set[str]:

@@ -166,9 +166,7 @@ class Positions:
         return norms
 
     def _resized(self, table: Tensor, grid: Grid, old: Grid) -> Tensor:
-        from timm.layers.pos_embed import resample_abs_pos_embed
-
-        return resample_abs_pos_embed(table, list(grid), list(old), num_prefix_tokens=self.prefix_rows)
+        return self.host.resize(table, grid, old, self.prefix_rows)
 
     def _bias(self, layer: Layer, grid: Grid) -> Tensor:
         relative = self.scheme.embedding.bias

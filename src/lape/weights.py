@@ -4,7 +4,7 @@ import argparse
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
@@ -89,12 +89,13 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     Tables are resized to the model's grid. Raises RunError where a file's table is not the fixed table of the model.
     """
     vit, host = find(model)
-    named: Weights = {}
-    for name, value in weights.items():
-        for pattern, ours in host.names:
-            name = re.sub(pattern, ours, name)
-        if not _RECOMPUTED.search(name):
-            named[name] = value
+    (path,) = (f"{name}." for name, part in model.named_modules() if part is vit)
+    if path != "." and any(name.startswith(path) for name in weights):  # of the whole that the transformer is a part of
+        inside = {name.removeprefix(path): value for name, value in weights.items() if name.startswith(path)}
+        around = {name: value for name, value in weights.items() if not name.startswith(path)}
+        converted = {f"{path}{name}": value for name, value in convert(inside, vit).items()}
+        return converted | renamed(around, getattr(model, "names", ()))
+    named = {name: value for name, value in renamed(weights, host.names).items() if not _RECOMPUTED.search(name)}
     own: nn.Parameter | None = getattr(vit, host.table, None)
     table = named.get(host.table)
     if table is not None and table.ndim == 2:  # the authors' 1-D sinusoid has no batch axis
@@ -106,8 +107,21 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     return given(named, vit, **options)
 
 
+def renamed(weights: Mapping[str, Tensor], patterns: Iterable[tuple[str, str]]) -> Weights:
+    """Return weights with each pattern replaced in their names, one after the other."""
+    found: Weights = {}
+    for name, value in weights.items():
+        for pattern, ours in patterns:
+            name = re.sub(pattern, ours, name)
+        found[name] = value
+    return found
+
+
 def _fitted(table: Tensor, own: nn.Parameter, vit: nn.Module, host: Host) -> Tensor:
     """Return a file's table as the model's kind of table, where timm's filter does not see to it."""
+    prefix, rows = getattr(vit, host.prefix) if host.prefix else 0, table.shape[1]
+    if prefix == 0 and not _square(rows) and _square(rows - 1):
+        table = table[:, 1:]  # without the row of a class token that the model does not have
     record: Positions | None = vit.__dict__.get(RECORD)
     name = host.own if record is None else record.scheme.embedding.name
     kind = POSITION_EMBEDDINGS[name].table
@@ -121,13 +135,17 @@ def _fitted(table: Tensor, own: nn.Parameter, vit: nn.Module, host: Host) -> Ten
     elif host.behind is not None and table.shape != own.shape:
         from timm.layers.pos_embed import resample_abs_pos_embed
 
-        if math.isqrt(table.shape[1]) ** 2 != table.shape[1]:
+        if not _square(rows):
             raise RunError(
-                f"{host.table} has {table.shape[1]} rows, no square, so its grid is not known and it is not resized. "
+                f"{host.table} has {rows} rows, no square, so its grid is not known and it is not resized. "
                 "Create the model with the img_size of the file, load it, then call set_input_size."
             )
         return resample_abs_pos_embed(table, list(attrgetter(host.grid)(vit)), num_prefix_tokens=0)
     return table
+
+
+def _square(count: int) -> bool:
+    return math.isqrt(count) ** 2 == count
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Loaded:

@@ -1,0 +1,68 @@
+"""Segmenter (Strudel et al., arXiv 2105.05633): a plain ViT, then a transformer over patches and one token a class.
+
+Facts from github.com/rstrudel/segmenter at 20d1bfa. The decoder knows no positions, so no join reaches it.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm import LayerNorm
+from timm.layers.weight_init import trunc_normal_
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from lape.method import Grid
+
+
+class SegmenterViT(VisionTransformer):
+    """A VisionTransformer whose table is resized as Segmenter's (bilinear, by the number of patches)."""
+
+
+class MaskTransformer(nn.Module):
+    """Patch tokens (B, H·W, D) to logits (B, classes, H, W): the cosine of each patch and each class token, normed."""
+
+    def __init__(self, classes: int, encoder_dim: int, dim: int, depth: int, heads: int, drop: float = 0.1) -> None:
+        super().__init__()
+        norm = partial(LayerNorm, eps=1e-5)
+        self.proj_dec = nn.Linear(encoder_dim, dim)
+        self.cls_emb = nn.Parameter(trunc_normal_(torch.empty(1, classes, dim), std=0.02))
+        options: dict[str, Any] = {"qkv_bias": True, "proj_drop": drop, "attn_drop": drop, "norm_layer": norm}
+        self.blocks = nn.ModuleList(Block(dim, heads, **options) for _ in range(depth))
+        self.decoder_norm = norm(dim)
+        self.proj_patch, self.proj_classes = (nn.Parameter(torch.randn(dim, dim) * dim**-0.5) for _ in range(2))
+        self.mask_norm = norm(classes)
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                trunc_normal_(part.weight, std=0.02)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+
+    def forward(self, patches: Tensor, grid: Grid) -> Tensor:
+        x = self.proj_dec(patches)
+        x = torch.cat([x, self.cls_emb.expand(len(x), -1, -1)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_norm(x)
+        count = patches.shape[1]
+        tokens, classes = x[:, :count] @ self.proj_patch, x[:, count:] @ self.proj_classes
+        tokens, classes = (part / part.norm(dim=-1, keepdim=True) for part in (tokens, classes))
+        return self.mask_norm(tokens @ classes.mT).mT.unflatten(2, grid)
+
+
+class Segmenter(nn.Module):
+    """Images (B, C, H, W) of any size to logits (B, classes, H, W): filled up to whole patches, and cut back."""
+
+    def __init__(self, encoder: VisionTransformer, decoder: MaskTransformer) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        down, right = self.encoder.patch_embed.patch_size
+        images = F.pad(images, (0, -width % right, 0, -height % down))
+        tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
+        grid = images.shape[2] // down, images.shape[3] // right
+        logits = F.interpolate(self.decoder(tokens, grid), images.shape[2:], mode="bilinear", align_corners=False)
+        return logits[:, :, :height, :width]
