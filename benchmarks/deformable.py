@@ -1,0 +1,82 @@
+"""The core of deformable attention beside that of transformers: time of a forward and backward pass, in turns.
+
+python benchmarks/deformable.py --out benchmarks/results/deformable
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+
+from lape.models.deformable import sampled
+from lape.provenance import provenance
+
+HEADS, POINTS, DIM = 6, 4, 192
+# What ViT-Adapter-Ti does with an image of 512 pixels: tokens look at the pyramid, and the pyramid at tokens.
+SHAPES = {"injector": (32 * 32, [(64, 64), (32, 32), (16, 16)]), "extractor": (64 * 64 + 32 * 32 + 16 * 16, [(32, 32)])}
+
+
+def pass_of(core: Callable[..., Tensor], queries: int, grids: list[tuple[int, int]], device: str) -> Callable[[], None]:
+    """One forward and backward pass of a core."""
+    torch.manual_seed(0)
+    new = {"device": device, "requires_grad": True}
+    values = torch.randn(2, sum(h * w for h, w in grids), HEADS, DIM // HEADS, **new)
+    places = torch.rand(2, queries, HEADS, len(grids), POINTS, 2, **new)
+    weights = torch.rand(2, queries, HEADS, len(grids), POINTS, **new)
+
+    def passed() -> None:
+        core(values, grids, places, weights).sum().backward()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return passed
+
+
+def main(out: Path | None = None, rounds: int = 15, device: str = "cpu") -> None:
+    """Print the table
+
+    Args:
+        out: Folder for table.md and table.json.
+        rounds: How often all take turns.
+        device: What computes.
+    """
+    theirs = MultiScaleDeformableAttention()
+
+    def of_transformers(values: Tensor, grids: list[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
+        return theirs(values, torch.tensor(grids), grids, None, places, weights, 64)
+
+    cores = {"transformers": of_transformers, "transformers, again": of_transformers, "lape": sampled}
+    seconds: dict[str, list[float]] = {}
+    lines = ["| | core | milliseconds | beside transformers |", "| --- | --- | ---: | ---: |"]
+    for place, (queries, grids) in SHAPES.items():
+        passes = {name: pass_of(core, queries, grids, device) for name, core in cores.items()}
+        for turn in range(rounds + 1):  # the first one warms up
+            for name, passed in passes.items():
+                start = time.perf_counter()
+                passed()
+                if turn:
+                    seconds.setdefault(f"{place}, {name}", []).append(time.perf_counter() - start)
+        base = seconds[f"{place}, transformers"]
+        for name in cores:
+            own = seconds[f"{place}, {name}"]
+            low, middle, high = quantiles([a / b for a, b in zip(own, base, strict=True)], method="inclusive")
+            beside = "1" if own is base else f"{middle:.3f}±{(high - low) / 2:.3f}"
+            lines.append(f"| {place} | {name} | {1e3 * median(own):.1f} | {beside} |")
+    record = provenance()
+    said = f"`{record['command']}` at commit {record['commit']}, {record['machine']}"
+    text = "\n".join([*lines, "", said]) + "\n"
+    print(text, end="")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text(text)
+        (out / "table.json").write_text(json.dumps({"provenance": record, "seconds": seconds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
