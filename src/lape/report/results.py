@@ -33,7 +33,8 @@ def remarks(results: Results) -> list[str]:
         elif row.recipe.paper["table"] == 2 and len(row.seeds) < 5:
             said.append(f"{where}: the paper's is the mean of 5 seeds, this of {len(row.seeds)}.")
     if results.others:
-        said.append(f"Not of a recipe: {', '.join(str(file.parent) for file in results.others)}.")
+        first, more = results.others[0].parent, len(results.others) - 1
+        said.append(f"Not of a recipe: {first}" + (f" and {more} more." if more else "."))
     return said
 
 
