@@ -114,6 +114,14 @@ def test_what_it_does_not_take_is_refused() -> None:
         adapter(interactions=[(0, 1), (2, 3)], token_map_of_group=True)
 
 
+def test_a_bias_over_the_grid_is_refused_where_a_block_has_windows() -> None:
+    torch.manual_seed(0)
+    whole, windowed = ViTAdapter(**SMALL), ViTAdapter(**SMALL, windows=[2, None, None, None])
+    assert len(lape.apply(whole, "default", "relative")(image().float())) == 4
+    with pytest.raises(UsageError, match="windows of 2"):
+        lape.apply(windowed, "default", "relative")(image().float())
+
+
 def test_the_table_and_the_level_embedding_do_not_decay() -> None:
     assert {"pos_embed", "level_embed", "blocks.0.pe_norm.weight"} <= adapter().no_weight_decay()
 

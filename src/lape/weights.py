@@ -133,14 +133,13 @@ def _fitted(table: Tensor, own: nn.Parameter, vit: nn.Module, host: Host) -> Ten
                 f"The file's position table was learnt, and this model's is fixed (pe={name!r}). Use pe='learnable'."
             )
     elif host.behind is not None and table.shape != own.shape:
-        from timm.layers.pos_embed import resample_abs_pos_embed
-
         if not _square(rows):
             raise RunError(
                 f"{host.table} has {rows} rows, no square, so its grid is not known and it is not resized. "
                 "Create the model with the img_size of the file, load it, then call set_input_size."
             )
-        return resample_abs_pos_embed(table, list(attrgetter(host.grid)(vit)), num_prefix_tokens=0)
+        side = math.isqrt(rows)
+        return host.resize(table, attrgetter(host.grid)(vit), (side, side), prefix)
     return table
 
 

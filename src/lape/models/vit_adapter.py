@@ -33,7 +33,15 @@ class AdapterBlock(Block):
         self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         tokens = self.norm1(x)
-        attended = self.attn(tokens, attn_mask) if self.window is None else self._windowed(tokens, grid, self.window)
+        if self.window is None:
+            attended = self.attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
+        elif attn_mask is None and not is_causal:
+            attended = self._windowed(tokens, grid, self.window)
+        else:
+            raise UsageError(
+                f"A bias or a mask is over the whole grid, and this block looks at windows of {self.window}. "
+                "Use a pe without a bias, or windows=None."
+            )
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 

@@ -29,7 +29,7 @@ class Recipe:
 
     name: str
     settings: Mapping[str, Any]
-    paper: Mapping[str, Any] = field(default_factory=dict)  # table, model, pe
+    paper: Mapping[str, Any] = field(default_factory=dict)  # table, model, pe, and how many seeds if several
     expected: Mapping[str, float] = field(default_factory=dict)
     at_epoch_100: Mapping[str, float] = field(default_factory=dict)
     command: str = ""

@@ -1,7 +1,7 @@
 """Models and recipes as tables for the terminal, and a recipe as a note."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from lape.catalogue import Entry
 from lape.recipes import Recipe
@@ -18,7 +18,9 @@ def models(entries: Iterable[Entry]) -> "Group":
 
     from lape.method import JOINS
 
-    table = _table("name", "paper", "parameters", "GFLOPs", "size", "joins")
+    names: dict[str, Literal["left", "right"]] = {"name": "left", "paper": "left"}
+    numbers: dict[str, Literal["left", "right"]] = {"parameters": "right", "GFLOPs": "right", "size": "right"}
+    table = _table({**names, **numbers, "joins": "left"})
     for entry in entries:
         table.add_row(
             entry.name,
@@ -42,7 +44,7 @@ def recipes(chosen: Sequence[Recipe]) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    table = _table("recipe", "expected, %")
+    table = _table({"recipe": "left", "expected, %": "right"})
     above = None
     for recipe in chosen:
         if recipe.paper["table"] != above:
@@ -71,12 +73,11 @@ def note(recipe: Recipe) -> str:
     return "\n".join([*lines, "", "Settings:", *(f"  {key}: {value}" for key, value in recipe.settings.items())])
 
 
-def _table(*headings: str) -> "Table":
+def _table(headings: Mapping[str, Literal["left", "right"]]) -> "Table":
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for heading in headings:
-        words = heading in ("name", "paper", "recipe", "joins")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+    for heading, side in headings.items():
+        table.add_column(heading, justify=side, no_wrap=True)
     return table

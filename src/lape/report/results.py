@@ -30,8 +30,8 @@ def remarks(results: Results) -> list[str]:
             said.append(f"{where}: run with {changes}, so the paper's number is not set beside it.")
         elif row.expected is None:
             said.append(f"{where}: the paper has no such row.")
-        elif row.recipe.paper["table"] == 2 and len(row.seeds) < 5:
-            said.append(f"{where}: the paper's is the mean of 5 seeds, this of {len(row.seeds)}.")
+        elif len(row.seeds) < (seeds := row.recipe.paper.get("seeds", 1)):
+            said.append(f"{where}: the paper's is the mean of {seeds} seeds, this of {len(row.seeds)}.")
     if results.others:
         first, more = results.others[0].parent, len(results.others) - 1
         said.append(f"Not of a recipe: {first}" + (f" and {more} more." if more else "."))
