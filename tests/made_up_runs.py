@@ -31,6 +31,7 @@ def write_run(
         "parameters": 1000 + 24 * (combination.join == "lape"),
         "steps": 10 * len(curve),
         "seconds_per_step": 0.0125,
+        "score": "val_accuracy",
         "curve": curve,
         "final": {"val_accuracy": curve[-1]["val_accuracy"], "val_loss": 1.0},
         "best": {"epoch": len(curve)},

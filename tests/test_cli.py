@@ -195,7 +195,7 @@ def test_train_then_eval(lape, tmp_path):
     for given in ("runs/x/best.pt", "runs/x"):
         status, out, err = lape("eval", "--checkpoint", given)
         assert (status, err) == (0, "")
-        assert out.startswith(f"{best:.2f} % of 599 validation images of digits are right")
+        assert out.startswith(f"accuracy {best:.2f} % on 599 validation images of digits")
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 

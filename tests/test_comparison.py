@@ -22,7 +22,14 @@ T_2 = 4.302652729911275  # Student's 97.5 % point with 2 degrees of freedom, fro
 
 def runs_of(join: str, pe: str, accuracies: dict[int, float]) -> list[Run]:
     return [
-        Run(Combination(join, pe, seed), value, (Point(1, 10, value / 2), Point(2, 20, value)), 100, 0.01 * (seed + 1))
+        Run(
+            Combination(join, pe, seed),
+            "accuracy",
+            value,
+            (Point(1, 10, value / 2), Point(2, 20, value)),
+            100,
+            0.01 * (seed + 1),
+        )
         for seed, value in accuracies.items()
     ]
 
@@ -126,7 +133,7 @@ def test_rows_without_the_baseline_have_no_difference():
 )
 def test_third_is_the_nearest_evaluation_and_the_earlier_of_two(steps, epoch):
     curve = tuple(Point(place, step, 50.0) for place, step in enumerate(steps, start=1))
-    assert Run(Combination("lape", "learnable", 0), 50.0, curve, 1, 1.0).third.epoch == epoch
+    assert Run(Combination("lape", "learnable", 0), "accuracy", 50.0, curve, 1, 1.0).third.epoch == epoch
 
 
 def test_gap_is_best_minus_worst_mean_over_the_tables():
@@ -214,7 +221,7 @@ def test_no_jobs_are_refused(tmp_path):
 
 def test_a_result_that_is_none_is_named(tmp_path):
     write_run(tmp_path, Combination("lape", "learnable", 0), [50.0])
-    assert read(tmp_path).run.accuracy == 50.0
+    assert read(tmp_path).run.score == 50.0
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(RunError, match=r"result\.json is not the result of a finished run"):
         read(tmp_path)
@@ -256,7 +263,7 @@ def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is
     assert (first.kept, len(first.todo)) == ([], 4)
     assert {type(outcome) for outcome in first.ended.values()} == {Result, UsageError}
     assert list(comparison.failures) == [Combination("lape", "learnable", 1)]
-    assert [row.accuracy.count for row in comparison.rows] == [2, 1]
+    assert [row.score.count for row in comparison.rows] == [2, 1]
     with pytest.raises(UsageError, match="lape × learnable, seed 1"):
         comparison.raise_failures()
 
@@ -267,7 +274,7 @@ def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is
     assert (len(second.kept), second.todo) == (3, [Combination("lape", "learnable", 1)])
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert comparison.failures == {}
-    assert [row.accuracy.count for row in comparison.rows] == [2, 2]
+    assert [row.score.count for row in comparison.rows] == [2, 2]
     assert comparison.images == (1198, 599)
     comparison.raise_failures()
 

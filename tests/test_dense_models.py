@@ -1,22 +1,26 @@
 """Laws of the models for detection and segmentation: sizes, maps, windows, and what a join reaches in them."""
 
 import copy
-from functools import partial
+import sys
 from typing import Any
 
 import pytest
+import timm
 import torch
-from timm.layers.norm import LayerNorm
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import lape
+from lape.catalogue import entries
 from lape.errors import UsageError
+from lape.hosts import find
+from lape.method import JOINS
 from lape.models.deformable import DeformableAttention, sampled
 from lape.models.segmenter import MaskTransformer, Segmenter, SegmenterViT
-from lape.models.upernet import UperNet
 from lape.models.vit_adapter import DETECTION, SEGMENTATION, VARIANTS, ViTAdapter
 
 ROW_OF_THE_CLASS_TOKEN = {"tiny": 192, "small": 384}  # the original keeps it in its table and never reads it
+RATES = {"tiny": 0.1, "small": 0.2}  # of dropped paths
 SMALL: dict[str, Any] = {
     "img_size": 64,
     "embed_dim": 24,
@@ -45,27 +49,11 @@ def counted(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("size", "backbone", "whole"), [("tiny", 7_966_640, 36_062_428), ("small", 27_503_888, 57_614_908)]
-)
-def test_parameters_are_as_many_as_the_originals(size: str, backbone: int, whole: int) -> None:
-    row, norms = ROW_OF_THE_CLASS_TOKEN[size], 12 * 2 * ROW_OF_THE_CLASS_TOKEN[size]
+@pytest.mark.parametrize(("size", "backbone"), [("tiny", 7_966_640), ("small", 27_503_888)])
+def test_parameters_are_as_many_as_the_originals(size: str, backbone: int) -> None:
     with torch.device("meta"):
         for form in (DETECTION, SEGMENTATION):
-            assert counted(ViTAdapter(**VARIANTS[size], **form)) + row == backbone
-        model = UperNet(lape.apply(ViTAdapter(**VARIANTS[size], **SEGMENTATION)), classes=150)
-    assert counted(model) + row == whole + norms
-
-
-@pytest.mark.parametrize(("dim", "heads", "parameters"), [(192, 3, 6_906_388), (384, 6, 26_418_964)])
-def test_segmenters_parameters_are_as_many_as_the_originals(dim: int, heads: int, parameters: int) -> None:
-    with torch.device("meta"):
-        norm = partial(LayerNorm, eps=1e-5)
-        encoder = SegmenterViT(img_size=512, embed_dim=dim, num_heads=heads, norm_layer=norm)
-        plain = counted(Segmenter(encoder, MaskTransformer(150, dim, dim, 2, dim // 64)))
-        lape.apply(encoder)
-        joined = counted(Segmenter(encoder, MaskTransformer(150, dim, dim, 2, dim // 64)))
-    assert (plain, joined) == (parameters, parameters + 12 * 2 * dim)
+            assert counted(ViTAdapter(**VARIANTS[size], **form)) + ROW_OF_THE_CLASS_TOKEN[size] == backbone
 
 
 @pytest.mark.parametrize("options", [{}, {"token_map_of_group": True}, {"windows": [3, None, 2, None]}], ids=str)
@@ -110,6 +98,8 @@ def test_windows_of_the_whole_grid_are_plain_attention() -> None:
 def test_what_it_does_not_take_is_refused() -> None:
     with pytest.raises(UsageError, match=r"sides 32 must divide; 64x80 was received"):
         adapter()(image(64, 80))
+    with pytest.raises(UsageError, match="3 were received for 4 blocks"):
+        adapter(windows=[2, None, 2])
     with pytest.raises(UsageError, match="2 groups were received"):
         adapter(interactions=[(0, 1), (2, 3)], token_map_of_group=True)
 
@@ -181,3 +171,156 @@ def test_a_join_reaches_the_encoder_alone() -> None:
     assert {name for name in model.state_dict() if "pe_norm" in name} == {
         f"encoder.blocks.{layer}.pe_norm.{part}" for layer in range(2) for part in ("weight", "bias")
     }
+
+
+# --- The whole models, by their names
+
+NANO = ("upernet_vit_adapter_nano", "segmenter_nano_patch8")
+EVERY_NANO = pytest.mark.parametrize("name", NANO)
+
+
+def whole(name: str, join: str = "lape", **options: Any) -> Any:
+    torch.manual_seed(0)
+    return timm.create_model(name, join=join, **{"img_size": 64, "drop_path_rate": 0.0, **options})
+
+
+def logits(model: nn.Module, images: Tensor) -> list[Tensor]:
+    answer = model(images)
+    return list(answer) if isinstance(answer, tuple) else [answer]
+
+
+@EVERY_NANO
+@pytest.mark.parametrize("join", JOINS)
+def test_under_every_join_every_parameter_of_a_whole_learns(name: str, join: str) -> None:
+    model = whole(name, join, num_classes=7).train()
+    answers = logits(model, image(64, 96, count=2).float())
+    assert answers[0].shape == (2, 7, 64, 96)
+    torch.stack([answer.square().mean() for answer in answers]).sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+@EVERY_NANO
+def test_a_whole_checkpoints_the_blocks_inside(name: str) -> None:
+    model = whole(name)
+    model.set_grad_checkpointing(True)
+    assert find(model)[0].grad_checkpointing is True
+    model.set_grad_checkpointing(False)
+    assert find(model)[0].grad_checkpointing is False
+
+
+@EVERY_NANO
+def test_folded_and_copied_a_whole_gives_the_same_logits(name: str) -> None:
+    model = whole(name).double().eval()
+    nn.init.normal_(find(model)[0].pos_embed)
+    x = image(64, 64)
+    with torch.no_grad():
+        expected = logits(model, x)
+        for other in (copy.deepcopy(model), lape.fold(copy.deepcopy(model)), model.train().eval()):
+            for one, same in zip(logits(other, x), expected, strict=True):
+                torch.testing.assert_close(one, same, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [
+        ("upernet_vit_adapter_nano", {"backbone.pos_embed", "backbone.level_embed"}),
+        ("segmenter_nano_patch8", {"encoder.pos_embed", "encoder.cls_token", "decoder.cls_emb"}),
+    ],
+)
+def test_tables_and_tokens_of_a_whole_do_not_decay(name: str, tables: set[str]) -> None:
+    model = whole(name)
+    exempt = model.no_weight_decay()
+    own = {parameter_name for parameter_name, parameter in model.named_parameters() if parameter.ndim > 1}
+    assert exempt & own == tables
+
+
+@pytest.mark.parametrize("join", ["default", "lape", "unshared"])
+def test_the_levels_of_layer_wise_decay_are_the_originals(join: str) -> None:
+    """Level 0 embeds patches and positions, level i + 1 is block i with its position's part, level 13 is the rest."""
+    with torch.device("meta"):
+        model = timm.create_model("upernet_vit_adapter_tiny", join=join)
+    given = {}
+    for group in param_groups_layer_decay(model, layer_decay=0.95):
+        given |= {id(parameter): group["lr_scale"] for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        level = 13
+        if name == "backbone.pos_embed" or name.startswith("backbone.patch_embed."):
+            level = 0
+        elif name.startswith("backbone.blocks."):
+            level = 1 + int(name.split(".")[2])
+        assert given[id(parameter)] == pytest.approx(0.95 ** (13 - level)), name
+    assert len(set(given.values())) == 14
+
+
+def test_drop_path_reaches_blocks_and_extractors_and_the_encoder_alone() -> None:
+    upernet, segmenter = whole("upernet_vit_adapter_nano", drop_path_rate=0.3), whole(NANO[1], drop_path_rate=0.3)
+    assert find(upernet)[0].blocks[3].drop_path1.drop_prob == pytest.approx(0.3)
+    assert upernet.backbone.interactions[0].extractor.drop_path.drop_prob == pytest.approx(0.3)
+    assert segmenter.encoder.blocks[3].drop_path1.drop_prob == pytest.approx(0.3)
+    assert isinstance(segmenter.decoder.blocks[1].drop_path1, nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        *[(f"{head}_vit_adapter_{size}", rate) for head in ("mask_rcnn", "upernet") for size, rate in RATES.items()],
+        ("segmenter_tiny_patch16", 0.1),
+        ("segmenter_small_patch16", 0.1),
+    ],
+)
+def test_models_of_the_paper_drop_paths_as_the_originals(name: str, rate: float) -> None:
+    with torch.device("meta"):
+        vit: Any = find(timm.create_model(name))[0]
+    assert vit.blocks[11].drop_path1.drop_prob == pytest.approx(rate)
+
+
+def test_segmenters_have_the_originals_epsilon_heads_and_dropout() -> None:
+    with torch.device("meta"):
+        model: Any = timm.create_model("segmenter_small_patch16")
+    assert {part.eps for part in model.modules() if isinstance(part, nn.LayerNorm)} == {1e-5}
+    assert [block.attn.num_heads for block in model.decoder.blocks] == [6, 6]
+    assert {part.p for part in model.decoder.modules() if isinstance(part, nn.Dropout)} == {0.1}
+    assert {part.p for part in model.encoder.modules() if isinstance(part, nn.Dropout)} == {0.0}
+    assert model.encoder.pos_embed.shape == (1, 1025, 384)
+
+
+def test_windows_are_those_of_detection_alone() -> None:
+    with torch.device("meta"):
+        detector, upernet = (timm.create_model(f"{head}_vit_adapter_tiny") for head in ("mask_rcnn", "upernet"))
+    assert [block.window for block in find(detector)[0].blocks] == [14, 14, None] * 4
+    assert {block.window for block in find(upernet)[0].blocks} == {None}
+
+
+@EVERY_NANO
+def test_a_whole_says_of_what_the_sides_of_images_are_multiples(name: str) -> None:
+    model, images = whole(name).eval(), image(96, 160).float()
+    step = model.multiple
+    assert logits(model, images[..., : 2 * step, : 3 * step])[0].shape[2:] == (2 * step, 3 * step)
+    if step > 1:
+        with pytest.raises(UsageError, match=f"sides {step} must divide"):
+            model(images[..., : 2 * step, : 3 * step + step // 2])
+
+
+def test_channels_and_the_tables_size_are_ones_own() -> None:
+    for name in NANO:
+        model = whole(name, in_chans=1, img_size=(32, 64))
+        assert find(model)[0].patch_embed.grid_size == (4, 8)
+        assert logits(model.eval(), image(32, 64)[:, :1].float())[0].shape == (1, 6, 32, 64)
+
+
+def test_without_transformers_a_upernet_is_refused_and_still_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.models.upernet", None)
+    with pytest.raises(UsageError, match=r"pip install 'lape\[dense\]'"):
+        lape.create_model("upernet_vit_adapter_nano")
+    (entry,) = entries(["upernet_vit_adapter_nano"])
+    assert (entry.parameters, entry.flops, entry.size, entry.joins) == (None, None, (128, 128), ())
+
+
+def test_dense_models_are_listed_with_what_can_be_counted() -> None:
+    detector, upernet, segmenter = entries(["mask_rcnn_vit_adapter_nano", *NANO])
+    assert (detector.flops, detector.size) == (None, (128, 128))
+    assert upernet.flops
+    assert segmenter.flops
+    assert {len(entry.joins) for entry in (detector, upernet, segmenter)} == {len(JOINS)}

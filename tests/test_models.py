@@ -81,6 +81,13 @@ PARAMETERS: dict[str, tuple[int, int]] = {
     "vit_7_4_32": (3_716_874, 3_716_874 + 3_584),
     "cvt_7_4_32": (3_716_619, 3_716_619 + 3_584),
     "cct_7_3x1_32": (3_760_139, 3_760_139 + 3_584),
+    # Less the row of the class token in a table, which the original never reads; less a head of 1000 classes.
+    "mask_rcnn_vit_adapter_tiny": (28_068_512 - 192, 28_073_120 - 192),
+    "mask_rcnn_vit_adapter_small": (47_802_368 - 384, 47_811_584 - 384),
+    "upernet_vit_adapter_tiny": (36_062_428 - 192, 36_067_036 - 192),
+    "upernet_vit_adapter_small": (57_614_908 - 384, 57_624_124 - 384),
+    "segmenter_tiny_patch16": (6_906_388 - 193_000, 6_910_996 - 193_000),
+    "segmenter_small_patch16": (26_418_964 - 385_000, 26_428_180 - 385_000),
 }
 SWIN_PARAMETERS = {
     ("tiny", "default", "learnable+relative"): 28_589_410,

@@ -131,7 +131,7 @@ def test_csv_holds_unrounded_numbers(tmp_path):
     comparison = comparison_of(tmp_path, LOSS)
     default, lape = csv.DictReader(io.StringIO(tables.as_csv(comparison)))
     assert float(lape["difference_mean"]) == comparison.rows[1].difference.mean
-    assert float(lape["accuracy_std"]) == comparison.rows[1].accuracy.std
+    assert float(lape["score_std"]) == comparison.rows[1].score.std
     assert default["difference_mean"] == default["verdict"] == ""
     assert lape["verdict"] == "below zero"
 
@@ -161,7 +161,7 @@ def test_the_terminals_table_fits_eighty_columns_with_every_number_whole(tmp_pat
     out = io.StringIO()
     Console(file=out, width=80).print(tables.terminal(comparison))
     for row in comparison.rows:
-        for number in (words.percent(row.accuracy), words.percent(row.third), f"{row.parameters:,}"):
+        for number in (words.percent(row.score), words.percent(row.third), f"{row.parameters:,}"):
             assert number.replace(" ± ", "±") in out.getvalue()
     assert "…" not in out.getvalue()
     assert "+0.52 to +5.48" in out.getvalue()
@@ -208,7 +208,7 @@ def watched(console, monkeypatch, comparison):
     monkeypatch.setattr(progress, "monotonic", lambda: next(now))
 
     def at(step):
-        return Progress(step // 20, 4, step, 80, 100.0, 1.0, 0.5, 91.25 if step >= 20 else None)
+        return Progress(step // 20, 4, step, 80, 100.0, 1.0, 0.5, "accuracy", 91.25 if step >= 20 else None)
 
     with progress.Display(console) as display:
         display.begins([], [first, second, third], jobs=2)
@@ -228,7 +228,7 @@ def test_elsewhere_than_in_a_terminal_a_run_is_told_in_plain_lines(tmp_path, mon
     assert "\x1b" not in out.getvalue()
     lines = out.getvalue().splitlines()
     assert lines[0] == "3 runs to train, up to 2 at once."
-    assert "default × learnable, seed 0: 92.00 %" in lines
+    assert "default × learnable, seed 0: accuracy 92.00 %" in lines
     assert "default × learnable, seed 1: failed. the disk is full" in lines
     assert any(line.startswith("75% trained, 2 of 3 done, about ") for line in lines)
     assert len(lines) < 9  # not one for every piece of news
@@ -239,7 +239,7 @@ def test_in_a_terminal_every_run_at_work_has_a_line(tmp_path, monkeypatch):
     console = Console(file=out, width=100, force_terminal=True, color_system=None)
     watched(console, monkeypatch, comparison_of(tmp_path, GAIN))
     assert "default × learnable, seed 0" in out.getvalue()
-    assert "epoch 2 of 4, 91.2 %" in out.getvalue()
+    assert "epoch 2 of 4, accuracy 91.2 %" in out.getvalue()
     assert "0 of 3 done, about" in out.getvalue()
 
 

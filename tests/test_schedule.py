@@ -46,7 +46,7 @@ def rates(experiment, steps=STEPS):
     optimizer = optimizer_of(experiment, torch.nn.Linear(2, 2))
     set_rates = schedule_of(experiment, optimizer, steps)
     seen = []
-    for step in range(experiment.passes * steps):
+    for step in range(experiment.all_steps(steps)):
         set_rates(step)
         (here,) = {group["lr"] for group in optimizer.param_groups}
         seen.append(here)

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lape.errors import RunError, UsageError
     from lape.surgery import apply, create_model, fold, ladder, remove
-    from lape.weights import load_weights
+    from lape.weights import load_backbone, load_weights
 
 # Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
 _ROOMS = {
@@ -24,11 +24,22 @@ _ROOMS = {
     "create_model": "surgery",
     "fold": "surgery",
     "ladder": "surgery",
+    "load_backbone": "weights",
     "load_weights": "weights",
     "remove": "surgery",
 }
 
-__all__ = ["RunError", "UsageError", "apply", "create_model", "fold", "ladder", "load_weights", "remove"]
+__all__ = [
+    "RunError",
+    "UsageError",
+    "apply",
+    "create_model",
+    "fold",
+    "ladder",
+    "load_backbone",
+    "load_weights",
+    "remove",
+]
 
 
 register()

@@ -13,9 +13,9 @@ class Entry:
     """One model as its authors made it."""
 
     name: str
-    paper: str | None  # its name in the paper's Tables 1 and 2
-    parameters: int
-    flops: int  # of one image's forward, an addition and a multiplication counted as two
+    paper: str | None  # its name in the paper's tables
+    parameters: int | None  # None where a package that it is made with is not installed
+    flops: int | None  # of one image's forward, an addition and a multiplication counted as two; None in a detector
     size: tuple[int, int]
     joins: tuple[str, ...]  # that mean something with its own position embedding
 
@@ -34,17 +34,26 @@ def entries(chosen: Iterable[str]) -> Iterator[Entry]:
     """Describe models by name; nothing is computed, they are created without weights."""
     import timm
     import torch
+    from timm.models import get_pretrained_cfg
     from torch.utils.flop_counter import FlopCounterMode
 
     from lape.models import PAPER
+    from lape.models.mask_rcnn import MaskRCNN
     from lape.surgery import joins_of
 
     for name in chosen:
+        cfg: Any = get_pretrained_cfg(name)
+        size, paper = cfg.input_size[1:], PAPER.get(name)
         with torch.device("meta"):
-            model = timm.create_model(name).eval()
-            stem: Any = model.patch_embed
-            size: tuple[int, int] = stem.img_size
-            with FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, 3, *size))
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-        yield Entry(name, PAPER.get(name), parameters, counter.get_total_flops(), size, joins_of(model))
+            try:
+                model = timm.create_model(name).eval()
+            except UsageError:
+                yield Entry(name, paper, None, None, size, ())
+                continue
+            flops = None
+            if not isinstance(model, MaskRCNN):  # whose work depends on what it finds
+                with FlopCounterMode(display=False) as counter:
+                    model(torch.empty(1, *cfg.input_size))
+                flops = counter.get_total_flops()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        yield Entry(name, paper, parameters, flops, size, joins_of(model))

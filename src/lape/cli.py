@@ -37,7 +37,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
     row = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
     folder = out or Path("runs") / row / f"{experiment.join}-{experiment.pe}-seed{experiment.seed}"
     with Bar(console(stderr=True)) as bar:
-        result = train(experiment, folder, resume=resume, report=bar)
+        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check)
     if _first_process():
         say(f"Done: {result}")
 
@@ -49,6 +49,9 @@ def evaluate(
     batch_size: int | None = None,
     workers: int | None = None,
     accelerator: str | None = None,
+    stride: int | None = None,
+    test_scales: tuple[float, ...] | None = None,
+    test_flip: bool | None = None,
 ) -> None:
     """This command
 
@@ -59,17 +62,66 @@ def evaluate(
         batch_size: Images at once.
         workers: Processes that prepare images.
         accelerator: What computes: auto, cpu, cuda, gpu, mps.
+        stride: Segmentation: distance from one window to the next.
+        test_scales: Segmentation: factors by which an image is resized; predictions are averaged.
+        test_flip: Segmentation: average the predictions for an image and its mirror image.
     """
     from lape.evaluation import evaluate_checkpoint
+    from lape.measures import TITLES
 
     judged = evaluate_checkpoint(
-        checkpoint, data=data, data_dir=data_dir, batch_size=batch_size, workers=workers, accelerator=accelerator
+        checkpoint,
+        data=data,
+        data_dir=data_dir,
+        batch_size=batch_size,
+        workers=workers,
+        accelerator=accelerator,
+        stride=stride,
+        test_scales=test_scales,
+        test_flip=test_flip,
     )
-    metrics = judged.metrics
-    say(
-        f"{metrics['val_accuracy']:.2f} % of {judged.images} validation images of {judged.data} are right, "
-        f"loss {metrics['val_loss']:.4f} ({judged.checkpoint})"
-    )
+    found = ", ".join(f"{TITLES[name]} {value:.2f} %" for name, value in judged.metrics.items() if name in TITLES)
+    say(f"{found} on {judged.images} validation images of {judged.data} ({judged.checkpoint})")
+
+
+def predict(
+    checkpoint: Path,
+    pictures: list[Path],
+    out: Path = Path("predictions"),
+    threshold: float = 0.5,
+    test_scales: tuple[float, ...] | None = None,
+    test_flip: bool | None = None,
+    accelerator: str | None = None,
+) -> None:
+    """This command
+
+    Args:
+        checkpoint: A run's best.pt or last.pt, or its folder.
+        pictures: Pictures, or folders of them.
+        out: Folder for the pictures with what was found drawn on them.
+        threshold: Detection: least score of what is drawn.
+        test_scales: Segmentation: factors by which an image is resized; predictions are averaged.
+        test_flip: Segmentation: average the predictions for an image and its mirror image.
+        accelerator: What computes: auto, cpu, cuda, gpu, mps.
+    """
+    from rich.progress import track
+
+    from lape.checkpoints import write
+    from lape.prediction import files_of
+    from lape.prediction import predict as answers
+    from lape.report.prediction import drawn, line
+
+    files = files_of(pictures)
+    asked = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
+    found = answers(checkpoint, files, threshold, **asked)
+    out.mkdir(parents=True, exist_ok=True)
+    for number, predicted in enumerate(
+        track(found, "looking", len(files), console=console(stderr=True), transient=True), start=1
+    ):
+        target = out / f"{number:0{len(str(len(files)))}d}-{predicted.path.stem}.png"
+        picture = drawn(predicted)
+        write(target, lambda file, picture=picture: picture.save(file, "png"))
+        say(f"{line(predicted)} -> {target}")
 
 
 def compare(
@@ -209,7 +261,7 @@ class Command:
     does: str
     example: str
     without: tuple[str, ...] = ()
-    bare: str | None = None  # the option that words without dashes are for
+    bare: tuple[str, ...] = ()  # the options that leading words without dashes are for; the last takes all the rest
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -226,27 +278,33 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "eval": Command(
         evaluate,
-        "measure the accuracy of a checkpoint",
+        "measure a checkpoint on validation images",
         "lape eval runs/first/best.pt",
-        bare="checkpoint",
+        bare=("checkpoint",),
+    ),
+    "predict": Command(
+        predict,
+        "draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map",
+        "lape predict runs/first holiday.jpg more_pictures/",
+        bare=("checkpoint", "pictures"),
     ),
     "models": Command(
         models,
         "list the models of the paper: parameters, FLOPs, input size, joins",
         "lape models cct",
-        bare="name",
+        bare=("name",),
     ),
     "recipes": Command(
         recipes,
         "list the paper's experiments, or show one: command, expected number, open choices, settings",
         "lape recipes cifar100/cct_7_3x1_32",
-        bare="name",
+        bare=("name",),
     ),
     "results": Command(
         results,
         "set finished runs of recipes beside the paper's numbers",
         "lape results runs --out results.md",
-        bare="runs",
+        bare=("runs",),
     ),
     "cost": Command(
         cost,
@@ -384,8 +442,13 @@ def _normal(name: str, words: list[str]) -> list[str]:
     known = {*hints, "config", "print_config", "help"}
     normal: list[str] = []
     rest = list(words)
-    if COMMANDS[name].bare and rest and not rest[0].startswith("-"):
-        rest.insert(0, f"--{COMMANDS[name].bare}")
+    places = [place for place, word in enumerate(rest) if word.startswith("-")]
+    bare, rest = rest[: min(places, default=len(rest))], rest[min(places, default=len(rest)) :]
+    *single, last = COMMANDS[name].bare or ("",)
+    for option, word in zip(single, bare, strict=False):
+        normal.append(f"--{option}={word}")
+    if bare[len(single) :]:
+        rest = [*([f"--{last}"] if last else []), *bare[len(single) :], *rest]
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):

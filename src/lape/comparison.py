@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lape.checkpoints import RESULT
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.measures import TITLES
 from lape.parallel import Done, side_by_side
 from lape.statistics import Combination, Gap, Point, Row, Run, gaps, rows
 
@@ -78,6 +79,11 @@ class Comparison:
     def gaps(self) -> tuple[Gap, ...]:
         """The distance between the tables under each join."""
         return gaps(self.rows)
+
+    @property
+    def measure(self) -> str:
+        """What the runs are scored by."""
+        return self.rows[0].measure
 
     def of(self, join: str, pe: str) -> list[Result]:
         """Return the finished runs of one join with one table, by seed."""
@@ -206,11 +212,12 @@ def read(folder: Path) -> Result:
     path = folder / RESULT
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        asked = record["experiment"]
+        asked, score = record["experiment"], record["score"]
         run = Run(
             Combination(asked["join"], asked["pe"], asked["seed"]),
-            accuracy=record["final"]["val_accuracy"],
-            curve=tuple(Point(row["epoch"], row["step"], row["val_accuracy"]) for row in record["curve"]),
+            measure=TITLES[score],
+            score=record["final"][score],
+            curve=tuple(Point(row["epoch"], row["step"], row[score]) for row in record["curve"]),
             parameters=record["parameters"],
             seconds_per_step=record["seconds_per_step"],
         )
@@ -223,14 +230,14 @@ def read(folder: Path) -> Result:
 
 
 def trained(result: Result) -> "nn.Module":
-    """Return the model of a finished run as its last accuracy was taken: the weights, or their average (EMA)."""
+    """Return the model of a finished run as its last score was taken: the weights, or their average (EMA)."""
     from lape import checkpoints
-    from lape.assembly import model_of
     from lape.data.sources import find
     from lape.evaluation import judged_weights
+    from lape.work import work_of
 
     experiment = Experiment.of(result.record["experiment"])
-    model, _ = model_of(experiment, find(experiment.data, experiment.data_dir))
+    model = work_of(experiment, find(experiment.data, experiment.data_dir)).module
     path = result.folder / checkpoints.LAST
     saved = checkpoints.read(path)
     checkpoints.load(model, judged_weights(saved), path)

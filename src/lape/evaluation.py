@@ -1,6 +1,6 @@
 """What a model gets right: the validation that training does, and that of a checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +10,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from lape.assembly import launch, model_of
+from lape.assembly import launch
 from lape.checkpoints import BEST, load, read
 from lape.data import pipeline
 from lape.data.pipeline import Batches, Whole
 from lape.data.sources import find
 from lape.errors import UsageError
 from lape.experiment import Experiment
-from lape.tasks.classification import Classification
+from lape.work import Source, Task, Work, without_pictures, work_of
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,47 @@ class Judged:
     metrics: Mapping[str, float]
 
 
-def evaluate(fabric: Fabric, task: Classification, model: nn.Module, batches: Batches) -> dict[str, float]:
+def evaluate(fabric: Fabric, task: Task, model: nn.Module, batches: Batches) -> dict[str, float]:
     """Return the task's metrics of a model, one that Fabric does not wrap, over all processes' batches."""
     meter = task.meter().to(fabric.device)
     was_training = model.training
     model.eval()
     with closing(batches), torch.no_grad(), fabric.autocast():
         for batch in batches:
-            meter.update(model, fabric.strategy.precision.convert_input(fabric.to_device(batch)))
+            images, targets = fabric.to_device(batch)
+            meter.update(model, (fabric.strategy.precision.convert_input(images), targets))
     model.train(was_training)
     return meter.compute()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, brought back to what made it."""
+
+    path: Path
+    experiment: Experiment
+    fabric: Fabric
+    work: Work  # with the checkpoint's weights
+    task: Task
+
+
+def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source], **changed: object) -> Trained:
+    """Bring back a checkpoint, or the best one of a run folder, with its experiment's settings but for those changed.
+
+    `source_of` is handed the experiment and its set without pictures, and returns the set that it is wanted for. Raises
+    RunError for a file that is no checkpoint of its model.
+    """
+    path = checkpoint / BEST if checkpoint.is_dir() else checkpoint
+    saved = read(path)
+    experiment = Experiment.of(saved["experiment"])
+    experiment = replace(experiment, **{name: value for name, value in changed.items() if value is not None})  # pyright: ignore
+    experiment = replace(experiment, teacher=None, teacher_weights=None)  # it has taught
+    source = source_of(experiment, without_pictures(saved["set"]))
+    fabric = launch(experiment)
+    work = work_of(experiment, source)
+    load(work.module, judged_weights(saved), path)
+    work.module = fabric.strategy.precision.convert_module(work.module.to(fabric.device)).eval()
+    return Trained(path, experiment, fabric, work, work.task(fabric))
 
 
 def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
@@ -47,25 +78,24 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
 
     Raises UsageError for a set of other classes, RunError for a file that is no checkpoint of its model.
     """
-    path = checkpoint / BEST if checkpoint.is_dir() else checkpoint
-    saved = read(path)
-    experiment = Experiment.of(saved["experiment"])
-    experiment = replace(experiment, **{name: value for name, value in changed.items() if value is not None})  # pyright: ignore
-    source = find(experiment.data, experiment.data_dir)
-    if list(source.classes) != saved["classes"]:
-        raise UsageError(
-            f"{path} was trained to tell {_named(saved['classes'])} apart, and {source.name} has "
-            f"{_named(source.classes)}. Give --data a set of the same classes."
-        )
-    fabric = launch(experiment)
-    model, size = model_of(experiment, source)
-    load(model, judged_weights(saved), path)
-    model = fabric.strategy.precision.convert_module(model.to(fabric.device))
-    task = Classification(len(source.classes))
-    images = pipeline.validation_images(source, experiment, size)
-    share = Whole(len(source.validation), experiment.batch_size, fabric.global_rank, fabric.world_size)
-    batches = pipeline.load(images, share, experiment.workers, pin=fabric.device.type == "cuda")
-    return Judged(path, source.name, len(source.validation), evaluate(fabric, task, model, batches))
+
+    def with_pictures(experiment: Experiment, own: Source) -> Source:
+        source = find(experiment.data, experiment.data_dir)
+        if source.classes != own.classes:
+            raise UsageError(
+                f"{checkpoint} was trained to tell {_named(own.classes)} apart, and {source.name} has "
+                f"{_named(source.classes)}. Give --data a set of the same classes."
+            )
+        return source
+
+    found = trained(checkpoint, with_pictures, **changed)
+    work, fabric, held_out = found.work, found.fabric, found.work.source.validation
+    at_once = work.validation_batch or found.experiment.batch_size
+    share = Whole(len(held_out), at_once, fabric.global_rank, fabric.world_size)
+    pin = fabric.device.type == "cuda"
+    batches = pipeline.load(work.validation(), share, found.experiment.workers, pin)
+    metrics = evaluate(fabric, found.task, work.module, batches)
+    return Judged(found.path, work.source.name, len(held_out), metrics)
 
 
 def judged_weights(saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -74,5 +104,5 @@ def judged_weights(saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return averaged or saved["model"]
 
 
-def _named(classes: list[str] | tuple[str, ...]) -> str:
+def _named(classes: Sequence[str]) -> str:
     return f"{len(classes)} classes ({', '.join(classes[:3])} ...)"

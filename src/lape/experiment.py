@@ -38,6 +38,7 @@ class Optimisation:
 
     Args:
         epochs: Passes over the training images in which the schedule runs.
+        steps: Optimiser steps in which it runs instead; the last epoch may then be cut short.
         cooldown_epochs: More passes, at the learning rate that the schedule ends with.
         batch_size: Images in one optimiser step, over all processes and accumulated parts.
         accumulate: Parts in which each process computes its share of a batch.
@@ -46,18 +47,24 @@ class Optimisation:
         lr_batch: Batch size that lr is for: it is scaled in proportion to batch_size; nothing: used as given.
         scale_lr_ends: Scale min_lr and warmup_lr as lr is.
         weight_decay: Weight decay; tables, tokens, PE norms, biases and norms are exempt.
-        also_decay: Names of tables and tokens that decay all the same, as in pos_embed,cls_token.
+        also_decay: Parts of names of parameters that decay all the same, as in pos_embed,cls_token; biases never do.
         momentum: Momentum of those optimisers that have one.
         betas: Adam's two decay rates; nothing: the optimiser's own.
         layer_decay: Factor of the learning rate from a layer to the one before it; nothing: none.
         clip_grad: Largest norm of the gradient; nothing: no clipping.
         schedule: One of timm.scheduler's names (cosine, tanh, step, poly, wsd, constant ...).
+        decay_rate: Factor of step and multistep, power of poly.
+        decay_milestones: Epochs after which multistep lowers the learning rate.
         min_lr: Learning rate at the end of the schedule.
         warmup_epochs: Epochs in which the learning rate rises; nothing: a tenth of all.
+        warmup_steps: Steps in which it rises, instead of epochs.
         warmup_lr: Learning rate of the first step.
+        warmup_factor: The warm-up multiplies the schedule, first by this, at its end by 1, in place of warmup_lr.
         warmup_prefix: Begin the schedule behind the warm-up; otherwise it runs on beneath it.
         lr_by_epoch: Change the learning rate from epoch to epoch, not from step to step.
         lr_lag: Epochs by which the learning rate runs behind.
+        validate_every: Epochs from one validation to the next; the last epoch has one anyway.
+        sync_batchnorm: Take BatchNorm's statistics over all processes (GPUs alone can).
         ema: Decay of an average of the weights; nothing: none.
         ema_evaluated: Validate the average, where there is one, and keep it as best; otherwise the weights themselves.
         teacher: A timm model whose answers a distilled model's second head learns, seeing the same images.
@@ -68,6 +75,7 @@ class Optimisation:
     """
 
     epochs: int = 30
+    steps: int | None = None
     cooldown_epochs: int = 0
     batch_size: int = 32
     accumulate: int = 1
@@ -82,12 +90,18 @@ class Optimisation:
     layer_decay: float | None = None
     clip_grad: float | None = None
     schedule: str = "cosine"
+    decay_rate: float = 0.1
+    decay_milestones: tuple[int, ...] = ()
     min_lr: float = 1e-5
     warmup_epochs: float | None = None
+    warmup_steps: int | None = None
     warmup_lr: float = 1e-6
+    warmup_factor: float | None = None
     warmup_prefix: bool = False
     lr_by_epoch: bool = False
     lr_lag: int = 0
+    validate_every: int = 1
+    sync_batchnorm: bool = False
     ema: float | None = None
     ema_evaluated: bool = True
     teacher: str | None = None
@@ -143,16 +157,49 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """Detection and segmentation (nothing: the set's own default)
+
+    Args:
+        short_side: Shorter sides, to one of which an image is resized in training by chance; in validation the last.
+        long_side: Longer side that an image has at most after that.
+        zoom: Detection: shorter sides to one of which every other image is resized first, to be cut and resized again.
+        zoom_crop: Smallest and largest side of what is cut out of those.
+        crop: Side of what is cut out at the end: exactly so in segmentation (with windows as large in validation), at
+            most so in detection.
+        scale_jitter: Segmentation: smallest and largest factor by which an image is resized beside short_side.
+        class_cap: Segmentation: share of a crop that one class may have, if ten tries find such a crop.
+        photometric: Segmentation: change brightness, contrast, saturation and hue by chance.
+        stride: Segmentation: distance from one window to the next in validation.
+        test_scales: Segmentation: factors by which an image is resized for validation; predictions are averaged.
+        test_flip: Segmentation: average the predictions for an image and its mirror image in validation.
+    """
+
+    short_side: tuple[int, ...] | None = None
+    long_side: int | None = None
+    zoom: tuple[int, ...] | None = None
+    zoom_crop: tuple[int, int] | None = None
+    crop: int | None = None
+    scale_jitter: tuple[float, float] | None = None
+    class_cap: float | None = None
+    photometric: bool | None = None
+    stride: int | None = None
+    test_scales: tuple[float, ...] | None = None
+    test_flip: bool | None = None
+
+
+@dataclass(frozen=True)
 class Subject:
     """Data and model
 
     Args:
         recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings stand where none are typed.
-        data: digits, fashion-mnist, cifar10, cifar100, or a folder with train/ and val/ of one folder per class. Beside
-            a recipe: the folder of its set.
+        data: digits, fashion-mnist, cifar10, cifar100, shapes-detection, shapes-segmentation, or a folder: train/ and
+            val/ with a folder for each class, or COCO's layout, or ADE20K's. Beside a recipe: the folder of its set.
         img_size: Side of the images as the model sees them; nothing: the set's own, for a folder the model's.
         model: One that lape models lists, as vit_nano_patch4_32, or a VisionTransformer of timm's.
         model_args: More keywords for timm.create_model.
+        weights: What the vision transformer starts from: a file of ours, timm's or the authors', or a name of timm's.
         join: default, shared, unshared, lape-sharing, lape.
         pe: learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm, or a table with a bias, as
             learnable+relative.
@@ -166,6 +213,7 @@ class Subject:
     img_size: int | None = None
     model: str = "vit_nano_patch2_8"
     model_args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     join: str = "lape"
     pe: str = "learnable"
     pe_norm: str = "layernorm"
@@ -175,7 +223,10 @@ class Subject:
 
 LEAST = {
     "epochs": 1,
+    "steps": 1,
     "cooldown_epochs": 0,
+    "warmup_steps": 0,
+    "validate_every": 1,
     "batch_size": 1,
     "accumulate": 1,
     "lr": 0,
@@ -187,23 +238,34 @@ LEAST = {
     "nodes": 1,
     "workers": 0,
     "img_size": 1,
+    "short_side": 1,
+    "long_side": 1,
+    "zoom": 1,
+    "zoom_crop": 1,
+    "crop": 1,
+    "stride": 1,
 }
+RANGES = ("scale", "ratio", "zoom_crop", "scale_jitter")
 
 
 @dataclass(frozen=True)
-class Experiment(Place, Augmentation, Optimisation, Subject):
+class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
     """One training run; the defaults were found for the digits, with the default join and a learnable table."""
 
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be at least {least}, not {value}.")
+            for number in value if isinstance(value, tuple) else [value]:
+                if number is not None and number < least:
+                    raise UsageError(f"{name} must be at least {least}, not {number}.")
+        for name in RANGES:
+            value = getattr(self, name)
+            if value is not None and value[0] > value[1]:
+                raise UsageError(f"{name} is a smallest and a largest value, not {value[0]} and {value[1]}: swap them.")
 
-    @property
-    def passes(self) -> int:
-        """All passes over the training images."""
-        return self.epochs + self.cooldown_epochs
+    def all_steps(self, epoch: int) -> int:
+        """Return the optimiser steps of the run, of which an epoch has so many."""
+        return self.steps or (self.epochs + self.cooldown_epochs) * epoch
 
     def settings(self) -> dict[str, Any]:
         """Every setting, as JSON can hold it."""
@@ -227,4 +289,4 @@ class Experiment(Place, Augmentation, Optimisation, Subject):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-SECTIONS = (Subject, Augmentation, Optimisation, Place)
+SECTIONS = (Subject, Augmentation, Dense, Optimisation, Place)

@@ -10,19 +10,20 @@ from lape import comparison, recipes
 from lape.checkpoints import RESULT
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.measures import TITLES
 from lape.recipes import Recipe
 from lape.statistics import Sample
 
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one recipe under one join, made with the same settings."""
+    """The runs of one recipe under one join, made with the same settings, by one measure."""
 
     recipe: Recipe
     join: str
+    measure: str
     seeds: tuple[int, ...]
-    accuracy: Sample  # after the last step
-    best: Sample
+    score: Sample  # after the last step
     expected: float | None  # the paper's, where it has this row and the settings are the recipe's
     changed: Mapping[str, Any]  # settings that are not the recipe's
     places: tuple[Path, ...]
@@ -56,8 +57,8 @@ def find(folders: Sequence[Path]) -> Results:
         unseeded = {name: value for name, value in experiment.identity().items() if name != "seed"}
         key = json.dumps([experiment.recipe, unseeded], sort_keys=True)
         groups.setdefault(key, []).append((experiment, record, file))
-    rows = sorted(map(_row, groups.values()), key=_place)
-    return Results(tuple(rows), tuple(others))
+    rows = [row for runs in groups.values() for row in _rows(runs)]
+    return Results(tuple(sorted(rows, key=_place)), tuple(others))
 
 
 def _experiment(record: Mapping[str, Any], file: Path) -> Experiment:
@@ -67,7 +68,7 @@ def _experiment(record: Mapping[str, Any], file: Path) -> Experiment:
         raise RunError(f"{file} names settings that this version does not know ({error}). Move it away.") from error
 
 
-def _row(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> Row:
+def _rows(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> list[Row]:
     runs = sorted(runs, key=lambda run: run[0].seed)
     seeds = tuple(experiment.seed for experiment, _, _ in runs)
     if len(set(seeds)) < len(seeds):
@@ -77,16 +78,22 @@ def _row(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> Row:
     experiment = runs[0][0]
     recipe = recipes.load(experiment.recipe or "")
     changed = recipe.changed(experiment)
-    return Row(
-        recipe,
-        experiment.join,
-        seeds,
-        accuracy=Sample.of([record["final"]["val_accuracy"] for _, record, _ in runs]),
-        best=Sample.of([record["best"]["val_accuracy"] for _, record, _ in runs]),
-        expected=None if changed else recipe.expected.get(experiment.join),
-        changed=changed,
-        places=tuple(file.parent for _, _, file in runs),
-    )
+    finals = [record["final"] for _, record, _ in runs]
+    kept = {TITLES[name]: name for name in finals[0] if name in TITLES}
+    scored = TITLES[runs[0][1]["score"]]
+    return [
+        Row(
+            recipe,
+            experiment.join,
+            measure,
+            seeds,
+            score=Sample.of([final[kept[measure]] for final in finals]),
+            expected=None if changed else by_join.get(experiment.join),
+            changed=changed,
+            places=tuple(file.parent for _, _, file in runs),
+        )
+        for measure, by_join in (recipe.expected or {scored: {}}).items()
+    ]
 
 
 def _place(row: Row) -> tuple[Any, ...]:

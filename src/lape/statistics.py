@@ -15,7 +15,7 @@ class Point(NamedTuple):
 
     epoch: int
     step: int
-    accuracy: float  # percent
+    score: float  # percent
 
 
 class Combination(NamedTuple):
@@ -34,7 +34,8 @@ class Run:
     """One finished run, as far as a comparison looks at it."""
 
     combination: Combination
-    accuracy: float  # percent, after the last step
+    measure: str  # what the score is: accuracy, box AP, mIoU
+    score: float  # percent, after the last step
     curve: tuple[Point, ...]
     parameters: int
     seconds_per_step: float
@@ -70,7 +71,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy minus the baseline's, seed by seed, and Student's 95 % interval of its mean (None with one pair)."""
+    """Score minus the baseline's, seed by seed, and Student's 95 % interval of its mean (None with one pair)."""
 
     by_seed: Mapping[int, float]
     unpaired: tuple[int, ...]  # seeds that only one of the two has
@@ -86,11 +87,11 @@ class Difference:
         return Verdict.ABOVE if low > 0 else Verdict.BELOW if high < 0 else Verdict.UNDECIDED
 
 
-def difference(accuracies: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+def difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Pair two sets of runs by seed: mean d̄ and d̄ ± t(0.975, n-1)·s/√n of the n differences; None without a pair."""
     from scipy.stats import t
 
-    by_seed = {seed: accuracies[seed] - baseline[seed] for seed in sorted(accuracies.keys() & baseline.keys())}
+    by_seed = {seed: scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())}
     if not by_seed:
         return None
     sample = Sample.of(list(by_seed.values()))
@@ -98,7 +99,7 @@ def difference(accuracies: Mapping[int, float], baseline: Mapping[int, float]) -
     if sample.std is not None:
         half = float(t.ppf(0.975, sample.count - 1)) * sample.std / math.sqrt(sample.count)
         interval = (sample.mean - half, sample.mean + half)
-    return Difference(by_seed, tuple(sorted(accuracies.keys() ^ baseline.keys())), sample.mean, interval)
+    return Difference(by_seed, tuple(sorted(scores.keys() ^ baseline.keys())), sample.mean, interval)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Row:
 
     join: str
     pe: str
-    accuracy: Sample
+    measure: str
+    score: Sample
     third: Sample
     parameters: int
     seconds_per_step: float  # median over the runs
@@ -116,7 +118,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far apart the tables are under one join: the best mean accuracy minus the worst."""
+    """How far apart the tables are under one join: the best mean score minus the worst."""
 
     join: str
     best: str
@@ -133,8 +135,9 @@ def rows(runs: Iterable[Run]) -> tuple[Row, ...]:
         Row(
             join,
             pe,
-            accuracy=Sample.of([run.accuracy for run in members]),
-            third=Sample.of([run.third.accuracy for run in members]),
+            measure=members[0].measure,
+            score=Sample.of([run.score for run in members]),
+            third=Sample.of([run.third.score for run in members]),
             parameters=members[0].parameters,
             seconds_per_step=descriptive.median(run.seconds_per_step for run in members),
             difference=None if join == BASELINE else difference(_by_seed(members), _by_seed(joins.get(BASELINE, []))),
@@ -145,15 +148,15 @@ def rows(runs: Iterable[Run]) -> tuple[Row, ...]:
 
 
 def _by_seed(runs: Iterable[Run]) -> dict[int, float]:
-    return {run.combination.seed: run.accuracy for run in runs}
+    return {run.combination.seed: run.score for run in runs}
 
 
 def gaps(rows: Sequence[Row]) -> tuple[Gap, ...]:
-    """Return, for each join with two tables or more, the range of its mean accuracies over the tables."""
+    """Return, for each join with two tables or more, the range of its mean scores over the tables."""
     found = []
     for join in dict.fromkeys(row.join for row in rows):
-        own = sorted((row for row in rows if row.join == join), key=lambda row: row.accuracy.mean)
+        own = sorted((row for row in rows if row.join == join), key=lambda row: row.score.mean)
         if len(own) > 1:
-            points = own[-1].accuracy.mean - own[0].accuracy.mean
+            points = own[-1].score.mean - own[0].score.mean
             found.append(Gap(join, best=own[-1].pe, worst=own[0].pe, points=points))
     return tuple(found)

@@ -5,6 +5,7 @@ Whatever is random in a step depends on the seed and the step alone, so a checkp
 
 import math
 import signal
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -16,21 +17,23 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from lape.assembly import launch, model_of, optimizer_of, schedule_of, task_of
+from lape.assembly import launch, optimizer_of, schedule_of
 from lape.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, refuse_other, save, write_json
 from lape.curves import Curves
 from lape.data import pipeline
 from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
-from lape.data.preparation import Preparation
 from lape.data.sources import find
-from lape.errors import RunError
+from lape.errors import RunError, UsageError
 from lape.evaluation import evaluate
 from lape.experiment import Experiment
 from lape.interruption import Stopped, signals
+from lape.measures import TITLES
 from lape.provenance import provenance
+from lape.weights import load_backbone
+from lape.work import described, work_of
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
 SECONDS_BETWEEN_REPORTS = 0.1
@@ -40,14 +43,15 @@ SECONDS_BETWEEN_REPORTS = 0.1
 class Progress:
     """How far a run is."""
 
-    epoch: int  # finished ones
+    epoch: int  # finished ones    epoch: int  # the last one that was validated, 0 before
     epochs: int
     step: int
     steps: int
     images_per_second: float
     seconds_left: float
-    train_loss: float  # mean over this epoch so far, or over the last one at its end
-    val_accuracy: float | None  # of the last finished epoch, in percent
+    train_loss: float  # mean since the last validation, or at it over all since the one before
+    measure: str  # what the task is scored by
+    score: float | None  # of the last validation, in percent
 
 
 @dataclass
@@ -67,12 +71,14 @@ def train(
     *,
     resume: bool = False,
     report: Callable[[Progress], None] | None = None,
+    checked: Callable[[float], None] | None = None,
 ) -> Path:
     """Train one model in a folder of its own and return the path of its `result.json`.
 
     With `resume` a run that was cut off goes on from its last checkpoint and ends with the weights, bit for bit, that
-    it would have had; a finished one is left as it is, and a new one begins. `report` is told how it goes, in the
-    first process alone.
+    it would have had; a finished one is left as it is, and a new one begins. `report` is told how it goes, and before
+    that `checked` which share of the files of a set for detection or segmentation has been opened, both in the first
+    process alone.
 
     Raises UsageError for settings that do not fit each other, the data or the folder; RunError for an unreadable
     image, a loss that is not finite, and a full disk; Stopped after SIGINT and SIGTERM.
@@ -83,6 +89,8 @@ def train(
         run = Run(experiment, folder, fabric)
         if resume:
             run.restore()
+        if run.state.step == 0:
+            run.check(checked or (lambda _: None))
         run.fit(report or (lambda _: None))
     if fabric.world_size > 1:  # gloo aborts where one process leaves while another still speaks
         fabric.barrier()
@@ -99,28 +107,42 @@ class Run:
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
             self.source = find(experiment.data, experiment.data_dir)
-        chosen = pipeline.augmentation(experiment, self.source)
+        self.work: Any = work_of(experiment, self.source)
         self.order = Order(
             experiment.seed,
             len(self.source.train),
             experiment.batch_size,
             experiment.accumulate,
             fabric.world_size,
-            chosen.repeats or 1,
+            self.work.repeats,
         )
-        self.module, self.size = model_of(experiment, self.source)
-        self.preparation = Preparation(self.source, chosen, self.size, self.order.share, fabric.device)
+        self.preparation = self.work.preparation(self.order.share, fabric.device)
         with fabric.rank_zero_first(local=True):
-            self.task = task_of(experiment, self.source, self.module, fabric)
+            self.task = self.work.task(fabric)
+            self.started = load_backbone(self.work.module, experiment.weights) if experiment.weights else None
+        self.module = _synchronised(self.work.module, experiment, fabric)
         optimizer = optimizer_of(experiment, self.module)
         self.set_rates = schedule_of(experiment, optimizer, self.order.steps)
         compiled: Any = torch.compile(self.module) if experiment.compile else self.module
         self.model, self.optimizer = fabric.setup(compiled, optimizer)
         self.ema = ModelEmaV3(self.module, decay=experiment.ema) if experiment.ema else None
         self.judged = self.ema.module if self.ema and experiment.ema_evaluated else self.module
-        self.steps = experiment.passes * self.order.steps
+        self.steps = experiment.all_steps(self.order.steps)
         self.state = State()
         self.durations = deque[float](maxlen=1000)
+
+    def check(self, checked: Callable[[float], None]) -> None:
+        """Say what the model starts from, and open every file of a dense set once; raises RunError for a bad one."""
+        if self.started and self.fabric.is_global_zero:
+            warnings.warn(f"{self.experiment.weights}: {self.started}", stacklevel=1)
+        trouble = ""
+        if self.fabric.is_global_zero:
+            try:
+                self.work.check(checked)
+            except RunError as error:
+                trouble = str(error)
+        if trouble := self.fabric.broadcast(trouble):
+            raise RunError(trouble)
 
     def fit(self, report: Callable[[Progress], None]) -> None:
         """Train from where the state is to the end."""
@@ -140,15 +162,15 @@ class Run:
                 waiting = step, news
                 now = monotonic()
                 self.durations.append(now - top)
-                epoch_ends = (step + 1) % self.order.steps == 0
+                epoch_ends = (step + 1) % self.order.steps == 0 or step + 1 == self.steps
                 if epoch_ends or stop or now - saved > self.experiment.checkpoint_seconds:
                     told_early, waiting = self._settle(*waiting), None
                     # All processes must stop at one step, and their clocks differ: those not here learn of it next.
                     stop = stop or (epoch_ends and told_early)
                     self.state.step = step + 1
                     self._refuse_broken_weights(step)
-                    if epoch_ends:
-                        self._end_epoch()
+                    if epoch_ends and self._is_validated(step + 1):
+                        self._validate()
                     self._save()
                     saved = monotonic()
                 if self.curves and (epoch_ends or now - reported > SECONDS_BETWEEN_REPORTS):
@@ -215,14 +237,17 @@ class Run:
             f"{listed}). Look at them, or start anew with a lower lr or with --clip_grad 1."
         )
 
-    def _end_epoch(self) -> None:
+    def _is_validated(self, step: int) -> bool:
+        return step == self.steps or step // self.order.steps % self.experiment.validate_every == 0
+
+    def _validate(self) -> None:
         """Validate, add a row to the curve, and keep the best weights."""
-        state, settings = self.state, self.experiment
-        images = pipeline.validation_images(self.source, settings, self.size)
-        share = Whole(len(self.source.validation), self.order.share, self.fabric.global_rank, self.fabric.world_size)
-        metrics = evaluate(self.fabric, self.task, self.judged, self._load(images, share))
+        state = self.state
+        at_once = self.work.validation_batch or self.order.share
+        share = Whole(len(self.source.validation), at_once, self.fabric.global_rank, self.fabric.world_size)
+        metrics = evaluate(self.fabric, self.task, self.judged, self._load(self.work.validation(), share))
         row = {
-            "epoch": state.step // self.order.steps,
+            "epoch": -(-state.step // self.order.steps),
             "step": state.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_loss": fmean(state.losses),
@@ -239,7 +264,7 @@ class Run:
             self.curves.add(state.curve)
 
     def _named(self) -> dict[str, Any]:
-        return {"experiment": self.experiment.settings(), "classes": list(self.source.classes)}
+        return {"experiment": self.experiment.settings(), "set": described(self.source)}
 
     def _save(self) -> None:
         """Replace the last checkpoint."""
@@ -282,9 +307,8 @@ class Run:
         return Curves(self.folder, self.state.curve)
 
     def _training_batches(self) -> Batches:
-        settings = self.experiment
-        images = pipeline.training_images(self.source, settings, self.size, settings.seed)
-        return self._load(images, Shares(self.order, self.fabric.global_rank, self.state.step, self.steps))
+        share = Shares(self.order, self.fabric.global_rank, self.state.step, self.steps)
+        return self._load(self.work.training(), share)
 
     def _load(self, images: Dataset[Any], keys: Sampler[Key]) -> Batches:
         workers = self.experiment.workers
@@ -295,26 +319,39 @@ class Run:
         last = state.curve[-1] if state.curve else {}
         passed = monotonic() - self.begun
         return Progress(
-            epoch=len(state.curve),
-            epochs=self.experiment.passes,
+            epoch=last.get("epoch", 0),
+            epochs=-(-self.steps // self.order.steps),
             step=step,
             steps=self.steps,
             images_per_second=self.experiment.batch_size / fmean(list(self.durations)[-50:]),
             seconds_left=(self.steps - step) * passed / step,
             train_loss=fmean(state.losses) if state.losses else last.get("train_loss", math.nan),
-            val_accuracy=last.get("val_accuracy"),
+            measure=TITLES[self.task.score],
+            score=last.get(self.task.score),
         )
 
     def _result(self) -> dict[str, Any]:
         curve, score = self.state.curve, self.task.score
-        kept = ("val_accuracy", "val_loss")
         return {
             "experiment": self.experiment.settings(),
             **provenance(),
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
             "steps": self.steps,
             "seconds_per_step": self.state.seconds_per_step,
+            "score": score,
             "curve": curve,
-            "final": {name: curve[-1][name] for name in kept},
+            "final": {name: curve[-1][name] for name in self.task.reported},
             "best": max(curve, key=lambda row: row[score]),
         }
+
+
+def _synchronised(module: nn.Module, experiment: Experiment, fabric: Fabric) -> nn.Module:
+    """Let BatchNorm take its statistics over all processes, where that is asked for and there are several."""
+    if not experiment.sync_batchnorm or fabric.world_size == 1:
+        return module
+    if fabric.device.type != "cuda":
+        raise UsageError(
+            f"sync_batchnorm takes statistics over processes on GPUs, and this one is on {fabric.device.type}: give "
+            "--sync_batchnorm false, and each process takes its own."
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module)

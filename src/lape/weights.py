@@ -4,7 +4,8 @@ import argparse
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
@@ -18,14 +19,19 @@ from torch import Tensor, nn
 
 from lape.errors import RunError
 from lape.hosts import Host, find
-from lape.method import POSITION_EMBEDDINGS
-from lape.positions import BIAS_TABLE, Positions
+from lape.method import POSITION_EMBEDDINGS, Grid
+from lape.positions import BIAS_TABLE, Positions, resized_bias_table
 from lape.surgery import RECORD
+from lape.view import View
 
 Weights = dict[str, Tensor]
 
 _RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")
 _OF_A_JOIN = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|pos_embed|absolute_pos_embed)$")
+# What a start may lack in patch embedding, blocks and tables; layer scales start where they change nothing, at 1.
+_MAY_BE_NEW = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|absolute_pos_embed|ls\d\.gamma)$")
+_PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
+_PATCHES = "patch_embed.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -43,12 +49,30 @@ class Loaded:
         )
 
 
+@dataclass(frozen=True)
+class Started:
+    """What a start took from `source`; `missing` kept the model's initial values, `left` stayed behind."""
+
+    source: str
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} tensors were loaded."]
+        if self.missing:
+            lines.append(f"Not in it, initial values stay: {_grouped(self.missing, self.loaded)}.")
+        if self.left:
+            lines.append(f"In it, and not taken: {_grouped(self.left, self.loaded)}.")
+        return "\n".join(lines)
+
+
 def read(path: str | Path) -> Weights:
     """Return the tensors of a .safetensors file or of a checkpoint that torch.save wrote, without running its code.
 
     Raises RunError, naming the file, where it cannot be read, holds code, or holds no weights.
     """
-    return _state(opened(Path(path)), Path(path))
+    return _state(opened(Path(path)), path)
 
 
 def opened(path: Path) -> Any:
@@ -74,37 +98,41 @@ def opened(path: Path) -> Any:
         raise RunError(f"{path} cannot be read as a checkpoint ({reason}). Is it complete?") from error
 
 
-def _state(stored: Any, path: Path) -> Weights:
+def _state(stored: Any, where: str | Path) -> Weights:
     for name in ("model", "state_dict"):
         if isinstance(stored, Mapping) and isinstance(stored.get(name), Mapping):
             stored = stored[name]
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()) or not stored:
-        raise RunError(f"{path} holds no weights: a mapping of names to tensors is expected, or one under 'model'.")
+        raise RunError(f"{where} holds no weights: a mapping of names to tensors is expected, or one under 'model'.")
     return {name.removeprefix("module."): value for name, value in stored.items()}
 
 
 def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     """Return weights under a model's own names and sizes, from its family's first authors', LaPE's authors' or timm's.
 
-    Tables are resized to the model's grid. Raises RunError where a file's table is not the fixed table of the model.
+    Tables are resized to the model's grid by its host's rule; one of as many patches is taken as it is. Raises RunError
+    where a file's table cannot be made the model's.
     """
     vit, host = find(model)
-    (path,) = (f"{name}." for name, part in model.named_modules() if part is vit)
-    if path != "." and any(name.startswith(path) for name in weights):  # of the whole that the transformer is a part of
+    path = _path(model, vit)
+    if path and any(name.startswith(path) for name in weights):  # of the whole that the transformer is a part of
         inside = {name.removeprefix(path): value for name, value in weights.items() if name.startswith(path)}
         around = {name: value for name, value in weights.items() if not name.startswith(path)}
         converted = {f"{path}{name}": value for name, value in convert(inside, vit).items()}
         return converted | renamed(around, getattr(model, "names", ()))
     named = {name: value for name, value in renamed(weights, host.names).items() if not _RECOMPUTED.search(name)}
-    own: nn.Parameter | None = getattr(vit, host.table, None)
-    table = named.get(host.table)
-    if table is not None and table.ndim == 2:  # the authors' 1-D sinusoid has no batch axis
-        named[host.table] = table = table[None]
-    if table is not None and own is not None:
-        named[host.table] = _fitted(table, own, vit, host)
+    # timm's filter would resample patches of another size, which are another model's, and tables by a rule of its own.
+    patches = {name: named.pop(name) for name in (_PATCHES,) if name in named and named[name].ndim == 4}
     given = import_module(host.filter).checkpoint_filter_fn
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in signature(given).parameters else {}
-    return given(named, vit, **options)
+    found = given(named, View(vit, {host.table: None}), **options) | patches
+    return found | dict(_fitted_tables(found, vit, host))
+
+
+def _path(model: nn.Module, vit: nn.Module) -> str:
+    """Return what the names of a transformer's parameters begin with in a model."""
+    (path,) = (name for name, part in model.named_modules() if part is vit)
+    return f"{path}." if path else ""
 
 
 def renamed(weights: Mapping[str, Tensor], patterns: Iterable[tuple[str, str]]) -> Weights:
@@ -117,34 +145,72 @@ def renamed(weights: Mapping[str, Tensor], patterns: Iterable[tuple[str, str]]) 
     return found
 
 
-def _fitted(table: Tensor, own: nn.Parameter, vit: nn.Module, host: Host) -> Tensor:
-    """Return a file's table as the model's kind of table, where timm's filter does not see to it."""
-    prefix, rows = getattr(vit, host.prefix) if host.prefix else 0, table.shape[1]
-    if prefix == 0 and not _square(rows) and _square(rows - 1):
-        table = table[:, 1:]  # without the row of a class token that the model does not have
+def _fitted_tables(found: Weights, vit: nn.Module, host: Host) -> Iterator[tuple[str, Tensor]]:
+    """Yield those of a file's tables that the model has too, as it has them."""
     record: Positions | None = vit.__dict__.get(RECORD)
-    name = host.own if record is None else record.scheme.embedding.name
-    kind = POSITION_EMBEDDINGS[name].table
+    grid: Grid = attrgetter(host.grid)(vit)
+    places = {part: name for name, part in vit.named_modules()}
+    grids = {places[layer.block]: layer.grid for layer in record.layers(grid)} if record else {}
+    brought = sum(found[name].numel() for name in _PREFIX_TOKENS if name in found) // getattr(vit, host.width)
+    for name, own in vit.named_parameters():
+        place, _, kind = name.rpartition(".")
+        if name in found and kind == host.table:
+            yield name, _fitted(name, found[name], own, grids.get(place, grid), brought, vit, host)
+        elif name in found and kind == BIAS_TABLE and place in grids and found[name].ndim == 2:
+            side = (_side(name, len(found[name]), 0) + 1) // 2
+            yield name, resized_bias_table(found[name].to(own), (side, side), grid)
+
+
+def _fitted(
+    name: str, table: Tensor, own: nn.Parameter, grid: Grid, brought: int, vit: nn.Module, host: Host
+) -> Tensor:
+    """Return a file's table as the model's kind of table; `brought` counts the prefix tokens in the file."""
+    if table.ndim == 2:  # the authors' 1-D sinusoid has no batch axis
+        table = table[None]
+    if table.ndim != 3 or table.shape[2] != own.shape[2]:
+        return table
+    patches, rows = grid[0] * grid[1], table.shape[1]
+    kept = own.shape[1] - patches  # rows of the model's prefix tokens
+    record: Positions | None = vit.__dict__.get(RECORD)
+    embedding = host.own if record is None else record.scheme.embedding.name
+    kind = POSITION_EMBEDDINGS[embedding].table
     if kind is not None and not kind.learns:
-        if table.shape != own.shape:
-            return own.detach()  # a fixed table is made for the grid, not resized
-        if not torch.allclose(table.to(own), own, atol=1e-4):
+        same, side = rows == own.shape[1], math.isqrt(max(rows - kept, 0))
+        expected = own if same else kind.make((side, side), kept, own.shape[2]).to(own)
+        if expected.shape == table.shape and not torch.allclose(table.to(own), expected, atol=1e-4):
             raise RunError(
-                f"The file's position table was learnt, and this model's is fixed (pe={name!r}). Use pe='learnable'."
+                f"The file's position table was learnt, and this model's is fixed (pe={embedding!r}). "
+                "Use pe='learnable'."
             )
-    elif host.behind is not None and table.shape != own.shape:
-        if not _square(rows):
-            raise RunError(
-                f"{host.table} has {rows} rows, no square, so its grid is not known and it is not resized. "
-                "Create the model with the img_size of the file, load it, then call set_input_size."
-            )
-        side = math.isqrt(rows)
-        return host.resize(table, attrgetter(host.grid)(vit), (side, side), prefix)
-    return table
+        return table if same else own.detach()  # a fixed table is made for the grid, not resized
+    tokens = getattr(vit, host.prefix) if host.prefix else 0
+    if rows == own.shape[1] and brought in (0, tokens):
+        return table
+    # A table may leave the prefix tokens out, and a file that brings none may still have the class token's row.
+    possible = (brought, 0) if brought else (kept, 0, 1)
+    prefix = next((p for p in possible if rows - p == patches or _square(rows - p)), kept)
+    old = grid if rows - prefix == patches else (_side(name, rows, prefix), _side(name, rows, prefix))
+    if prefix < kept or (prefix > kept and kept < tokens):
+        raise RunError(
+            f"{name} has rows for {prefix} tokens before the patches in the file, and for {kept} in the model. "
+            "Create the model with the class and other prefix tokens of the file."
+        )
+    if prefix > kept:  # the class token's row is the first
+        table = torch.cat([table[:, :kept], table[:, prefix:]], dim=1) if kept else table[:, prefix:]
+    return table if old == grid else host.resize(table.to(own), grid, old, kept)
+
+
+def _side(name: str, rows: int, prefix: int) -> int:
+    if not _square(rows - prefix):
+        raise RunError(
+            f"{name} has {rows} rows, no square, so its grid is not known and it is not resized. "
+            "Create the model with the img_size of the file, load it, then call set_input_size."
+        )
+    return math.isqrt(rows - prefix)
 
 
 def _square(count: int) -> bool:
-    return math.isqrt(count) ** 2 == count
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Loaded:
@@ -155,8 +221,82 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     """
     where = str(source) if isinstance(source, str | Path) else "The state dict"
     vit, _ = find(model)
-    weights = convert(read(source) if isinstance(source, str | Path) else source, vit)
-    own = vit.state_dict()
+    weights = _converted(read(source) if isinstance(source, str | Path) else source, vit, where)
+    missing = _compared(weights, vit.state_dict(), _OF_A_JOIN, where)
+    vit.load_state_dict(weights, strict=False)
+    loaded = Loaded(tuple(missing))
+    if missing:
+        warnings.warn(f"{where}: {loaded}", stacklevel=2)
+    return loaded
+
+
+def load_backbone(model: nn.Module, source: str | Path | Mapping[str, Any]) -> Started:
+    """Start the vision transformer inside a model from a pretrained one, in place, and all else as far as it fits.
+
+    `source` is a file of the authors', of timm or of ours, a state dict, or a name of timm's whose weights are then
+    fetched. Patch embedding, blocks and the table must be the file's, the table resized to the model's grid and without
+    the rows of tokens that the model does not have. Initial values stay in PE norms and layer scales that the file
+    lacks, in a head of other classes and in all other parts but those that a checkpoint of the whole model brings.
+    Returns what was loaded and what was not. Raises RunError, the model untouched, naming what does not fit.
+    """
+    weights, where = _pretrained(source)
+    vit, host = find(model)
+    path, own = _path(model, vit), model.state_dict()
+    weights = _converted(weights, model, where)
+    alone = "" if any(name.startswith(path) for name in weights) else path  # of the transformer alone
+    weights = {f"{alone}{name}": value for name, value in weights.items()}
+    roots = {place.partition(".")[0] for place in (host.grid, host.stages or host.blocks)}
+
+    def core(tensors: Mapping[str, Tensor]) -> Weights:
+        inside = {name.removeprefix(path): value for name, value in tensors.items() if name.startswith(path)}
+        return {name: value for name, value in inside.items() if name.partition(".")[0] in {*roots, host.table}}
+
+    _compared(core(weights), core(own), _MAY_BE_NEW, where)
+    taken = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    model.load_state_dict(taken, strict=False)
+    missing = tuple(name for name in own if name not in taken)
+    left = tuple(name.removeprefix(alone) for name in weights if name not in taken)
+    return Started(where, tuple(taken), missing, left)
+
+
+def _pretrained(source: str | Path | Mapping[str, Any]) -> tuple[Weights, str]:
+    """Return the weights that a model may start from, and what to call them."""
+    if isinstance(source, Mapping):
+        return _state(source, "The state dict"), "The state dict"
+    path = Path(source)
+    if not path.exists():
+        return _of_timm(str(source)), str(source)
+    stored = opened(path)
+    if isinstance(stored, Mapping) and {"experiment", "model"} <= stored.keys():  # of a run of ours
+        from lape.evaluation import judged_weights
+
+        stored = judged_weights(stored)
+    return _state(stored, path), str(source)
+
+
+def _of_timm(source: str) -> Weights:
+    import timm
+
+    name = source.removeprefix("timm/")
+    if not timm.is_model(name):
+        raise RunError(f"{source} does not exist, and timm knows no model of that name. Check the path or the name.")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # the Hub's client and its network library raise kinds of their own
+        raise RunError(
+            f"timm's weights of {name} cannot be had ({error}). Give the file that holds them, or another name."
+        ) from error
+
+
+def _converted(weights: Mapping[str, Tensor], model: nn.Module, where: str) -> Weights:
+    try:
+        return convert(weights, model)
+    except RunError as error:
+        raise RunError(f"{where} does not fit: {error}") from error
+
+
+def _compared(weights: Weights, own: Mapping[str, Tensor], optional: re.Pattern[str], where: str) -> list[str]:
+    """Return the names that a model has and weights lack; raise RunError unless those alone are missing."""
     foreign = [name for name in weights if name not in own]
     missing = [name for name in own if name not in weights]
     if any(_OF_A_JOIN.search(name) for name in foreign):
@@ -164,7 +304,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
             f"{where} was trained with another join or table than this model's: {_named(foreign)} not in the model. "
             "Apply that join first: lape.apply(model, join=..., pe=...)."
         )
-    lacking = [name for name in missing if not _OF_A_JOIN.search(name)]
+    lacking = [name for name in missing if not optional.search(name)]
     if foreign or lacking:
         parts = [
             f"{_named(names)} not in the {place}" for names, place in ((foreign, "model"), (lacking, "file")) if names
@@ -176,13 +316,22 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
                 f"{where} is of another model: {name} is {tuple(weights[name].shape)} there and "
                 f"{tuple(parameter.shape)} here. Create the model with the same sizes and number of classes."
             )
-    vit.load_state_dict(weights, strict=False)
-    loaded = Loaded(tuple(missing))
-    if missing:
-        warnings.warn(f"{where}: {loaded}", stacklevel=2)
-    return loaded
+    return missing
 
 
 def _named(names: list[str] | tuple[str, ...]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
+def _grouped(names: Iterable[str], loaded: Iterable[str]) -> str:
+    """Name the largest parts of which nothing was loaded, with the number of their tensors; layers stand as *."""
+    entered = {name[: dot.start()] for name in loaded for dot in re.finditer(r"\.", name)}
+
+    def part(name: str) -> str:
+        ends = (dot.start() for dot in re.finditer(r"\.", name))
+        closed = next((name[:end] for end in ends if name[:end] not in entered), None)
+        return re.sub(r"\.\d+(?=\.)", ".*", name if closed is None else f"{closed}.*")
+
+    counts = Counter(part(name) for name in names)
+    return ", ".join(f"{group} ({count})" if count > 1 else group for group, count in counts.items())

@@ -1,3 +1,7 @@
 """Datasets and transforms: the only room that opens images."""
 
-SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "imagenet")  # by name; any other data is a folder of images
+# By name; any other data is a folder.
+SETS = (
+    *("digits", "fashion-mnist", "cifar10", "cifar100", "imagenet"),
+    *("coco", "ade20k", "shapes-detection", "shapes-segmentation"),
+)

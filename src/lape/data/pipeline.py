@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from lape.data.sources import ImageSource, Split
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation
+
+if TYPE_CHECKING:
+    from lape.work import Source
 
 Key = tuple[int, Tensor]  # epoch, numbers of samples (B,)
 Batch = tuple[Tensor, ...]  # images (B, C, H, W), labels (B,), and where the device augments draws (B, columns)
@@ -58,7 +61,7 @@ class Draws:
 class Normalise:
     """Whole colour values, 0 to 255, to mean 0 and deviation 1: (x / 255 - mean) / std in every channel."""
 
-    def __init__(self, source: ImageSource, device: torch.device | str = "cpu") -> None:
+    def __init__(self, source: "Source", device: torch.device | str = "cpu") -> None:
         scale = torch.tensor([source.mean, source.std], dtype=torch.float32, device=device)
         self.mean, self.std = scale.view(2, 1, -1, 1, 1) * 255
 
@@ -240,14 +243,18 @@ def _shift(size: tuple[int, int], chosen: Augmentation) -> Callable[[Image.Image
 
 def validation_images(source: ImageSource, asked: Augmentation, size: tuple[int, int]) -> Dataset[Any]:
     """The validation images of a set: resized and cut at the centre, otherwise as they are."""
-    from timm.data.transforms_factory import create_transform
-
     chosen = augmentation(asked, source)
     if isinstance(source.validation.pictures, Tensor) and source.size == size and chosen.crop_pct == 1:
         return Shifted(source.validation, Normalise(source))
+    return Pictures(source.validation, source.channels, validation_transform(source, chosen, size))
+
+
+def validation_transform(source: ImageSource, chosen: Augmentation, size: tuple[int, int]) -> Any:
+    """Return what makes a normalised image (C, H, W) of a picture as validation sees it."""
+    from timm.data.transforms_factory import create_transform
+
     options: dict[str, Any] = {"interpolation": _settled(chosen), "crop_pct": chosen.crop_pct}
-    transform = create_transform(size, mean=source.mean, std=source.std, **options)
-    return Pictures(source.validation, source.channels, transform)
+    return create_transform(size, mean=source.mean, std=source.std, **options)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,22 @@ class Preparation:
         return images, targets
 
 
+class Finishing:
+    """From a batch whose images the workers left whole, uint8, to what the model takes."""
+
+    def __init__(self, finish: Callable[[Any], Any]) -> None:
+        self.finish = finish
+
+    def ahead(self, batches: Iterator[Batch], to_device: Callable[[Any], Any]) -> Iterator[Batch]:
+        """Bring batches to the device."""
+        return map(to_device, batches)
+
+    def __call__(self, batch: Batch, epoch: int) -> tuple[Any, Any]:
+        """Return images and targets."""
+        images, targets = batch
+        return self.finish(images), targets
+
+
 def _augmenter(source: ImageSource, chosen: Augmentation, size: tuple[int, int]) -> Callable[..., Tensor]:
     if not chosen.batched:
         return nn.Identity()

@@ -1,11 +1,13 @@
 """Where images come from: named sets, and folders with one folder per class."""
 
 import gzip
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -17,8 +19,12 @@ from lape.data import SETS
 from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation
 
+if TYPE_CHECKING:
+    from lape.work import Source
+
 Read = TypeVar("Read")
 
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 CACHE = Path.home() / ".cache" / "lape"
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
@@ -44,6 +50,16 @@ GARMENTS = replace(OBJECTS, shift=2)
 DIGITS = replace(OBJECTS, shift=0, hflip=0.0)
 
 
+@contextmanager
+def opened(path: Path) -> Generator[Image.Image, None, None]:
+    """Open an image file; raises RunError naming one that cannot be read, whether at once or when its pixels are."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RunError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
+
+
 @dataclass(frozen=True)
 class Split:
     """Labelled images, in memory or as the files that hold them.
@@ -66,15 +82,11 @@ class Split:
 
     def picture(self, index: int, channels: int) -> Image.Image:
         """Open image `index`; raises RunError naming a file that cannot be read."""
-        mode = {1: "L", 3: "RGB"}[channels]
+        mode = MODES[channels]
         if isinstance(self.pictures, Tensor):
             return Image.fromarray(self.pictures[index].permute(1, 2, 0).squeeze(-1).numpy()).convert(mode)
-        path = self.pictures[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert(mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RunError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
+        with opened(self.pictures[index]) as image:
+            return image.convert(mode)
 
 
 @dataclass(frozen=True)
@@ -164,8 +176,23 @@ def imagenet(data_dir: Path | None) -> ImageSource:
     return replace(folder(data_dir), name="imagenet")
 
 
-SOURCES: Mapping[str, Callable[[Path | None], ImageSource]] = MappingProxyType(
-    dict(zip(SETS, (digits, fashion_mnist, cifar10, cifar100, imagenet), strict=True))
+def _of(room: str, name: str) -> "Callable[[Path | None], Source]":
+    """A reader of another room, which is loaded when it is asked for."""
+    return lambda data_dir: getattr(import_module(f"lape.data.{room}"), name)(data_dir)
+
+
+SOURCES: "Mapping[str, Callable[[Path | None], Source]]" = MappingProxyType(
+    dict(
+        zip(
+            SETS,
+            (
+                *(digits, fashion_mnist, cifar10, cifar100, imagenet),
+                *(_of("instances", "coco"), _of("maps", "ade20k")),
+                *(_of("shapes", "shapes_detection"), _of("shapes", "shapes_segmentation")),
+            ),
+            strict=True,
+        )
+    )
 )
 
 
@@ -217,13 +244,22 @@ def folder(root: Path) -> ImageSource:
     )
 
 
-def find(data: str, data_dir: Path | None = None) -> ImageSource:
-    """Return the set of that name, or the folder of images; UsageError where there is neither."""
+def find(data: str, data_dir: Path | None = None) -> "Source":
+    """Return the set of that name, or of the folder, by its layout; UsageError where there is neither."""
     if data not in SOURCES and Path(data).is_dir():
-        return folder(Path(data))
+        return _in(Path(data))
     if data not in SOURCES and Path(data).name != data:
         raise UsageError(f"There is no folder {data}. --data takes one of {', '.join(SOURCES)}, or a folder of images.")
     return choose(SOURCES, data, "a dataset or a folder")(data_dir)
+
+
+def _in(root: Path) -> "Source":
+    """Read a folder in COCO's layout, in ADE20K's, or with a folder for each class."""
+    if any(root.glob("annotations/instances_*.json")):
+        return import_module("lape.data.instances").instances(root)
+    if (root / "annotations" / "training").is_dir():
+        return import_module("lape.data.maps").maps(root)
+    return folder(root)
 
 
 def _downloaded(name: str, read: Callable[[], Read]) -> Read:

@@ -6,7 +6,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lape.hosts import find
-from lape.models import ceit, compact, deit, swin, t2t_vit, vit
+from lape.models import ceit, compact, deit, mask_rcnn, segmenter, swin, t2t_vit, upernet, vit
 from lape.models.ceit import CeiT
 from lape.models.compact import CompactTransformer
 from lape.models.t2t_vit import T2TViT
@@ -32,11 +32,18 @@ def _as_it_is(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """Models of one architecture: a class with the numbers of each name, or names of timm's with what a recipe adds."""
+    """Models of one architecture: what makes them, with numbers for each name; or timm's, with what a recipe adds."""
 
     variants: Mapping[str, Mapping[str, Any]]
-    kind: type[nn.Module] | None = None
+    kind: Build | None = None
     as_published: Callable[[nn.Module], None] = _as_it_is
+    cfg: Mapping[str, Any] = field(default_factory=dict)  # what timm says of its models, beside `_cfg`
+
+
+def _dense(variants: Mapping[str, Mapping[str, Any]], kind: Build, classes: int, side: int) -> Family:
+    """Return a family for detection or segmentation; `side` is that of images, its table may be of others."""
+    cfg = {"num_classes": classes, "input_size": (3, side, side), "crop_pct": 1.0, "classifier": None}
+    return Family(variants, kind, cfg={**cfg, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD})
 
 
 FAMILIES = (
@@ -46,10 +53,16 @@ FAMILIES = (
     Family({name: {} for name in swin.NAMES}, as_published=swin.as_published),
     Family(compact.VARIANTS, CompactTransformer),
     Family(vit.VARIANTS, VisionTransformer),
+    _dense(mask_rcnn.VARIANTS, mask_rcnn.mask_rcnn, classes=80, side=800),
+    _dense(mask_rcnn.NANO, mask_rcnn.mask_rcnn, classes=5, side=128),
+    _dense(upernet.VARIANTS, upernet.upernet, classes=150, side=512),
+    _dense(upernet.NANO, upernet.upernet, classes=6, side=128),
+    _dense(segmenter.VARIANTS, segmenter.segmenter, classes=150, side=512),
+    _dense(segmenter.NANO, segmenter.segmenter, classes=6, side=128),
 )
 MODELS: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.variants}
 
-# What the paper calls them, in its Tables 1 and 2.
+# What the paper calls them.
 PAPER = {
     "deit_tiny_patch16_224": "DeiT-Ti",
     "deit_small_patch16_224": "DeiT-S",
@@ -65,6 +78,12 @@ PAPER = {
     "vit_7_4_32": "ViT-Lite-7/4",
     "cvt_7_4_32": "CVT-7/4",
     "cct_7_3x1_32": "CCT-7/3x1",
+    "mask_rcnn_vit_adapter_tiny": "ViT-Adapter-Ti",
+    "mask_rcnn_vit_adapter_small": "ViT-Adapter-S",
+    "upernet_vit_adapter_tiny": "ViT-Adapter-Ti",
+    "upernet_vit_adapter_small": "ViT-Adapter-S",
+    "segmenter_tiny_patch16": "Seg-T-Mask/16",
+    "segmenter_small_patch16": "Seg-S-Mask/16",
 }
 
 
@@ -83,7 +102,12 @@ def _cfg(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 # By this name `register_model` finds what is known of a model.
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(numbers) for family in FAMILIES if family.kind for name, numbers in family.variants.items()}
+    {
+        name: {**_cfg(numbers), **family.cfg}
+        for family in FAMILIES
+        if family.kind
+        for name, numbers in family.variants.items()
+    }
 )
 
 

@@ -14,6 +14,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lape.method import Grid
+from lape.models.whole import Whole
+
+NORM = partial(LayerNorm, eps=1e-5)
 
 
 class SegmenterViT(VisionTransformer):
@@ -25,14 +28,13 @@ class MaskTransformer(nn.Module):
 
     def __init__(self, classes: int, encoder_dim: int, dim: int, depth: int, heads: int, drop: float = 0.1) -> None:
         super().__init__()
-        norm = partial(LayerNorm, eps=1e-5)
         self.proj_dec = nn.Linear(encoder_dim, dim)
         self.cls_emb = nn.Parameter(trunc_normal_(torch.empty(1, classes, dim), std=0.02))
-        options: dict[str, Any] = {"qkv_bias": True, "proj_drop": drop, "attn_drop": drop, "norm_layer": norm}
+        options: dict[str, Any] = {"qkv_bias": True, "proj_drop": drop, "attn_drop": drop, "norm_layer": NORM}
         self.blocks = nn.ModuleList(Block(dim, heads, **options) for _ in range(depth))
-        self.decoder_norm = norm(dim)
+        self.decoder_norm = NORM(dim)
         self.proj_patch, self.proj_classes = (nn.Parameter(torch.randn(dim, dim) * dim**-0.5) for _ in range(2))
-        self.mask_norm = norm(classes)
+        self.mask_norm = NORM(classes)
         for part in self.modules():
             if isinstance(part, nn.Linear):
                 trunc_normal_(part.weight, std=0.02)
@@ -51,12 +53,21 @@ class MaskTransformer(nn.Module):
         return self.mask_norm(tokens @ classes.mT).mT.unflatten(2, grid)
 
 
-class Segmenter(nn.Module):
+class Segmenter(Whole):
     """Images (B, C, H, W) of any size to logits (B, classes, H, W): filled up to whole patches, and cut back."""
+
+    multiple = 1  # what the sides of images are multiples of
+    grow = True  # enlarge an image that is smaller than a window
+    loss_weights = (1.0,)  # of each output
+    unlabelled_count = False  # in the mean of the loss
 
     def __init__(self, encoder: VisionTransformer, decoder: MaskTransformer) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of tables and tokens."""
+        return super().no_weight_decay() | {"decoder.cls_emb"}
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
@@ -66,3 +77,20 @@ class Segmenter(nn.Module):
         grid = images.shape[2] // down, images.shape[3] // right
         logits = F.interpolate(self.decoder(tokens, grid), images.shape[2:], mode="bilinear", align_corners=False)
         return logits[:, :, :height, :width]
+
+
+def segmenter(num_classes: int = 150, **options: Any) -> Segmenter:
+    """Create a Segmenter whose encoder has `options`; its decoder has two blocks as wide, of heads of 64."""
+    encoder = SegmenterViT(num_classes=0, dynamic_img_size=True, norm_layer=NORM, **options)
+    dim = encoder.embed_dim
+    return Segmenter(encoder, MaskTransformer(num_classes, dim, dim, depth=2, heads=dim // 64))
+
+
+_DEIT = {"img_size": 512, "patch_size": 16, "depth": 12, "drop_path_rate": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "segmenter_tiny_patch16": {**_DEIT, "embed_dim": 192, "num_heads": 3},
+    "segmenter_small_patch16": {**_DEIT, "embed_dim": 384, "num_heads": 6},
+}
+NANO: dict[str, dict[str, Any]] = {
+    "segmenter_nano_patch8": {"img_size": 128, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
+}

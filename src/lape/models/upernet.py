@@ -10,6 +10,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape.errors import UsageError
+from lape.models.vit_adapter import COARSEST, SEGMENTATION, ViTAdapter
+from lape.models.vit_adapter import VARIANTS as BACKBONES
+from lape.models.whole import Whole
+
 POOLS = (1, 2, 3, 6)
 DROP = 0.1
 # What mmsegmentation calls the parts, and what transformers does.
@@ -18,16 +23,12 @@ NAMES = ((r"(^|\.)bn\.", r"\1batch_norm."), (r"(^|\.)conv_seg\.", r"\1classifier
 
 def uper_head(in_channels: Sequence[int], channels: int, classes: int) -> nn.Module:
     """Return the head that takes four maps (B, C, H/s, W/s), finest first, to logits (B, classes, H/4, W/4)."""
-    from transformers.models.upernet.modeling_upernet import UperNetHead
-
     config: Any = SimpleNamespace(pool_scales=POOLS, hidden_size=channels, num_labels=classes)
-    return _dropping(UperNetHead(config, list(in_channels)))
+    return _dropping(_theirs().UperNetHead(config, list(in_channels)))
 
 
 def fcn_head(in_channels: int, channels: int, classes: int, level: int = 2) -> nn.Module:
     """Return the head that takes one of the maps, the one at stride 16, to logits of its size; it trains beside."""
-    from transformers.models.upernet.modeling_upernet import UperNetFCNHead
-
     config: Any = SimpleNamespace(
         auxiliary_in_channels=in_channels,
         auxiliary_channels=channels,
@@ -35,7 +36,17 @@ def fcn_head(in_channels: int, channels: int, classes: int, level: int = 2) -> n
         auxiliary_concat_input=False,
         num_labels=classes,
     )
-    return _dropping(UperNetFCNHead(config, [], in_index=level))
+    return _dropping(_theirs().UperNetFCNHead(config, [], in_index=level))
+
+
+def _theirs() -> Any:
+    try:
+        from transformers.models.upernet import modeling_upernet
+    except ImportError as error:
+        raise UsageError(
+            "UperNet's heads are those of transformers, which is not installed. Install it: pip install 'lape[dense]'."
+        ) from error
+    return modeling_upernet
 
 
 def _dropping(head: Any) -> nn.Module:
@@ -49,10 +60,14 @@ def _dropping(head: Any) -> nn.Module:
     return head
 
 
-class UperNet(nn.Module):
+class UperNet(Whole):
     """Images (B, C, H, W) to logits (B, classes, H, W), and to those of the FCN (B, classes, H/16, W/16)."""
 
     names = NAMES
+    multiple = COARSEST  # what the sides of images are multiples of
+    grow = False  # let a window be smaller where an image is
+    loss_weights = (1.0, 0.4)  # of each output
+    unlabelled_count = True  # in the mean of the loss, as in mmsegmentation
 
     def __init__(self, backbone: Any, classes: int, channels: int = 512, auxiliary_channels: int = 256) -> None:
         super().__init__()
@@ -65,3 +80,17 @@ class UperNet(nn.Module):
         maps = self.backbone(images)
         logits = F.interpolate(self.decode_head(maps), images.shape[2:], mode="bilinear", align_corners=False)
         return logits, self.auxiliary_head(maps)
+
+
+def upernet(num_classes: int = 150, channels: int = 512, auxiliary_channels: int = 256, **options: Any) -> UperNet:
+    """Create a UperNet on a ViT-Adapter with `options`; UsageError where transformers is not installed."""
+    return UperNet(ViTAdapter(**options), num_classes, channels, auxiliary_channels)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "upernet_vit_adapter_tiny": {**BACKBONES["tiny"], **SEGMENTATION},
+    "upernet_vit_adapter_small": {**BACKBONES["small"], **SEGMENTATION},
+}
+NANO: dict[str, dict[str, Any]] = {
+    "upernet_vit_adapter_nano": {**BACKBONES["nano"], **SEGMENTATION, "channels": 64, "auxiliary_channels": 32}
+}

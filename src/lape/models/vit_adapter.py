@@ -173,7 +173,13 @@ class ViTAdapter(VisionTransformer):
         self.groups = [(group[0], group[-1] + 1) for group in interactions]
         self.token_map_of_group = token_map_of_group
         blocks: Any = self.blocks
-        for block, window in zip(blocks, windows or [None] * len(blocks), strict=True):
+        windows = windows or [None] * len(blocks)
+        if len(windows) != len(blocks):
+            raise UsageError(
+                f"windows has the side of each block's windows; {len(windows)} were received for {len(blocks)} blocks. "
+                "Give as many."
+            )
+        for block, window in zip(blocks, windows, strict=True):
             block.window = window
         dim, norm = self.embed_dim, options.get("norm_layer", LayerNorm)
         attention = {"heads": deform_heads, "points": deform_points, "ratio": deform_ratio}
@@ -277,6 +283,16 @@ _DEIT = {"img_size": 224, "patch_size": 16, "depth": 12}
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": {**_DEIT, "embed_dim": 192, "num_heads": 3, "drop_path_rate": 0.1},
     "small": {**_DEIT, "embed_dim": 384, "num_heads": 6, "drop_path_rate": 0.2},
+    "nano": {
+        "img_size": 128,
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 2,
+        "interactions": ((0, 0), (1, 1), (2, 2), (3, 3)),
+        "prior_width": 16,
+        "deform_heads": 4,
+    },
 }
 DETECTION: dict[str, Any] = {"windows": (14, 14, None) * 4}
 SEGMENTATION: dict[str, Any] = {"token_map_of_group": True}

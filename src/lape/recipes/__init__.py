@@ -15,22 +15,23 @@ import yaml
 
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment
+from lape.measures import TITLES
 
 HERE = Path(__file__).parent
 SHARED = "families"  # parts of recipes, no rows
 PARTS = ("extends", "paper", "expected", "at_epoch_100", "command", "hardware", "open", "settings")
 
-YOURS = ("join", "seed", "accumulate", "grad_checkpointing", "compile")  # they leave an experiment what it is
+YOURS = ("join", "seed", "weights", "accumulate", "grad_checkpointing", "compile")  # it stays the same experiment
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An experiment of the paper; `expected` is its top-1 accuracy in percent under each join that its row has."""
+    """An experiment of the paper; `expected` is each measure of its row in percent, under each join that it has."""
 
     name: str
     settings: Mapping[str, Any]
-    paper: Mapping[str, Any] = field(default_factory=dict)  # table, model, pe, and how many seeds if several
-    expected: Mapping[str, float] = field(default_factory=dict)
+    paper: Mapping[str, Any] = field(default_factory=dict)  # table, model, pe; where there are, seeds and the start
+    expected: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     at_epoch_100: Mapping[str, float] = field(default_factory=dict)
     command: str = ""
     hardware: str = ""
@@ -43,7 +44,8 @@ class Recipe:
     def changed(self, experiment: Experiment) -> dict[str, Any]:
         """Return the settings that decide a result and that an experiment has otherwise, but for YOURS."""
         own, asked = self.experiment().identity(), experiment.identity()
-        return {name: value for name, value in asked.items() if value != own[name] and name not in YOURS}
+        changed = {name: value for name, value in asked.items() if value != own[name] and name not in YOURS}
+        return changed | ({"weights": "none"} if "start" in self.paper and not experiment.weights else {})
 
 
 def names() -> list[str]:
@@ -95,6 +97,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no recipe: it maps {', '.join(PARTS)} to what they are; see the shipped ones.")
     if foreign := [str(part) for part in parts if part not in PARTS]:
         raise UsageError(f"{path}: a recipe has no part {foreign[0]!r}, only {', '.join(PARTS)}. Mend its name.")
+    expected, measures = parts.get("expected", {}), list(TITLES.values())
+    if not all(isinstance(by_join, dict) for by_join in expected.values()):
+        raise UsageError(f"{path}: `expected` maps a measure to numbers by join. Write {{accuracy: {{lape: 73.1}}}}.")
+    if foreign := [str(measure) for measure in expected if measure not in measures]:
+        raise UsageError(f"{path}: there is no measure {foreign[0]!r}, only {', '.join(measures)}. Mend its name.")
     if not all(isinstance(text, str) for text in parts.get("open", [])):
         raise UsageError(f"{path}: `open` lists sentences. Write each as one string.")
     return parts

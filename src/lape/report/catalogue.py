@@ -25,16 +25,16 @@ def models(entries: Iterable[Entry]) -> "Group":
         table.add_row(
             entry.name,
             entry.paper or "–",
-            f"{entry.parameters:,}",
-            f"{entry.flops / 1e9:.3g}",
+            "–" if entry.parameters is None else f"{entry.parameters:,}",
+            "–" if entry.flops is None else f"{entry.flops / 1e9:.3g}",
             str(max(entry.size)),
-            "all" if len(entry.joins) == len(JOINS) else f"{len(entry.joins)} of {len(JOINS)}",
+            {0: "–", len(JOINS): "all"}.get(len(entry.joins), f"{len(entry.joins)} of {len(JOINS)}"),
         )
     said = (
         f"\njoins: {', '.join(JOINS)}; a fixed sinusoid has no unshared (add --pe learnable). LaPE adds two parameters "
         "a channel and layer. size: of the square images that a model is made for; --img_size sets another. GFLOPs: of "
-        "one image, an addition and a multiplication counted as two. Every pre-norm VisionTransformer of timm takes a "
-        "join, too."
+        "one image, an addition and a multiplication counted as two; a detector's depend on what it finds. UperNet is "
+        "made with transformers: pip install 'lape[dense]'. Every pre-norm VisionTransformer of timm takes a join, too."
     )
     return Group(table, Text(said))
 
@@ -49,10 +49,11 @@ def recipes(chosen: Sequence[Recipe]) -> "Group":
     for recipe in chosen:
         if recipe.paper["table"] != above:
             above = recipe.paper["table"]
-            table.add_row(Text(f"Table {above}", style="bold"), "")
-        table.add_row(f" {recipe.name}", " / ".join(f"{top1:g}" for top1 in recipe.expected.values()))
+            table.add_row(Text(f"Table {above}: {', below it '.join(recipe.expected)}", style="bold"), "")
+        for place, by_join in enumerate(recipe.expected.values()):  # a line for each measure
+            table.add_row("" if place else f" {recipe.name}", " / ".join(f"{number:g}" for number in by_join.values()))
     said = (
-        "\nexpected: the paper's top-1; of two numbers the first is of --join default, the second of --join lape.\n"
+        "\nexpected: the paper's; of two numbers the first is of --join default, the second of --join lape.\n"
         "lape recipes NAME shows one as a whole."
     )
     return Group(table, Text(said))
@@ -60,7 +61,11 @@ def recipes(chosen: Sequence[Recipe]) -> "Group":
 
 def note(recipe: Recipe) -> str:
     """Return a recipe as its lab note: command, expectations, open choices and every setting."""
-    expected = ", ".join(f"{top1:g} % with join={join}" for join, top1 in recipe.expected.items())
+    expected = ", ".join(
+        f"{measure} {number:g} % with join={join}"
+        for measure, by_join in recipe.expected.items()
+        for join, number in by_join.items()
+    )
     early = ", ".join(f"{top1:g} % with join={join}" for join, top1 in recipe.at_epoch_100.items())
     lines = [recipe.name, ""]
     if recipe.paper:

@@ -44,7 +44,7 @@ DARK = Theme("dark", ink="#e6e6e3", faint="#3c4043", paper="#16181a", baseline="
 
 
 def learning_curves(comparison: Comparison, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":
-    """Draw validation accuracy over the steps, a panel per table, a line per join: mean, band from worst to best seed.
+    """Draw the validation score over the steps, a panel per table, a line per join: mean, band from worst to best seed.
 
     A mark stands at one third of training. `columns` is how many panels stand side by side, by default all.
     """
@@ -65,7 +65,7 @@ def learning_curves(comparison: Comparison, theme: Theme = LIGHT, columns: int |
         panel.set_xlim(left=0)
         _mark_third(panel, next(iter(comparison.results.values())).run.third.step, theme)
         if place % columns == 0:
-            panel.set_ylabel("validation accuracy, %")
+            panel.set_ylabel(f"validation {comparison.measure}, %")
         if place + columns >= len(pes):
             panel.set_xlabel("training step")
             panel.tick_params(labelbottom=True)
@@ -89,9 +89,9 @@ def _curve(panel: "Axes", comparison: Comparison, join: str, pe: str, hue: str, 
         return
     by_step = list(zip(*(run.curve for run in runs), strict=True))
     steps = [points[0].step for points in by_step]
-    accuracies = [[point.accuracy for point in points] for points in by_step]
-    means = [sum(values) / len(values) for values in accuracies]
-    panel.fill_between(steps, [min(v) for v in accuracies], [max(v) for v in accuracies], color=hue, alpha=0.2, lw=0)
+    scores = [[point.score for point in points] for points in by_step]
+    means = [sum(values) / len(values) for values in scores]
+    panel.fill_between(steps, [min(v) for v in scores], [max(v) for v in scores], color=hue, alpha=0.2, lw=0)
     panel.plot(steps, means, color=hue, linewidth=1.8, linestyle="--" if join == BASELINE else "-", label=join)
     third = steps.index(runs[0].third.step)
     panel.plot(steps[third], means[third], "o", color=hue, markersize=6, markeredgecolor=theme.paper)
@@ -105,7 +105,7 @@ def _mark_third(panel: "Axes", step: int, theme: Theme) -> None:
 
 
 def differences(comparison: Comparison, theme: Theme = LIGHT) -> "Figure":
-    """Draw accuracy minus the baseline's: a stroke for the mean, a line for its 95 % interval, dots for the seeds."""
+    """Draw the score minus the baseline's: a stroke for the mean, a line for its 95 % interval, dots for the seeds."""
     rows = [row for row in comparison.rows if row.difference is not None]
     figure = _figure(theme, 4.6, 0.9 + 0.42 * len(rows))
     panel = figure.subplots()
@@ -124,7 +124,7 @@ def differences(comparison: Comparison, theme: Theme = LIGHT) -> "Figure":
     panel.tick_params(axis="y", length=0, labelsize=9)
     panel.grid(axis="x", color=theme.faint, linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.set_xlabel(f"accuracy minus {BASELINE}, points")
+    panel.set_xlabel(f"{comparison.measure} minus {BASELINE}, points")
     return figure
 
 

@@ -73,7 +73,7 @@ class Display(Watch):
         if isinstance(outcome, Exception):
             self._say(f"{combination}: failed. {outcome}")
         else:
-            self._say(f"{combination}: {outcome.run.accuracy:.2f} %")
+            self._say(f"{combination}: {outcome.run.measure} {outcome.run.score:.2f} %")
         self._move_all()
 
     def _move_all(self) -> None:
@@ -90,7 +90,7 @@ class Display(Watch):
 
 
 def _note(progress: "Progress") -> str:
-    seen = "" if progress.val_accuracy is None else f", {progress.val_accuracy:.1f} %"
+    seen = "" if progress.score is None else f", {progress.measure} {progress.score:.1f} %"
     return f"epoch {progress.epoch} of {progress.epochs}{seen}"
 
 

@@ -16,6 +16,7 @@ class Bar:
 
         self.console = console
         self.epoch = 0
+        self.looking: progress.TaskID | None = None
         self.bar = progress.Progress(
             progress.TextColumn("epoch {task.fields[epoch]}"),
             progress.BarColumn(bar_width=24),
@@ -34,13 +35,19 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def check(self, share: float) -> None:
+        """Show how many of the files have been looked at before training."""
+        if self.looking is None:
+            self.looking = self.bar.add_task("", total=1.0, epoch="", note="looking at the files")
+        self.bar.update(self.looking, completed=share, visible=share < 1)
+
     def __call__(self, now: "Progress") -> None:
         """Move the bar; a new epoch leaves a line above it."""
         left = f"{int(now.seconds_left) // 60}:{int(now.seconds_left) % 60:02d} left"
         note = f"loss {now.train_loss:.3f}, {now.images_per_second:,.0f} images/s, {left}"
-        shown = f"{min(now.epoch + 1, now.epochs)}/{now.epochs}"
+        shown = f"{min(now.step * now.epochs // now.steps + 1, now.epochs)}/{now.epochs}"
         self.bar.update(self.task, total=now.steps, completed=now.step, epoch=shown, note=note)
         if now.epoch > self.epoch:
             self.epoch = now.epoch
-            line = f"epoch {now.epoch}/{now.epochs}: {now.val_accuracy:.2f} % right, {note}"
+            line = f"epoch {now.epoch}/{now.epochs}: {now.measure} {now.score:.2f} %, {note}"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -23,8 +23,8 @@ def columns(comparison: Comparison) -> dict[str, Callable[[Row], str]]:
     return {
         "join": lambda row: row.join,
         "table": lambda row: row.pe,
-        "seeds": lambda row: str(row.accuracy.count),
-        "accuracy, %": lambda row: words.percent(row.accuracy),
+        "seeds": lambda row: str(row.score.count),
+        f"{comparison.measure}, %": lambda row: words.percent(row.score),
         f"minus {BASELINE}": _difference,
         "95 % interval": lambda row: words.interval(row.difference) if row.difference else "–",
         f"at {words.third_epoch(comparison)}, %": lambda row: words.percent(row.third),
@@ -98,11 +98,12 @@ def _record(row: Row) -> dict[str, Any]:
     return {
         "join": row.join,
         "pe": row.pe,
-        "seeds": row.accuracy.count,
-        "accuracy_mean": row.accuracy.mean,
-        "accuracy_std": row.accuracy.std,
-        "third_accuracy_mean": row.third.mean,
-        "third_accuracy_std": row.third.std,
+        "seeds": row.score.count,
+        "measure": row.measure,
+        "score_mean": row.score.mean,
+        "score_std": row.score.std,
+        "third_score_mean": row.third.mean,
+        "third_score_std": row.third.std,
         "difference_mean": found and found.mean,
         "difference_low": low,
         "difference_high": high,
@@ -134,7 +135,7 @@ def as_json(comparison: Comparison) -> str:
         "runs": [
             {
                 **combination._asdict(),
-                "accuracy": result.run.accuracy,
+                "score": result.run.score,
                 "third": result.run.third._asdict(),
                 "parameters": result.run.parameters,
                 "seconds_per_step": result.run.seconds_per_step,

@@ -4,6 +4,7 @@ import shlex
 from dataclasses import dataclass
 
 from lape.comparison import Comparison
+from lape.experiment import Experiment
 from lape.statistics import BASELINE, Difference, Row, Run, Sample, Verdict
 
 
@@ -50,8 +51,12 @@ def question(comparison: Comparison) -> str:
     return (
         f"{_counted('Join', comparison.joins)} compared on {base.data} ({train:,} training and {validation:,} "
         f"validation images): {base.model} with the {_counted('position table', comparison.pes)}, "
-        f"{base.passes} epochs, {seeds} {'seeds' if seeds > 1 else 'seed'}."
+        f"{_length(base)}, {seeds} {'seeds' if seeds > 1 else 'seed'}."
     )
+
+
+def _length(base: Experiment) -> str:
+    return f"{base.steps:,} steps" if base.steps else f"{base.all_steps(1)} epochs"
 
 
 def _counted(noun: str, names: tuple[str, ...]) -> str:
@@ -63,7 +68,7 @@ def finding(row: Row, baseline: Row) -> str:
     found = row.difference
     assert found is not None
     lead = f"With the table {row.pe}, {row.join} differs from {BASELINE} by {signed(found.mean)} points"
-    levels = f"{row.accuracy.mean:.2f} % against {baseline.accuracy.mean:.2f} %"
+    levels = f"{row.score.mean:.2f} % against {baseline.score.mean:.2f} %"
     if found.verdict is Verdict.ONE_PAIR:
         return f"{lead} ({levels}): {Verdict.ONE_PAIR.value} and decides nothing."
     return (
@@ -92,7 +97,7 @@ def findings(comparison: Comparison) -> Findings:
     gap = None
     if comparison.gaps:
         spans = [f"{gap.points:.2f} points for {gap.join} ({gap.worst} to {gap.best})" for gap in comparison.gaps]
-        gap = f"From the worst table to the best, mean accuracy rises by {listed(spans)}."
+        gap = f"From the worst table to the best, mean {comparison.measure} rises by {listed(spans)}."
     return Findings(main, gap, tuple(_remarks(comparison)))
 
 

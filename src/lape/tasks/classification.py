@@ -1,6 +1,7 @@
 """Image classification: soft cross-entropy, with or without a teacher; accuracy in percent."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -8,11 +9,22 @@ from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
 
+NAMED = 5  # classes of a picture
+
+
+@dataclass(frozen=True)
+class Named:
+    """The likeliest classes of a picture, labels (n,) and probabilities (n,), the first first."""
+
+    labels: Tensor
+    probabilities: Tensor
+
 
 class Classification:
     """Names each image's class."""
 
     score = "val_accuracy"  # of what `Meter.compute` returns, the one by which the best weights are kept
+    reported = ("val_accuracy", "val_loss")  # what is kept of a run's end, the score first
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
@@ -24,6 +36,12 @@ class Classification:
     def meter(self) -> "Meter":
         """A new account of validation results."""
         return Meter(self.classes)
+
+    def predict(self, model: nn.Module, image: Tensor) -> "Named":
+        """Return what is likeliest of an image (C, H, W), normalised; the model is in eval mode."""
+        probabilities = model(image[None]).float().softmax(1)[0]
+        likeliest = probabilities.topk(min(NAMED, self.classes))
+        return Named(likeliest.indices, likeliest.values)
 
 
 class Distillation(Classification):

@@ -1,0 +1,61 @@
+"""What a checkpoint says of pictures that nobody has labelled."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lape.data.sources import opened
+from lape.errors import UsageError
+from lape.evaluation import trained
+from lape.experiment import Experiment
+from lape.work import Answer, Source
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """A picture, what was found in it, and what the classes are called."""
+
+    path: Path
+    picture: Image.Image
+    answer: Answer
+    classes: tuple[str, ...]
+
+
+def files_of(given: Sequence[Path]) -> list[Path]:
+    """Return pictures, and for a folder those in it; raises UsageError for a path that is neither."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    found: list[Path] = []
+    for path in given:
+        inside = sorted(file for file in path.glob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        if path.is_dir() and not inside:
+            raise UsageError(f"{path} holds no picture ({', '.join(IMG_EXTENSIONS)}). Name another folder, or files.")
+        if not path.exists():
+            raise UsageError(f"There is no picture or folder {path}. Check the path.")
+        found += inside or [path]
+    return found
+
+
+def predict(
+    checkpoint: Path, pictures: Sequence[Path], threshold: float = 0.5, **changed: object
+) -> Iterator[Predicted]:
+    """Yield what a checkpoint, or the best one of a run folder, says of each picture, in their order.
+
+    Of objects those with a score of `threshold` or more. Raises RunError for a file that is no checkpoint, and for a
+    picture that cannot be read.
+    """
+
+    def without_pictures(_: Experiment, source: Source) -> Source:
+        return source
+
+    found: Any = trained(checkpoint, without_pictures, devices=1, nodes=1, **changed)
+    for path in pictures:
+        with opened(path) as file:
+            picture = file.convert("RGB")
+        with torch.no_grad(), found.fabric.autocast():
+            answer = found.work.answer(found.task, picture, found.fabric.device, threshold)
+        yield Predicted(path, picture, answer, found.work.source.classes)

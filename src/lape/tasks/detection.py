@@ -1,0 +1,133 @@
+"""Object detection with masks: the detector's own losses; COCO's average precision of boxes and masks in percent."""
+
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass
+from functools import reduce
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lape.errors import RunError
+
+Target = dict[str, Tensor]  # boxes (n, 4), labels (n,) from 1, masks (n, H, W); to be judged also iscrowd, area (n,)
+Batch = tuple[list[Tensor], list[Target]]  # images (3, H, W), uint8
+
+INSIDE = 0.5  # least probability of a pixel of a mask
+
+# What is measured: our names and torchmetrics'.
+OUTLINES = {"box": "bbox", "mask": "segm"}
+PRECISIONS = {
+    "ap": "map",
+    "ap50": "map_50",
+    "ap75": "map_75",
+    "ap_small": "map_small",
+    "ap_medium": "map_medium",
+    "ap_large": "map_large",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The objects found in a picture: boxes (n, 4) as x0 y0 x1 y1, labels (n,) from 0, masks (n, H, W), scores (n,)."""
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+    scores: Tensor
+
+
+class Detection:
+    """Finds each object's box and mask, and names its class."""
+
+    score = "val_box_ap"
+    reported = ("val_box_ap", "val_mask_ap")
+
+    def loss(self, model: nn.Module, images: list[Tensor], targets: list[Target]) -> Tensor:
+        """Sum of the model's losses for images (3, H, W) in [0, 1], a scalar."""
+        return reduce(torch.add, model(images, targets).values())
+
+    def meter(self) -> "Meter":
+        """A new account of validation results."""
+        return Meter()
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, picture: Tensor, threshold: float) -> Found:
+        """Return what has a score of `threshold` or more in a picture (3, H, W), uint8; the model is in eval mode."""
+        (found,) = _find(model, [picture])
+        sure = found["scores"] >= threshold
+        boxes, labels, masks, scores = (found[name][sure] for name in ("boxes", "labels", "masks", "scores"))
+        return Found(boxes, labels - 1, masks.bool(), scores)
+
+
+class Meter(nn.Module):
+    """COCO's average precision over batches and processes; masks are kept run-length encoded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchmetrics.detection import MeanAveragePrecision
+
+        self.precision = MeanAveragePrecision(
+            iou_type=("bbox", "segm"), backend="faster_coco_eval", sync_on_compute=False
+        )
+        self.precision.warn_on_many_detections = False  # COCO counts the hundred surest of a class, as it should
+
+    def update(self, model: nn.Module, batch: Batch) -> None:
+        """Count a batch."""
+        images, targets = batch
+        found = [{name: value.cpu() for name, value in one.items()} for one in _find(model, images)]
+        self.precision.update(found, [{name: value.cpu() for name, value in one.items()} for one in targets])
+
+    def compute(self) -> dict[str, float]:
+        """What is known of all batches of all processes, in percent: `val_box_ap`, `val_mask_ap`, at IoU 0.5 and 0.75
+        (`val_box_ap50` ...) and of small, medium and large objects (`val_box_ap_small` ...).
+
+        A size that no object of the set has is left out. Raises RunError where there is no object but in crowds.
+        """
+        whole = copy(self.precision)
+        for name, entries in _of_all_processes(self.precision.metric_state).items():
+            setattr(whole, name, entries)
+        result = whole.compute()
+        precisions = {
+            f"val_{outline}_{name}": float(result[f"{theirs}_{key}"])
+            for name, key in PRECISIONS.items()
+            for outline, theirs in OUTLINES.items()
+        }
+        if precisions[Detection.score] < 0:  # COCO's sign for: not defined
+            raise RunError(
+                "Average precision is of single objects, and the validation images have none: annotate some, or change "
+                "the set."
+            )
+        return {name: 100 * value for name, value in precisions.items() if value >= 0}
+
+
+def _find(model: nn.Module, images: list[Tensor]) -> list[Target]:
+    """What a model finds in images (3, H, W), uint8; its masks are (n, H, W), uint8."""
+    like = next(model.parameters())
+    found: list[Target] = model([image.to(like) / 255 for image in images])
+    return [
+        {
+            "boxes": one["boxes"].float(),
+            "labels": one["labels"],
+            "masks": (one["masks"][:, 0] >= INSIDE).byte(),
+            "scores": one["scores"].float(),
+        }
+        for one in found
+    ]
+
+
+def _of_all_processes(states: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Join the states of all processes, in the order of the images: process p of P has every P-th.
+
+    torchmetrics' own way fails where one process has more images than another.
+    """
+    if not torch.distributed.is_initialized():
+        return states
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, states)
+    return {
+        name: [entry for turn in zip_longest(*(share[name] for share in shares)) for entry in turn if entry is not None]
+        for name in states
+    }

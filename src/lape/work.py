@@ -1,0 +1,341 @@
+"""What an experiment does with each kind of set: which models learn from it, what, and how images reach them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
+
+import lape
+from lape.checkpoints import load
+from lape.data import dense, pipeline
+from lape.data.files import check_files
+from lape.data.instances import InstanceSource
+from lape.data.maps import MapSource
+from lape.data.pipeline import Normalise, reseed, seed_of
+from lape.data.preparation import Finishing, Preparation
+from lape.data.sources import MODES, ImageSource
+from lape.errors import RunError, UsageError, choose
+from lape.experiment import Augmentation, Dense, Experiment
+from lape.tasks.classification import Classification, Distillation, Named
+from lape.tasks.detection import Detection, Found
+from lape.tasks.segmentation import Inference, Segmentation
+from lape.weights import read
+
+Source = ImageSource | InstanceSource | MapSource
+Task = Classification | Detection | Segmentation
+Answer = Named | Found | Tensor  # a class for the whole, objects, or the class of every pixel (H, W)
+
+# What of Augmentation and of Dense means something to which kind of set.
+OF_DETECTION = {"hflip", "short_side", "long_side", "zoom", "zoom_crop", "crop"}
+OF_SEGMENTATION = {
+    *("hflip", "short_side", "long_side", "crop", "scale_jitter", "class_cap", "photometric"),
+    *("stride", "test_scales", "test_flip"),
+}
+
+
+class ClassificationWork:
+    """Images of one class each, and a classifier.
+
+    `size` is the (H, W) at which the model sees them. Raises UsageError for names, keywords and sizes that do not fit.
+    """
+
+    validation_batch: int | None = None  # images at once; None: as many as in training
+
+    def __init__(self, experiment: Experiment, source: ImageSource) -> None:
+        _refuse_foreign(experiment, source, {"img_size", "teacher", *(field.name for field in fields(Augmentation))})
+        self.experiment, self.source = experiment, source
+        self.chosen = pipeline.augmentation(experiment, source)
+        self.repeats = self.chosen.repeats or 1
+        side = experiment.img_size
+        asked = (side, side) if side else source.size
+        module: Any = _created(experiment, source, {"img_size": asked} if asked else {})
+        if not hasattr(module, "pretrained_cfg") or module.num_classes != len(source.classes):
+            raise UsageError(
+                f"{source.name} has a class for each image, and {experiment.model} answers with something else. Take a "
+                "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
+            )
+        self.module = module
+        self.size: tuple[int, int] = asked or tuple(module.pretrained_cfg["input_size"][-2:])
+        patch = getattr(module.patch_embed, "multiple_of", module.patch_embed.patch_size)  # a stem may take any size
+        if any(length % step for length, step in zip(self.size, patch, strict=True)):
+            raise UsageError(
+                f"{experiment.model} cuts images into patches of {patch[0]}x{patch[1]}, which do not divide "
+                f"{self.size[0]}x{self.size[1]} images of {source.name}. Give --img_size a multiple of {patch[0]}, or "
+                "another model."
+            )
+
+    def task(self, fabric: Fabric) -> Classification:
+        """Create what is learned: the classes, and where there is a teacher its answers.
+
+        Raises UsageError for a student without a distillation head, and for a teacher of other classes or colours.
+        """
+        experiment, module = self.experiment, self.module
+        if experiment.teacher is None:
+            if experiment.teacher_weights:
+                raise UsageError(f"teacher_weights {experiment.teacher_weights} are of no model: name it by --teacher.")
+            return Classification(len(self.source.classes))
+        if not hasattr(module, "set_distilled_training"):
+            raise UsageError(
+                f"{experiment.teacher} teaches a distillation head, and {experiment.model} has none. Take a distilled "
+                "model, as deit_tiny_distilled_patch16_224, or no --teacher."
+            )
+        module.set_distilled_training(True)
+        teacher = fabric.strategy.precision.convert_module(_teacher(experiment, self.source).to(fabric.device))
+
+        @torch.no_grad()
+        def answers(images: Tensor) -> Tensor:
+            with fabric.autocast():
+                return teacher(fabric.strategy.precision.convert_input(images)).argmax(1)
+
+        return Distillation(len(self.source.classes), answers)
+
+    def check(self, report: Callable[[float], None]) -> None:
+        """Do nothing: there may be a million files, and each is told of when its turn comes."""
+
+    def preparation(self, share: int, device: torch.device) -> Preparation:
+        """Create what is left to do to a batch of `share` images on the device."""
+        return Preparation(self.source, self.chosen, self.size, share, device)
+
+    def training(self) -> Dataset[Any]:
+        """The training images, augmented."""
+        return pipeline.training_images(self.source, self.experiment, self.size, self.experiment.seed)
+
+    def validation(self) -> Dataset[Any]:
+        """The validation images."""
+        return pipeline.validation_images(self.source, self.experiment, self.size)
+
+    def answer(self, task: Classification, picture: Image.Image, device: torch.device, threshold: float) -> Named:
+        """Name a picture's class."""
+        see = pipeline.validation_transform(self.source, self.chosen, self.size)
+        return task.predict(self.module, see(picture.convert(MODES[self.source.channels])).to(device))
+
+
+class DetectionWork:
+    """Pictures with objects, and a detector."""
+
+    validation_batch = 1
+    repeats = 1
+
+    def __init__(self, experiment: Experiment, source: InstanceSource) -> None:
+        _refuse_foreign(experiment, source, OF_DETECTION)
+        if experiment.precision.endswith("16-true"):
+            raise UsageError(
+                f"precision {experiment.precision} would round boxes to whole pixels and more: take bf16-mixed, "
+                "16-mixed or 32-true."
+            )
+        self.experiment, self.source = experiment, source
+        self.augmentation, self.dense = filled(experiment, source)
+        sides = {"min_size": self.dense.short_side[-1], "max_size": self.dense.long_side}  # pyright: ignore
+        self.module: Any = _created(experiment, source, sides)
+        if not hasattr(self.module, "roi_heads"):
+            raise UsageError(
+                f"{source.name} is a set for detection, and {experiment.model} is no detector. Take one, as "
+                "mask_rcnn_vit_adapter_tiny, or another set."
+            )
+
+    def task(self, fabric: Fabric) -> Detection:
+        """Create what is learned: boxes, classes and masks."""
+        return Detection()
+
+    def check(self, report: Callable[[float], None]) -> None:
+        """Open every file, and tell how many have been; raises RunError for a bad one."""
+        check_files(self.source, report)
+
+    def preparation(self, share: int, device: torch.device) -> Finishing:
+        """Create what is left to do to a batch on the device."""
+        return Finishing(dense.Scaled())
+
+    def training(self) -> Dataset[Any]:
+        """The training pictures, augmented."""
+        return dense.detection_training(self.source, self.augmentation, self.dense, self.experiment.seed)
+
+    def validation(self) -> Dataset[Any]:
+        """The validation pictures."""
+        return dense.detection_validation(self.source)
+
+    def answer(self, task: Detection, picture: Image.Image, device: torch.device, threshold: float) -> Found:
+        """Find a picture's objects, those with a score of `threshold` or more."""
+        return task.predict(self.module, pil_to_tensor(picture).to(device), threshold)
+
+
+class SegmentationWork:
+    """Pictures with a class for every pixel, and a model that tells it."""
+
+    validation_batch = 1
+    repeats = 1
+
+    def __init__(self, experiment: Experiment, source: MapSource) -> None:
+        _refuse_foreign(experiment, source, OF_SEGMENTATION)
+        self.experiment, self.source = experiment, source
+        self.augmentation, self.dense = filled(experiment, source)
+        self.module: Any = _created(experiment, source, {})
+        if not hasattr(self.module, "multiple"):
+            raise UsageError(
+                f"{source.name} is a set for segmentation, and {experiment.model} does not tell the class of a pixel. "
+                "Take a model that does, as upernet_vit_adapter_tiny or segmenter_tiny_patch16, or another set."
+            )
+
+    def task(self, fabric: Fabric) -> Segmentation:
+        """Create what is learned: the class of every pixel."""
+        chosen: Any = self.dense
+        inference = Inference(
+            window=chosen.crop,
+            stride=chosen.stride,
+            short_side=chosen.short_side[-1],
+            long_side=chosen.long_side,
+            scales=chosen.test_scales,
+            flip=chosen.test_flip,
+            multiple=self.module.multiple,
+            grow=self.module.grow,
+            normalise=Normalise(self.source, fabric.device),
+        )
+        module = self.module
+        return Segmentation(len(self.source.classes), inference, module.loss_weights, module.unlabelled_count)
+
+    def check(self, report: Callable[[float], None]) -> None:
+        """Open every file, and tell how many have been; raises RunError for a bad one."""
+        check_files(self.source, report)
+
+    def preparation(self, share: int, device: torch.device) -> Finishing:
+        """Create what is left to do to a batch on the device."""
+        return Finishing(Normalise(self.source, device))
+
+    def training(self) -> Dataset[Any]:
+        """The training pictures, augmented."""
+        return dense.segmentation_training(self.source, self.augmentation, self.dense, self.experiment.seed)
+
+    def validation(self) -> Dataset[Any]:
+        """The validation pictures."""
+        return dense.segmentation_validation(self.source)
+
+    def answer(self, task: Segmentation, picture: Image.Image, device: torch.device, threshold: float) -> Tensor:
+        """Name the class of every pixel (H, W)."""
+        return task.predict(self.module, pil_to_tensor(picture).to(device))
+
+
+Work = ClassificationWork | DetectionWork | SegmentationWork
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of set, and the work on it."""
+
+    source: type[Any]
+    work: type[Any]
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "classes": Kind(ImageSource, ClassificationWork),
+        "instances": Kind(InstanceSource, DetectionWork),
+        "maps": Kind(MapSource, SegmentationWork),
+    }
+)
+
+
+def work_of(experiment: Experiment, source: Source) -> Work:
+    """Return the work of an experiment on a set, with its model, which is new.
+
+    Raises UsageError for a model, a setting or a size that does not go with the set.
+    """
+    return KINDS[_kind(source)].work(experiment, source)
+
+
+def _kind(source: Source) -> str:
+    return next(name for name, kind in KINDS.items() if isinstance(source, kind.source))
+
+
+def described(source: Source) -> dict[str, Any]:
+    """Say in plain values what a checkpoint must know of a set: all but its pictures."""
+    facts = {field.name: getattr(source, field.name) for field in fields(source)}
+    plain = {key: asdict(value) if isinstance(value, Augmentation | Dense) else value for key, value in facts.items()}
+    return {"kind": _kind(source)} | {key: value for key, value in plain.items() if key not in ("train", "validation")}
+
+
+def without_pictures(described: Mapping[str, Any]) -> Source:
+    """Return a set as `described` tells of it: enough to create its model and to ask that something."""
+    facts: dict[str, Any] = {**described, "augmentation": Augmentation(**described["augmentation"])}
+    if "dense" in facts:
+        facts["dense"] = Dense(**facts["dense"])
+    return KINDS[facts.pop("kind")].source(**facts, train=(), validation=())
+
+
+def filled(experiment: Experiment, source: InstanceSource | MapSource) -> tuple[Augmentation, Dense]:
+    """Return what was asked for, filled up with the set's own."""
+
+    def own(default: Any) -> Any:
+        names = [field.name for field in fields(default)]
+        given = {name: value for name in names if (value := getattr(experiment, name)) is not None}
+        return replace(default, **given)
+
+    return own(source.augmentation), own(source.dense)
+
+
+def _created(experiment: Experiment, source: Source, options: Mapping[str, Any]) -> nn.Module:
+    """Create the model of an experiment for the classes of a set, from its seed."""
+    reseed(seed_of(experiment.seed))
+    given = {
+        "num_classes": len(source.classes),
+        "in_chans": source.channels,
+        "drop_path_rate": experiment.drop_path,
+        **options,
+        **experiment.model_args,
+    }
+    joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm}
+    module: Any = lape.create_model(experiment.model, **joined, **given)
+    if experiment.grad_checkpointing:
+        module.set_grad_checkpointing(True)
+    return module
+
+
+def _refuse_foreign(experiment: Experiment, source: Source, known: set[str]) -> None:
+    """Refuse settings of images that mean nothing to a kind of set."""
+    names = ["img_size", "teacher", *(field.name for part in (Augmentation, Dense) for field in fields(part))]
+    for name in names:
+        if name not in known and (value := getattr(experiment, name)) is not None:
+            raise UsageError(f"{name} {value} means nothing for the pictures of {source.name}: leave it out.")
+
+
+def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:
+    """Create the teacher of an experiment, with its weights."""
+    import timm
+
+    name, path = str(experiment.teacher), experiment.teacher_weights
+    choose(dict.fromkeys(timm.list_models()), name.partition(".")[0], "a model that timm knows")
+    asked = len(source.classes)
+    if path:
+        teacher: Any = timm.create_model(name, num_classes=asked, in_chans=source.channels)
+        weights = read(path)
+        head = weights.get(f"{teacher.pretrained_cfg['classifier']}.bias")
+        _refuse_other_classes(f"{name} in {path}", asked if head is None else len(head), source)
+        load(teacher, weights, path)
+        return teacher.eval()
+    try:
+        teacher = timm.create_model(name, pretrained=True, in_chans=source.channels)
+    except (OSError, RuntimeError) as error:
+        raise RunError(
+            f"timm's weights of {name} cannot be had ({error}). Give --teacher_weights the file that holds them."
+        ) from error
+    _refuse_other_classes(name, teacher.num_classes, source)
+    mean, std = (tuple(teacher.pretrained_cfg[part]) for part in ("mean", "std"))
+    if (mean, std) != (source.mean, source.std):
+        raise UsageError(
+            f"A teacher sees its student's images, and {name} knows them with mean {mean} and deviation {std}, where "
+            f"those of {source.name} have {source.mean} and {source.std}. Take a teacher that was trained with these."
+        )
+    return teacher.eval()
+
+
+def _refuse_other_classes(name: str, classes: int, source: ImageSource) -> None:
+    if classes != len(source.classes):
+        raise UsageError(
+            f"The teacher {name} tells {classes} classes apart, and {source.name} has {len(source.classes)}: take one "
+            "that was trained on these."
+        )
