@@ -98,6 +98,9 @@ def test_windows_of_the_whole_grid_are_plain_attention() -> None:
 def test_what_it_does_not_take_is_refused() -> None:
     with pytest.raises(UsageError, match=r"sides 32 must divide; 64x80 was received"):
         adapter()(image(64, 80))
+    with pytest.raises(UsageError, match="one 32x32 image has one"):
+        adapter().train()(image(32, 32))
+    assert len(adapter().train()(image(32, 32, count=2))) == 4
     with pytest.raises(UsageError, match="3 were received for 4 blocks"):
         adapter(windows=[2, None, 2])
     with pytest.raises(UsageError, match="2 groups were received"):

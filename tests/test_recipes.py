@@ -19,6 +19,7 @@ from lape import checkpoints, recipes
 from lape.cli import parsed
 from lape.data import sources
 from lape.errors import UsageError
+from lape.experiment import RANGES
 from lape.models import MODELS
 from lape.training import train
 from lape.work import work_of
@@ -387,7 +388,7 @@ def test_whatever_decides_a_result_counts_as_changed() -> None:
     own = recipe.experiment()
     yours = {"join", "seed", "weights", "accumulate", "grad_checkpointing", "compile"}
     for name, value in own.identity().items():
-        other = replace(own, **{name: 1 if value is None else None})
+        other = replace(own, **{name: ((1, 2) if name in RANGES else 1) if value is None else None})
         assert recipe.changed(other).keys() == {name} - yours
 
 

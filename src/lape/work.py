@@ -23,6 +23,7 @@ from lape.data.preparation import Finishing, Preparation
 from lape.data.sources import MODES, ImageSource
 from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation, Dense, Experiment
+from lape.models import DETECTORS, SEGMENTERS
 from lape.tasks.classification import Classification, Distillation, Named
 from lape.tasks.detection import Detection, Found
 from lape.tasks.segmentation import Inference, Segmentation
@@ -55,13 +56,12 @@ class ClassificationWork:
         self.repeats = self.chosen.repeats or 1
         side = experiment.img_size
         asked = (side, side) if side else source.size
-        module: Any = _created(experiment, source, {"img_size": asked} if asked else {})
-        if not hasattr(module, "pretrained_cfg") or module.num_classes != len(source.classes):
+        if experiment.model in DETECTORS | SEGMENTERS:
             raise UsageError(
-                f"{source.name} has a class for each image, and {experiment.model} answers with something else. Take a "
+                f"{source.name} has a class for each image, and {experiment.model} tells more than that. Take a "
                 "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
             )
-        self.module = module
+        self.module = module = _created(experiment, source, {"img_size": asked} if asked else {})
         self.size: tuple[int, int] = asked or tuple(module.pretrained_cfg["input_size"][-2:])
         patch = getattr(module.patch_embed, "multiple_of", module.patch_embed.patch_size)  # a stem may take any size
         if any(length % step for length, step in zip(self.size, patch, strict=True)):
@@ -133,12 +133,12 @@ class DetectionWork:
         self.experiment, self.source = experiment, source
         self.augmentation, self.dense = filled(experiment, source)
         sides = {"min_size": self.dense.short_side[-1], "max_size": self.dense.long_side}  # pyright: ignore
-        self.module: Any = _created(experiment, source, sides)
-        if not hasattr(self.module, "roi_heads"):
+        if experiment.model not in DETECTORS:
             raise UsageError(
-                f"{source.name} is a set for detection, and {experiment.model} is no detector. Take one, as "
-                "mask_rcnn_vit_adapter_tiny, or another set."
+                f"{source.name} is a set for detection, and {experiment.model} is no detector. Take one of "
+                f"{', '.join(sorted(DETECTORS))}, or another set."
             )
+        self.module = _created(experiment, source, sides)
 
     def task(self, fabric: Fabric) -> Detection:
         """Create what is learned: boxes, classes and masks."""
@@ -175,12 +175,12 @@ class SegmentationWork:
         _refuse_foreign(experiment, source, OF_SEGMENTATION)
         self.experiment, self.source = experiment, source
         self.augmentation, self.dense = filled(experiment, source)
-        self.module: Any = _created(experiment, source, {})
-        if not hasattr(self.module, "multiple"):
+        if experiment.model not in SEGMENTERS:
             raise UsageError(
                 f"{source.name} is a set for segmentation, and {experiment.model} does not tell the class of a pixel. "
-                "Take a model that does, as upernet_vit_adapter_tiny or segmenter_tiny_patch16, or another set."
+                f"Take one of {', '.join(sorted(SEGMENTERS))}, or another set."
             )
+        self.module = _created(experiment, source, {})
 
     def task(self, fabric: Fabric) -> Segmentation:
         """Create what is learned: the class of every pixel."""
@@ -278,7 +278,7 @@ def filled(experiment: Experiment, source: InstanceSource | MapSource) -> tuple[
     return own(source.augmentation), own(source.dense)
 
 
-def _created(experiment: Experiment, source: Source, options: Mapping[str, Any]) -> nn.Module:
+def _created(experiment: Experiment, source: Source, options: Mapping[str, Any]) -> Any:
     """Create the model of an experiment for the classes of a set, from its seed."""
     reseed(seed_of(experiment.seed))
     given = {

@@ -61,6 +61,8 @@ FAMILIES = (
     _dense(segmenter.NANO, segmenter.segmenter, classes=6, side=128),
 )
 MODELS: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.variants}
+DETECTORS = {*mask_rcnn.VARIANTS, *mask_rcnn.NANO}
+SEGMENTERS = {*upernet.VARIANTS, *upernet.NANO, *segmenter.VARIANTS, *segmenter.NANO}
 
 # What the paper calls them.
 PAPER = {

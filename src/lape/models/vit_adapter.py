@@ -216,6 +216,11 @@ class ViTAdapter(VisionTransformer):
                 f"ViT-Adapter's maps go down to 1/{COARSEST} of an image, whose sides {COARSEST} must divide; "
                 f"{height}x{width} was received. Pad it."
             )
+        if self.training and len(x) * height * width == COARSEST**2:
+            raise UsageError(
+                f"BatchNorm learns from two values and more, and the coarsest map of one {height}x{width} image has "
+                "one. Train with larger images, or with more at once."
+            )
         finest, *levels = self.spm(x)
         grids = [(level.shape[2], level.shape[3]) for level in levels]
         flat = [level.flatten(2).mT + embed for level, embed in zip(levels, self.level_embed, strict=True)]

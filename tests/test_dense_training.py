@@ -1,0 +1,299 @@
+"""Detection and segmentation from the command line to the result: training, resuming, judging, drawing, refusing."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dense_sets import ade20k, coco
+from PIL import Image
+
+import lape
+from lape import checkpoints, results
+from lape.cli import main
+from lape.errors import RunError, UsageError
+from lape.evaluation import evaluate_checkpoint
+from lape.experiment import Experiment
+from lape.interruption import Stopped
+from lape.training import Progress, train
+
+PLAIN = {"accelerator": "cpu", "workers": 0, "weight_decay": 0.05, "warmup_epochs": 0.0, "drop_path": 0.0}
+SMALL_PYRAMID = {"embed_dim": 24, "depth": 2, "num_heads": 2, "interactions": [[0, 0], [1, 1]], "deform_heads": 2}
+DETECTOR = {**SMALL_PYRAMID, "windows": [3, None], "candidates": 50, "proposals": 20, "region_samples": 8}
+
+
+def detection(root: Path, **changed: Any) -> Experiment:
+    """Two steps of a small detector on four pictures."""
+    settings: dict[str, Any] = {
+        "data": str(coco(root)), "model": "mask_rcnn_vit_adapter_nano", "model_args": DETECTOR, "epochs": 1,
+        "batch_size": 2, "short_side": (64,), "long_side": 96, "crop": 64, "zoom": (48,), "zoom_crop": (32, 40),
+    }  # fmt: skip
+    return Experiment(**PLAIN | settings | changed)
+
+
+def segmentation(root: Path, **changed: Any) -> Experiment:
+    """Two steps of a small Segmenter on four pictures."""
+    settings: dict[str, Any] = {
+        "data": "ade20k", "data_dir": ade20k(root), "model": "segmenter_nano_patch8", "epochs": 1, "batch_size": 2,
+        "model_args": {"embed_dim": 64, "depth": 2, "num_heads": 2}, "short_side": (64,), "crop": 64, "stride": 48,
+    }  # fmt: skip
+    return Experiment(**PLAIN | settings | changed)
+
+
+KINDS = pytest.mark.parametrize("kind", [detection, segmentation])
+
+
+def stopping_after(step: int) -> Callable[[Progress], None]:
+    def report(now: Progress) -> None:
+        if now.step >= step:
+            raise Stopped(15, "stopped by the test")
+
+    return report
+
+
+# --- Training
+
+
+def test_on_shapes_segmenter_learns_in_a_minute(tmp_path: Path) -> None:
+    """Clearly better than naming everything background: 87 % of the pixels, and a sixth of the classes' IoU."""
+    experiment = Experiment(
+        data="shapes-segmentation", model="segmenter_nano_patch8", epochs=8, batch_size=16, lr=1e-3, weight_decay=0.05,
+        validate_every=8, accelerator="cpu", workers=0,
+    )  # fmt: skip
+    losses: list[float] = []
+    result = json.loads(
+        train(experiment, tmp_path / "run", report=lambda now: losses.append(now.train_loss)).read_text()
+    )
+    assert result["curve"][-1]["train_loss"] < losses[0] / 2
+    assert result["final"]["val_miou"] > 25
+    assert result["score"] == "val_miou"
+
+
+@KINDS
+def test_a_run_that_was_cut_off_goes_on_to_the_same_weights(kind: Any, tmp_path: Path) -> None:
+    experiment = kind(tmp_path / "set", epochs=2, checkpoint_seconds=0.0)
+    train(experiment, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(experiment, tmp_path / "cut", report=stopping_after(1))
+    train(experiment, tmp_path / "cut", resume=True)
+    whole, cut = (checkpoints.read(tmp_path / name / "last.pt")["model"] for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
+
+
+@KINDS
+def test_a_checkpoint_is_judged_as_it_was_in_training(kind: Any, tmp_path: Path) -> None:
+    train(kind(tmp_path / "set"), tmp_path / "run")
+    final = json.loads((tmp_path / "run/result.json").read_text())["final"]
+    judged = evaluate_checkpoint(tmp_path / "run/last.pt")
+    assert {name: judged.metrics[name] for name in final} == pytest.approx(final)
+    assert judged.images == 2
+
+
+def test_several_scales_and_mirror_images_are_another_judgement(tmp_path: Path) -> None:
+    train(segmentation(tmp_path / "set"), tmp_path / "run")
+    plain, several = (
+        evaluate_checkpoint(tmp_path / "run", test_scales=scales, test_flip=flip).metrics
+        for scales, flip in (((1.0,), False), ((0.5, 1.0, 1.5), True))
+    )
+    assert plain != several
+
+
+def test_validation_may_be_seldom_and_the_last_step_always_has_one(tmp_path: Path) -> None:
+    experiment = segmentation(tmp_path / "set", epochs=5, validate_every=2)
+    curve = json.loads(train(experiment, tmp_path / "run").read_text())["curve"]
+    assert [(row["epoch"], row["step"]) for row in curve] == [(2, 4), (4, 8), (5, 10)]
+
+
+def test_a_run_of_so_many_steps_may_end_within_an_epoch(tmp_path: Path) -> None:
+    heard: list[Progress] = []
+    experiment = segmentation(tmp_path / "set", steps=5, warmup_epochs=None, warmup_steps=2)
+    result = json.loads(train(experiment, tmp_path / "run", report=heard.append).read_text())
+    assert (result["steps"], result["curve"][-1]["step"], result["curve"][-1]["epoch"]) == (5, 5, 3)
+    assert [row["step"] for row in result["curve"]] == [2, 4, 5]
+    assert (heard[-1].epoch, heard[-1].epochs, heard[-1].step) == (3, 3, 5)
+
+
+def test_two_processes_train_a_detector_some_of_whose_pictures_have_no_object(tmp_path: Path) -> None:
+    """No parameter may be without a gradient in one process: the other would wait for it."""
+    experiment = detection(tmp_path / "set")
+    words = [
+        "--model-args",
+        json.dumps(DETECTOR),
+        "--short_side",
+        "64",
+        "--crop",
+        "40",
+        "--zoom",
+        "48",
+        "--zoom_crop",
+        "33,40",
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    told = subprocess.run(
+        [*launcher, "-m", "lape", "train", "--data", experiment.data, "--model", experiment.model, "--batch_size", "2",
+         "--epochs", "3", "--accelerator", "cpu", "--workers", "0", "--out", str(tmp_path / "run"), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (tmp_path / "run/result.json").exists(), told.stderr
+
+
+@KINDS
+def test_it_starts_from_another_models_weights_and_says_what_did_not_match(
+    kind: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    experiment = kind(tmp_path / "set")
+    size = {
+        "img_size": 128,
+        "patch_size": 8,
+        "embed_dim": experiment.model_args["embed_dim"],
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 4,
+    }
+    classifier: Any = lape.create_model("vit_nano_patch4_32", join="lape", num_classes=7, **size)
+    torch.save(classifier.state_dict(), tmp_path / "vit.pt")
+    train(replace(experiment, lr=0.0, min_lr=0.0, warmup_lr=0.0, weights=str(tmp_path / "vit.pt")), tmp_path / "run")
+    weights = checkpoints.read(tmp_path / "run/last.pt")["model"]
+    (loaded,) = (value for name, value in weights.items() if name.endswith("blocks.1.pe_norm.weight"))
+    (projection,) = (
+        value for name, value in weights.items() if name.endswith(".blocks.1.attn.qkv.weight") and "decoder" not in name
+    )
+    assert torch.equal(loaded, classifier.blocks[1].pe_norm.weight)
+    assert torch.equal(projection, classifier.blocks[1].attn.qkv.weight)
+    (told,) = (str(warning.message) for warning in recwarn if "vit.pt" in str(warning.message))
+    assert "head" in told
+
+
+def test_results_of_dense_recipes_stand_in_the_same_table(tmp_path: Path) -> None:
+    experiment = replace(detection(tmp_path / "set"), recipe="coco/mask_rcnn_vit_adapter_tiny")
+    train(experiment, tmp_path / "runs/a")
+    rows = results.find([tmp_path / "runs"]).rows
+    assert [(row.measure, row.expected, "weights" in row.changed) for row in rows] == [
+        ("box AP", None, True),
+        ("mask AP", None, True),
+    ]
+
+
+# --- From the command line
+
+
+def test_predictions_are_drawn_on_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(segmentation(tmp_path / "set"), tmp_path / "map")
+    train(detection(tmp_path / "objects"), tmp_path / "boxes")
+    train(
+        Experiment(
+            epochs=1, batch_size=400, model_args={"depth": 1, "embed_dim": 8, "num_heads": 1}, accelerator="cpu"
+        ),
+        tmp_path / "digit",
+    )
+    picture = tmp_path / "pictures/one.png"
+    picture.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60), dtype=np.uint8)).save(picture)
+    for run in ("map", "boxes", "digit"):
+        words = [
+            "predict",
+            str(tmp_path / run),
+            str(picture),
+            str(picture.parent),
+            "--out",
+            str(tmp_path / "out" / run),
+        ]
+        assert main([*words, "--threshold", "0.0", "--accelerator", "cpu"]) == 0
+        drawn = sorted((tmp_path / "out" / run).iterdir())
+        assert [file.name for file in drawn] == ["1-one.png", "2-one.png"]
+        with Image.open(drawn[0]) as image:
+            assert image.width >= 320
+            assert len(image.getcolors(1 << 20) or []) > 100
+        assert f"{picture}: " in capsys.readouterr().out
+
+
+def test_pictures_that_there_are_not_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(segmentation(tmp_path / "set"), tmp_path / "run")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
+    for given, status, says in (
+        ("nowhere.png", 2, "There is no picture or folder"),
+        ("none", 2, "holds no picture"),
+        ("text.png", 1, "cannot be read as an image"),
+    ):
+        assert main(["predict", str(tmp_path / "run"), str(tmp_path / given), "--out", str(tmp_path / "out")]) == status
+        assert says in capsys.readouterr().err
+
+
+# --- What is refused before training starts
+
+
+def truncated(root: Path) -> None:
+    for file in root.rglob("3.jpg"):
+        file.write_bytes(file.read_bytes()[:400])
+
+
+def another_size(root: Path) -> None:
+    for file in [*root.rglob("train2017/3.jpg"), *root.rglob("annotations/training/3.png")]:
+        Image.new("L" if file.suffix == ".png" else "RGB", (70, 60)).save(file)
+
+
+def missing(root: Path) -> None:
+    for file in root.rglob("3.jpg"):
+        file.unlink()
+
+
+@KINDS
+@pytest.mark.parametrize("fault", [truncated, another_size, missing])
+def test_a_bad_file_is_named_before_the_first_step(kind: Any, fault: Any, tmp_path: Path) -> None:
+    experiment = kind(tmp_path / "set")
+    fault(tmp_path / "set")
+    heard: list[Progress] = []
+    with pytest.raises((RunError, UsageError), match=r"3\.(jpg|png)"):
+        train(experiment, tmp_path / "run", report=heard.append)
+    assert heard == []
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model": "segmenter_nano_patch8", "model_args": {}}, "is no detector"),
+        ({"model": "vit_nano_patch2_8", "model_args": {}}, "is no detector"),
+        ({"class_cap": 0.5}, "class_cap 0.5 means nothing"),
+        ({"mixup": 0.8}, "mixup 0.8 means nothing"),
+        ({"img_size": 64}, "img_size 64 means nothing"),
+        ({"precision": "bf16-true"}, "would round boxes"),
+        ({"zoom_crop": (40, 32)}, "swap them"),
+        ({"short_side": (0,)}, "short_side must be at least 1, not 0"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_detection_is_refused(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        train(replace(detection(tmp_path / "set"), **changed), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model": "mask_rcnn_vit_adapter_nano", "model_args": {}}, "does not tell the class of a pixel"),
+        ({"zoom": (10,)}, "zoom .* means nothing"),
+        ({"stride": 65}, "stride is at least 1 and at most the side of a window, 64"),
+        ({"teacher": "resnet10t"}, "teacher resnet10t means nothing"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_segmentation_is_refused(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=says):
+        train(replace(segmentation(tmp_path / "set"), **changed), tmp_path / "run")
+
+
+def test_a_classifier_and_a_dense_setting_are_refused_for_each_others_sets(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has a class for each image"):
+        train(Experiment(model="segmenter_nano_patch8"), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"class_cap 0\.5 means nothing for"):
+        train(Experiment(class_cap=0.5), tmp_path / "run")
