@@ -4,7 +4,7 @@ Facts from github.com/rstrudel/segmenter at 20d1bfa. The decoder knows no positi
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +80,10 @@ class Segmenter(Whole):
 
 
 def segmenter(num_classes: int = 150, **options: Any) -> Segmenter:
-    """Create a Segmenter whose encoder has `options`; its decoder has two blocks as wide, of heads of 64."""
+    """Create a Segmenter whose encoder has `options`; its decoder has two blocks as wide with as many heads."""
     encoder = SegmenterViT(num_classes=0, dynamic_img_size=True, norm_layer=NORM, **options)
-    dim = encoder.embed_dim
-    return Segmenter(encoder, MaskTransformer(num_classes, dim, dim, depth=2, heads=dim // 64))
+    dim, first = encoder.embed_dim, cast(Any, encoder.blocks[0])
+    return Segmenter(encoder, MaskTransformer(num_classes, dim, dim, depth=2, heads=first.attn.num_heads))
 
 
 _DEIT = {"img_size": 512, "patch_size": 16, "depth": 12, "drop_path_rate": 0.1}
