@@ -97,4 +97,4 @@ def _rows(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> list[Ro
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    return row.recipe.paper.get("table", 0), row.recipe.name, bool(row.changed), row.join
+    return row.recipe.table, row.recipe.name, bool(row.changed), row.join

@@ -5,6 +5,7 @@ it takes first.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -37,6 +38,11 @@ class Recipe:
     hardware: str = ""
     open: tuple[str, ...] = ()
 
+    @property
+    def table(self) -> float:
+        """The number of the paper's table that it is a row of; infinite where it is of none."""
+        return self.paper.get("table", math.inf)
+
     def experiment(self) -> Experiment:
         """Return the experiment as the recipe has it."""
         return Experiment.of({**self.settings, "recipe": self.name})
@@ -49,10 +55,10 @@ class Recipe:
 
 
 def names() -> list[str]:
-    """Return the names of all recipes, in the order of the paper's tables."""
+    """Return the names of all recipes, in the order of the paper's tables; behind them those of no table."""
     files = [path.relative_to(HERE).with_suffix("").as_posix() for path in HERE.rglob("*.yaml")]
     rows = [load(name) for name in files if not name.startswith(f"{SHARED}/")]
-    return [recipe.name for recipe in sorted(rows, key=lambda recipe: (recipe.paper["table"], recipe.name))]
+    return [recipe.name for recipe in sorted(rows, key=lambda recipe: (recipe.table, recipe.name))]
 
 
 def load(name: str, below: tuple[str, ...] = ()) -> Recipe:

@@ -47,10 +47,11 @@ def recipes(chosen: Sequence[Recipe]) -> "Group":
     table = _table({"recipe": "left", "expected, %": "right"})
     above = None
     for recipe in chosen:
-        if recipe.paper["table"] != above:
-            above = recipe.paper["table"]
-            table.add_row(Text(f"Table {above}: {', below it '.join(recipe.expected)}", style="bold"), "")
-        for place, by_join in enumerate(recipe.expected.values()):  # a line for each measure
+        if recipe.table != above:
+            above = recipe.table
+            heading = f"Table {above}: {', below it '.join(recipe.expected)}" if recipe.paper else "None of the paper's"
+            table.add_row(Text(heading, style="bold"), "")
+        for place, by_join in enumerate(recipe.expected.values() or [{}]):  # a line for each measure
             table.add_row("" if place else f" {recipe.name}", " / ".join(f"{number:g}" for number in by_join.values()))
     said = (
         "\nexpected: the paper's; of two numbers the first is of --join default, the second of --join lape.\n"
