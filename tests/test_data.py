@@ -317,6 +317,13 @@ def test_validation_labels_follow_the_training_classes(tmp_path):
     assert sources.find(str(root)).validation.labels.tolist() == [0, 0, 2, 2]
 
 
+def test_files_of_another_layout_beside_the_classes_make_no_set_of_objects(tmp_path):
+    root = image_folder(tmp_path)
+    (root / "annotations").mkdir()
+    (root / "annotations" / "notes.json").write_text("{}")
+    assert isinstance(sources.find(str(root)), sources.ImageSource)
+
+
 def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
     root = image_folder(tmp_path / "a")
     (root / "val" / "emu").mkdir()

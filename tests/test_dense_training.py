@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from dense_sets import ade20k, coco
 from PIL import Image
 
 import lape
-from lape import checkpoints, results
+from lape import checkpoints, hosts, results
+from lape.assembly import launch
 from lape.cli import main
+from lape.data.sources import find
 from lape.errors import RunError, UsageError
-from lape.evaluation import evaluate_checkpoint
-from lape.experiment import Experiment
+from lape.evaluation import evaluate_checkpoint, trained
+from lape.experiment import RANGES, Augmentation, Dense, Experiment
 from lape.interruption import Stopped
 from lape.training import Progress, train
+from lape.work import described, without_pictures, work_of
 
 PLAIN = {"accelerator": "cpu", "workers": 0, "weight_decay": 0.05, "warmup_epochs": 0.0, "drop_path": 0.0}
 SMALL_PYRAMID = {"embed_dim": 24, "depth": 2, "num_heads": 2, "interactions": [[0, 0], [1, 1]], "deform_heads": 2}
@@ -177,6 +180,157 @@ def test_results_of_dense_recipes_stand_in_the_same_table(tmp_path: Path) -> Non
     ]
 
 
+# --- From settings to what is done
+
+
+def work(experiment: Experiment) -> Any:
+    return work_of(experiment, find(experiment.data, experiment.data_dir))
+
+
+JUDGED = {"short_side": (32, 48), "long_side": 100, "crop": 40, "stride": 24, "test_scales": (0.5, 1.0)}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [  # sides are multiples of it, small pictures grow, weights of the outputs, unlabelled pixels count
+        ("segmenter_nano_patch8", (1, True, (1.0,), False)),
+        ("upernet_vit_adapter_nano", (32, False, (1.0, 0.4), True)),
+    ],
+)
+def test_maps_are_judged_as_the_settings_and_the_model_say(model: str, own: Any, flip: bool, tmp_path: Path) -> None:
+    experiment = segmentation(tmp_path, model=model, model_args={}, **JUDGED, test_flip=flip)
+    task = work(experiment).task(launch(experiment))
+    how = task.inference
+    assert (how.window, how.stride, how.short_side, how.long_side) == (40, 24, 48, 100)
+    assert (how.scales, how.flip) == ((0.5, 1.0), flip)
+    assert (how.multiple, how.grow, task.weights, task.unlabelled_count) == own
+
+
+def test_a_detector_sees_pictures_at_the_last_of_their_shorter_sides(tmp_path: Path) -> None:
+    sizes = work(detection(tmp_path, short_side=(32, 48), long_side=100)).module.transform
+    assert (sizes.min_size, sizes.max_size) == ((48,), 100)
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "asked",
+    [{"join": "unshared"}, {"join": "default", "pe": "none"}, {"pe_norm": "identity"}, {"join": "default"}],
+    ids=str,
+)
+def test_a_model_is_made_with_what_is_asked_of_it(kind: Any, asked: dict[str, Any], tmp_path: Path) -> None:
+    experiment = kind(tmp_path, grad_checkpointing=True, drop_path=0.3, **asked)
+    made = work(experiment)
+    vit: Any = hosts.find(made.module)[0]
+    assert vit.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert vit.grad_checkpointing
+    options: Any = {"join": "lape", "num_classes": len(made.source.classes), **experiment.model_args, **asked}
+    direct, usual = (
+        {name: value.shape for name, value in lape.create_model(experiment.model, **each).state_dict().items()}
+        for each in (options, options | {"join": "lape", "pe": None, "pe_norm": "layernorm"})
+    )
+    assert {name: value.shape for name, value in made.module.state_dict().items()} == direct != usual
+
+
+FIRST = 0, torch.arange(4)  # of an epoch
+
+
+@KINDS
+def test_pictures_are_resized_cut_and_mirrored_as_is_asked_and_nothing_else_is_done(kind: Any, tmp_path: Path) -> None:
+    """No zoom and a mirror image that never comes are asked for too: neither is the set's own."""
+    plain = {"short_side": (30,), "long_side": 40, "crop": 30 if kind is segmentation else 40, "hflip": 0.0}
+    plain |= {"zoom": ()} if kind is detection else {"scale_jitter": (1, 1), "class_cap": 1.0, "photometric": False}
+    asked = kind(tmp_path, **plain)
+    never, always = (work(replace(asked, hflip=chance)).training()[FIRST][0] for chance in (0.0, 1.0))
+    assert {tuple(image.shape) for image in never} == {(3, 30, plain["crop"])}
+    for image, mirrored in zip(never, always, strict=True):
+        assert torch.equal(image.flip(2), mirrored)
+
+
+@KINDS
+def test_another_seed_is_another_augmentation_and_another_start(kind: Any, tmp_path: Path) -> None:
+    experiment = kind(tmp_path)
+    (one, again, other) = (work(replace(experiment, seed=seed)) for seed in (1, 1, 2))
+    first, same, others = (
+        torch.cat([image.flatten() for image in w.training()[FIRST][0]]) for w in (one, again, other)
+    )
+    assert torch.equal(first, same)
+    assert first.shape != others.shape or not torch.equal(first, others)
+    weights = [torch.cat([p.flatten() for p in w.module.parameters()]) for w in (one, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_images_come_to_a_detector_between_0_and_1_and_to_a_segmenter_normalised(tmp_path: Path) -> None:
+    whole = torch.tensor([0, 255], dtype=torch.uint8).expand(3, 1, 2)
+    of_objects = work(detection(tmp_path / "a")).preparation(1, torch.device("cpu"))
+    of_maps = work(segmentation(tmp_path / "b")).preparation(1, torch.device("cpu"))
+    assert of_objects(([whole], None), 0)[0][0].tolist() == 3 * [[[0.0, 1.0]]]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    (seen,) = of_maps((whole[None], None), 0)[0]
+    assert torch.allclose(seen[:, 0, 0], -mean / std, atol=1e-5)
+    assert torch.allclose(seen[:, 0, 1], (1 - mean) / std, atol=1e-5)
+
+
+def test_a_checkpoint_is_brought_back_with_its_settings_but_for_those_that_are_changed(tmp_path: Path) -> None:
+    """False and 0 are values; None is none."""
+    experiment = segmentation(tmp_path / "set", test_flip=True, test_scales=(1.0, 1.5), workers=1)
+    train(experiment, tmp_path / "run")
+    changed = {"test_flip": False, "workers": 0, "stride": 32, "test_scales": None}
+    found = trained(tmp_path / "run", lambda _, source: source, **changed)
+    assert found.experiment == replace(experiment, test_flip=False, workers=0, stride=32)
+    how: Any = found.task
+    assert (how.inference.flip, how.inference.stride, how.inference.scales) == (False, 32, (1.0, 1.5))
+    assert not found.work.module.training
+
+
+def of_two_sizes(root: Path) -> None:
+    for file in [*root.rglob("val*/1.jpg"), *root.rglob("annotations/validation/1.png")]:
+        with Image.open(file) as picture:
+            turned = picture.transpose(Image.Transpose.ROTATE_90)
+        turned.save(file)
+    for file in root.rglob("annotations/instances_val2017.json"):
+        content = json.loads(file.read_text())
+        content["images"][1] |= {"width": 60, "height": 80}
+        file.write_text(json.dumps(content))
+
+
+@KINDS
+def test_pictures_that_are_validated_may_be_of_many_sizes_in_training_and_afterwards(kind: Any, tmp_path: Path) -> None:
+    experiment = kind(tmp_path / "set", lr=0.0, min_lr=0.0, warmup_lr=0.0)
+    of_two_sizes(tmp_path / "set")
+    final = json.loads(train(experiment, tmp_path / "run").read_text())["final"]
+    judged = evaluate_checkpoint(tmp_path / "run")
+    assert judged.checkpoint == tmp_path / "run/best.pt"
+    assert {name: judged.metrics[name] for name in final} == pytest.approx(final)
+
+
+def test_as_many_classes_of_other_names_are_refused(tmp_path: Path) -> None:
+    train(detection(tmp_path / "set"), tmp_path / "run")
+    for file in coco(tmp_path / "other").glob("annotations/*.json"):
+        file.write_text(file.read_text().replace('"blue"', '"green"'))
+    with pytest.raises(UsageError, match=r"2 classes \(red, blue .*, and other has 2 classes \(red, green"):
+        evaluate_checkpoint(tmp_path / "run", data=str(tmp_path / "other"))
+
+
+@KINDS
+def test_a_set_is_told_without_its_pictures(kind: Any, tmp_path: Path) -> None:
+    source = work(kind(tmp_path)).source
+    told = json.loads(json.dumps(described(source)))
+    assert without_pictures(described(source)) == replace(source, train=(), validation=())
+    assert not {"train", "validation"} & told.keys()
+
+
+@KINDS
+def test_files_are_looked_at_once_before_the_first_step_and_not_when_a_run_goes_on(kind: Any, tmp_path: Path) -> None:
+    experiment, heard = kind(tmp_path / "set", checkpoint_seconds=0.0), list[float]()
+    with pytest.raises(Stopped):
+        train(experiment, tmp_path / "run", report=stopping_after(1), checked=heard.append)
+    assert heard == pytest.approx([count / 6 for count in range(1, 7)])
+    train(experiment, tmp_path / "run", resume=True, checked=heard.append)
+    assert len(heard) == 6
+
+
 # --- From the command line
 
 
@@ -285,6 +439,31 @@ def test_what_does_not_go_with_detection_is_refused(changed: dict[str, Any], say
 def test_what_does_not_go_with_segmentation_is_refused(changed: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=says):
         train(replace(segmentation(tmp_path / "set"), **changed), tmp_path / "run")
+
+
+MEANT = {
+    detection: {"hflip", "short_side", "long_side", "zoom", "zoom_crop", "crop"},
+    segmentation: {
+        "hflip", "short_side", "long_side", "crop", "scale_jitter", "class_cap", "photometric", "stride",
+        "test_scales", "test_flip",
+    },
+}  # fmt: skip
+
+
+@KINDS
+def test_every_setting_of_pictures_is_taken_or_refused(kind: Any, tmp_path: Path) -> None:
+    experiment = kind(tmp_path)
+    source: Any = find(experiment.data, experiment.data_dir)
+    for part, own in ((Augmentation, source.augmentation), (Dense, source.dense)):
+        for name in (field.name for field in fields(part)):
+            value = getattr(own, name) or ((1, 2) if name in RANGES else 1)
+            asked = replace(experiment, **{name: value})
+            if name in MEANT[kind]:
+                made: Any = work_of(asked, source)
+                assert getattr(made.augmentation if part is Augmentation else made.dense, name) == value
+            else:
+                with pytest.raises(UsageError, match=f"{name} .* means nothing for the pictures of"):
+                    work_of(asked, source)
 
 
 def test_a_classifier_and_a_dense_setting_are_refused_for_each_others_sets(tmp_path: Path) -> None:

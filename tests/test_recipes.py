@@ -313,6 +313,8 @@ def test_a_recipe_that_there_is_not_is_refused_with_the_nearest():
         ("!!python/object/apply:os.system ['true']", "cannot be read as a recipe"),
         ("open: [1]", "lists sentences"),
         ("extends: imagenet/nothing", "is not a recipe"),
+        ("expected: {accuracy: 73.1}", "maps a measure to numbers by join"),
+        ("expected: {top1: {lape: 73.1}}", "there is no measure 'top1', only accuracy, box AP"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_with_the_reason(tmp_path, text, says):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -147,3 +148,77 @@ def test_one_experiment_under_the_names_of_two_rows_is_two_rows(tmp_path) -> Non
 def test_an_addition_and_a_multiplication_are_two_operations() -> None:
     (deit,) = entries(["deit_tiny_patch16_224"])
     assert deit.flops == pytest.approx(2 * 1.25e9, rel=0.02)
+
+
+OTHER = "cifar10/cct_7_3x1_32"
+MASK_RCNN = "coco/mask_rcnn_vit_adapter_tiny"
+
+
+def found_objects(folder: Path, experiment: Experiment, box: float, mask: float) -> None:
+    finished(folder, experiment, 0.0)
+    record = json.loads((folder / "result.json").read_text())
+    final = {"val_box_ap": box, "val_mask_ap": mask}
+    row = {"epoch": 36, "step": 10, "train_loss": 1.0, **final}
+    record |= {"score": "val_box_ap", "final": final, "curve": [row], "best": row}
+    (folder / "result.json").write_text(json.dumps(record))
+
+
+def test_each_measure_of_a_run_is_a_row_with_its_own_number_and_what_is_said_is_said_once(tmp_path: Path) -> None:
+    for seed, box, mask in ((121, 46.0, 41.0), (122, 48.0, 42.0)):
+        found_objects(tmp_path / str(seed), of(MASK_RCNN, seed=seed, weights="deit_tiny.pth"), box, mask)
+    found = results.find([tmp_path])
+    assert [cells(row)[2:] for row in found.rows] == [
+        ("box AP", "2", "47.00 ± 1.41", "46.3", "+0.70"),
+        ("mask AP", "2", "41.50 ± 0.71", "41.2", "+0.30"),
+    ]
+    assert remarks(found) == [f"{MASK_RCNN}, lape: the paper's is the mean of 5 seeds, this of 2."]
+    assert markdown(found).count(f"seed 122 in `{tmp_path / '122'}`") == 1
+
+
+def test_a_start_at_random_is_not_the_papers_and_any_weights_are_its_own(tmp_path: Path) -> None:
+    found_objects(tmp_path / "random", of(MASK_RCNN), 40.0, 35.0)
+    found_objects(tmp_path / "started", of(MASK_RCNN, weights="deit_tiny.pth"), 46.0, 41.0)
+    random, started = ({row.expected for row in results.find([tmp_path / name]).rows} for name in ("random", "started"))
+    assert (random, started) == ({None}, {46.3, 41.2})
+    assert remarks(results.find([tmp_path / "random"])) == [
+        f"{MASK_RCNN}, lape: run with weights none, so the paper's number is not set beside it."
+    ]
+    assert recipes.load(CCT).changed(of(CCT)) == {}
+
+
+def test_a_recipe_of_ones_own_that_expects_nothing_is_a_row_by_its_score(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"extends: {CCT}\nsettings: {{epochs: 20}}")
+    finished(tmp_path / "runs", of(str(tmp_path / "own.yaml")), 70.0)
+    (row,) = results.find([tmp_path / "runs"]).rows
+    assert (row.measure, row.score.mean, row.expected, row.changed) == ("accuracy", 70.0, None, {})
+    assert remarks(results.find([tmp_path / "runs"])) == [f"{row.recipe.name}, lape: the paper has no such row."]
+
+
+def test_rows_stand_in_the_order_of_the_tables(tmp_path: Path) -> None:
+    found_objects(tmp_path / "a", of(MASK_RCNN), 40.0, 35.0)
+    for place, (name, join) in enumerate([("table8/scale", "lape"), (CCT, "lape"), (CCT, "default"), (OTHER, "lape")]):
+        finished(tmp_path / f"b{place}", of(name, join=join), 80.0)
+    rows = [(row.recipe.name, row.join, row.measure) for row in results.find([tmp_path]).rows]
+    assert rows == [
+        (OTHER, "lape", "accuracy"),
+        (CCT, "default", "accuracy"),
+        (CCT, "lape", "accuracy"),
+        (MASK_RCNN, "lape", "box AP"),
+        (MASK_RCNN, "lape", "mask AP"),
+        ("table8/scale", "lape", "accuracy"),
+    ]
+
+
+def test_one_seed_is_enough_where_the_papers_number_is_of_one_run(tmp_path: Path) -> None:
+    finished(tmp_path / "a", of("imagenet/t2t_vit_7"), 70.0)
+    (row,) = results.find([tmp_path]).rows
+    assert row.expected is not None
+    assert remarks(results.find([tmp_path])) == []
+
+
+def test_a_recipe_that_expects_what_its_runs_do_not_measure_is_refused(tmp_path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("expected: {mIoU: {lape: 40.0}}")
+    finished(tmp_path / "a", Experiment(recipe=str(own)), 80.0)
+    with pytest.raises(UsageError, match=r"expects a number of mIoU, and the run in .* has accuracy"):
+        results.find([tmp_path])

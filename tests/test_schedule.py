@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +91,43 @@ def test_by_default_the_rate_changes_from_step_to_step_and_is_used_as_given():
 def test_a_warm_up_that_leaves_the_schedule_no_time_is_refused():
     with pytest.raises(UsageError, match="20 of 20 epochs leave it none: lower warmup_epochs"):
         rates(replace(SWIN, epochs=20))
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"lr_by_epoch": True, "steps": 8}, "lr_by_epoch counts in epochs"),
+        ({"lr_by_epoch": True, "warmup_steps": 8}, "lr_by_epoch counts in epochs"),
+        ({"lr_by_epoch": True, "warmup_factor": 0.1}, "lr_by_epoch counts in epochs"),
+        ({"schedule": "multistep"}, r"schedule is 'multistep' and decay_milestones \[\]"),
+        ({"decay_milestones": (2,)}, r"schedule is 'cosine' and decay_milestones \[2\]"),
+        ({"warmup_epochs": 1.0, "warmup_steps": 4}, "warmup_epochs and warmup_steps both"),
+        ({"steps": 8, "warmup_steps": 9}, "it is 9 of 8 steps: lower warmup_steps"),
+        ({"epochs": 2, "warmup_epochs": 2.5}, "it is 2.5 of 2 epochs: lower warmup_epochs"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other_are_refused(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        rates(replace(Experiment(epochs=10), **changed))
+
+
+def test_a_warm_up_is_a_tenth_unless_it_is_asked_for_in_epochs_or_steps() -> None:
+    plain = Experiment(epochs=10, lr=1.0, min_lr=1.0, warmup_lr=0.0)
+    for changed, length in (
+        ({}, 4),
+        ({"steps": 20}, 2),
+        ({"warmup_epochs": 2.0}, 8),
+        ({"warmup_steps": 3}, 3),
+        ({"warmup_steps": 0}, 0),
+    ):
+        seen = rates(replace(plain, **changed))
+        assert seen[:length] == pytest.approx([step / length for step in range(length)])
+        assert set(seen[length:]) == {1.0}
+
+
+def test_what_steps_leave_no_room_for_is_refused():
+    with pytest.raises(UsageError, match="leave out cooldown_epochs 5"):
+        Experiment(steps=10, cooldown_epochs=5)
+    with pytest.raises(UsageError, match="warmup_epochs must be at least 0, not -1"):
+        Experiment(warmup_epochs=-1.0)

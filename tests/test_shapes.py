@@ -13,7 +13,10 @@ import torch
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from lape.data import shapes
+from lape.data.instances import InstanceSource
+from lape.data.maps import MapSource
 from lape.data.shapes import SHAPES, Shapes, shapes_detection, shapes_segmentation
+from lape.data.sources import find
 from lape.errors import UsageError
 
 SOME = range(40)
@@ -216,3 +219,10 @@ def test_without_scikit_image_one_is_told_how_to_install_it(source, monkeypatch)
     monkeypatch.setitem(sys.modules, "skimage", None)
     with pytest.raises(UsageError, match=r"pip install 'lape\[dense\]'"):
         source(None)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("shapes-detection", InstanceSource), ("shapes-segmentation", MapSource)])
+def test_each_set_is_found_by_its_name(name: str, kind: type) -> None:
+    source = find(name)
+    assert isinstance(source, kind)
+    assert source.name == name

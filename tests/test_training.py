@@ -10,17 +10,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from lape import checkpoints, comparison
+from lape.assembly import optimizer_of
 from lape.comparison import trained
 from lape.errors import RunError, UsageError
 from lape.evaluation import evaluate_checkpoint
 from lape.experiment import Experiment, Place
 from lape.interruption import Stopped
-from lape.training import Run, launch, train
+from lape.training import Run, _synchronised, launch, train
 
 TINY = Experiment(
     model_args={"depth": 2, "embed_dim": 16, "num_heads": 2},
@@ -293,7 +296,7 @@ def test_other_ways_to_train(tmp_path, changed):
         ({"model_args": {"dept": 3}}, r"does not take these options: .*'dept'"),
         ({"batch_size": 399, "accumulate": 2}, "must divide"),
         ({"batch_size": 401, "mixup": 0.8}, "401 is odd"),
-        ({"warmup_epochs": 3.0}, "warmup_epochs 3 must not be more than epochs 2"),
+        ({"warmup_epochs": 3.0}, "it is 3 of 2 epochs: lower warmup_epochs"),
         ({"precision": "15"}, "Fabric does not take"),
         ({"accelerator": "abacus"}, "Fabric does not take"),
     ],
@@ -308,6 +311,50 @@ def test_what_does_not_fit_is_refused_before_a_folder_is_made(tmp_path, changed,
 def test_numbers_below_their_least_are_refused(name, value):
     with pytest.raises(UsageError, match=f"{name} must be at least"):
         replace(TINY, **{name: value})
+
+
+def test_what_decays_all_the_same_is_named_by_whole_parts_of_names() -> None:
+    layers = torch.nn.ModuleDict({name: torch.nn.LayerNorm(2) for name in ("spm", "spms")})
+    groups = optimizer_of(replace(TINY, also_decay=("spm",), weight_decay=0.5), layers).param_groups
+    (decaying,) = (group["params"] for group in groups if group["weight_decay"])
+    assert len(decaying) == 1
+    assert decaying[0] is layers["spm"].weight
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("steps", 1), ("cooldown_epochs", 0), ("warmup_steps", 0), ("validate_every", 1), ("accumulate", 1),
+        ("lr_batch", 1), ("lr_lag", 0), ("mix_epochs", 1), ("repeats", 1), ("devices", 1), ("nodes", 1),
+        ("img_size", 1), ("short_side", 1), ("long_side", 1), ("zoom", 1), ("zoom_crop", 1), ("crop", 1), ("stride", 1),
+    ],
+)  # fmt: skip
+def test_every_one_of_several_numbers_is_at_least_what_means_something(name: str, least: int) -> None:
+    several = name in ("short_side", "zoom", "zoom_crop")
+    replace(TINY, **{name: (least, least) if several else least})
+    with pytest.raises(UsageError, match=f"{name} must be at least {least}, not {least - 1}"):
+        replace(TINY, **{name: (least, least - 1) if several else least - 1})
+
+
+@pytest.mark.parametrize("name", ["scale", "ratio", "zoom_crop", "scale_jitter"])
+def test_a_range_is_from_the_smallest_to_the_largest(name: str) -> None:
+    replace(TINY, **{name: (2, 2)})
+    with pytest.raises(UsageError, match=f"{name} is a smallest and a largest value, not 3 and 2"):
+        replace(TINY, **{name: (3, 2)})
+
+
+def test_batchnorm_takes_its_statistics_over_all_processes_where_that_is_asked_for_and_can_be() -> None:
+    asked, layers = replace(TINY, sync_batchnorm=True), torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+
+    def among(processes: int, device: str) -> Any:
+        return SimpleNamespace(world_size=processes, device=torch.device(device))
+
+    assert _synchronised(layers, TINY, among(2, "cuda")) is layers
+    assert _synchronised(layers, asked, among(1, "cpu")) is layers
+    with pytest.raises(UsageError, match="give --sync_batchnorm false"):
+        _synchronised(layers, asked, among(2, "cpu"))
+    assert isinstance(layers[0], torch.nn.BatchNorm2d)
+    assert isinstance(_synchronised(layers, asked, among(2, "cuda"))[0], torch.nn.SyncBatchNorm)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

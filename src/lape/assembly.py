@@ -167,11 +167,12 @@ def _warmup(experiment: Experiment, length: float, unit: int) -> float:
     warmup = experiment.warmup_steps if asked is None else asked * unit
     if warmup is None:
         warmup = length / 10
+    name, counted = ("warmup_epochs", unit) if experiment.warmup_steps is None else ("warmup_steps", 1)
+    share = f"{warmup / counted:g} of {length / counted:g} {name.removeprefix('warmup_')}"
     if warmup > length:
-        raise UsageError(f"warmup_epochs {warmup / unit:g} must not be more than epochs {length / unit:g}: lower it.")
+        raise UsageError(f"A warm-up is no longer than the schedule that it begins; it is {share}: lower {name}.")
     if experiment.warmup_prefix and warmup == length:
         raise UsageError(
-            f"warmup_prefix begins the schedule behind the warm-up, and {warmup / unit:g} of {length / unit:g} epochs "
-            "leave it none: lower warmup_epochs."
+            f"warmup_prefix begins the schedule behind the warm-up, and {share} leave it none: lower {name}."
         )
     return warmup

@@ -114,10 +114,10 @@ def predict(
     files = files_of(pictures)
     asked = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
     found = answers(checkpoint, files, threshold, **asked)
-    out.mkdir(parents=True, exist_ok=True)
     for number, predicted in enumerate(
         track(found, "looking", len(files), console=console(stderr=True), transient=True), start=1
     ):
+        out.mkdir(parents=True, exist_ok=True)
         target = out / f"{number:0{len(str(len(files)))}d}-{predicted.path.stem}.png"
         picture = drawn(predicted)
         write(target, lambda file, picture=picture: picture.save(file, "png"))
@@ -467,7 +467,10 @@ def _normal(name: str, words: list[str]) -> list[str]:
             items = [value] if equals else []
             while rest and not rest[0].startswith("--"):
                 items.append(rest.pop(0))
-            items = [item.strip() for part in items for item in part.strip("[]").split(",") if item.strip()]
+            if typing.get_args(hint) == (Path,):  # a name of a file is taken as it is
+                items = [json.dumps(item) for item in items]
+            else:
+                items = [item.strip() for part in items for item in part.strip("[]").split(",") if item.strip()]
             normal.append(f"--{option}=[{','.join(items)}]")
         else:
             if not equals and rest and not rest[0].startswith("--"):

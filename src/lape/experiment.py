@@ -225,6 +225,7 @@ LEAST = {
     "epochs": 1,
     "steps": 1,
     "cooldown_epochs": 0,
+    "warmup_epochs": 0,
     "warmup_steps": 0,
     "validate_every": 1,
     "batch_size": 1,
@@ -258,6 +259,8 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
             for number in value if isinstance(value, tuple) else [value]:
                 if number is not None and number < least:
                     raise UsageError(f"{name} must be at least {least}, not {number}.")
+        if self.steps and self.cooldown_epochs:
+            raise UsageError(f"steps {self.steps} are all of a run: leave out cooldown_epochs {self.cooldown_epochs}.")
         for name in RANGES:
             value = getattr(self, name)
             if value is not None and value[0] > value[1]:

@@ -81,6 +81,11 @@ def _rows(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> list[Ro
     finals = [record["final"] for _, record, _ in runs]
     kept = {TITLES[name]: name for name in finals[0] if name in TITLES}
     scored = TITLES[runs[0][1]["score"]]
+    if foreign := [measure for measure in recipe.expected if measure not in kept]:
+        raise UsageError(
+            f"{recipe.name} expects a number of {foreign[0]}, and the run in {runs[0][2].parent} has "
+            f"{', '.join(kept)}. Mend `expected` in the recipe."
+        )
     return [
         Row(
             recipe,

@@ -43,7 +43,7 @@ SECONDS_BETWEEN_REPORTS = 0.1
 class Progress:
     """How far a run is."""
 
-    epoch: int  # finished ones    epoch: int  # the last one that was validated, 0 before
+    epoch: int  # the last one that was validated, 0 before
     epochs: int
     step: int
     steps: int

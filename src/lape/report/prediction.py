@@ -114,7 +114,7 @@ def _shares(answer: Tensor) -> list[tuple[int, float]]:
 
 def _enlargement(picture: Image.Image) -> int:
     """How many times a small picture is drawn as large, so that what is written on it can be read."""
-    return max(1, round(READABLE / min(picture.size)))
+    return max(1, min(round(READABLE / min(picture.size)), 2 * READABLE // max(picture.size)))
 
 
 def _enlarged(picture: Image.Image, times: int) -> Image.Image:
