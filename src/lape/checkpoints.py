@@ -57,8 +57,11 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Return what `save` wrote, on the CPU; raises RunError naming a file that is something else, or carries code."""
     state = opened(path)
-    if not isinstance(state, dict) or not {"experiment", "model"} <= state.keys():
-        raise RunError(f"{path} is no checkpoint of a training run: it names no experiment. Give one of lape train's.")
+    if not isinstance(state, dict) or not {"experiment", "set", "model"} <= state.keys():
+        raise RunError(
+            f"{path} is no checkpoint of a training run of this version: it names no experiment or no set. Give one of "
+            "lape train's."
+        )
     return state
 
 
