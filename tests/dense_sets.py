@@ -12,7 +12,7 @@ Picture = tuple[NDArray[np.uint8], tuple[int, int, int, int]]
 
 
 def picture(number: int) -> Picture:
-    """Return pixels (H, W, 3) and the rectangle in them, x, y, width, height: red in even pictures, blue in odd ones."""
+    """Return pixels (H, W, 3) and the rectangle in them, x, y, width, height: red or, in odd ones, blue."""
     pixels = np.random.default_rng(number).integers(60, 140, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     x, y, width, height = 10 + 5 * number, 8, 30, 40
     pixels[y : y + height, x : x + width] = (20, 20, 255) if number % 2 else (255, 20, 20)
