@@ -1,6 +1,6 @@
 """Which start is best where a trained model learns another task, and which join bears another resolution.
 
-A small ViT learns Fashion-MNIST's garments. From there it learns digits (starts), or sees its garments at twice the size
+A small ViT learns garments. From there it learns digits (starts), or sees its garments at twice the size
 (resolution). What is finished is kept: the same command goes on.
 
 python benchmarks/starts.py --runs runs/starts --out benchmarks/results/starts
