@@ -123,8 +123,8 @@ def plans(
 ) -> tuple[Plan, ...]:
     """Return the runs, seeds outside and joins inside, so that runs which are paired are trained side by side.
 
-    `pe_norm` is given to the joins that have PE norms. Raises UsageError for a name twice, a misspelt name and a
-    combination that means nothing, before anything is trained.
+    `pe_norm` and `start` are given to the joins that have PE norms. Raises UsageError for a name twice, a misspelt name
+    and a combination that means nothing, before anything is trained.
     """
     from lape.method import JOINS, scheme
 
@@ -134,9 +134,10 @@ def plans(
             raise UsageError(f"{what} lists names, at least one and none twice; {given} was received.")
     made = []
     for seed, pe, join in product(seeds, pes, joins):
-        norm = base.pe_norm if join not in JOINS or JOINS[join].normed else "layernorm"
-        scheme(join, pe, norm)
-        experiment = replace(base, join=join, pe=pe, pe_norm=norm, seed=seed, devices=1)
+        normed = join not in JOINS or JOINS[join].normed
+        norm, start = (base.pe_norm, base.start) if normed else ("layernorm", "fresh")
+        scheme(join, pe, norm, start)
+        experiment = replace(base, join=join, pe=pe, pe_norm=norm, start=start, seed=seed, devices=1)
         # The folder's name holds what the result depends on: other settings are another run and lose nothing.
         folder = out / "runs" / f"{join}-{pe}-seed{seed}-{experiment.fingerprint()[:8]}"
         made.append(Plan(Combination(join, pe, seed), experiment, folder))

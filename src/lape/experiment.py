@@ -204,6 +204,7 @@ class Subject:
         pe: learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm, or a table with a bias, as
             learnable+relative.
         pe_norm: What normalises the position embedding of a layer: layernorm (LaPE's own) or a stand-in.
+        start: fresh; or preserve: with weights of the default join the model computes at first what these did.
         drop_path: Rate of stochastic depth in the last block.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
     """
@@ -217,6 +218,7 @@ class Subject:
     join: str = "lape"
     pe: str = "learnable"
     pe_norm: str = "layernorm"
+    start: str = "fresh"
     drop_path: float = 0.1
     grad_checkpointing: bool = False
 

@@ -160,7 +160,10 @@ POSITION_NORMS = {
 
 
 class PositionNorm(nn.Module):
-    """LN_ω of one layer, or what stands in for it: (1, N, D) to (1, N, D); gains start at 1, shifts at 0."""
+    """LN_ω of one layer, or what stands in for it: (1, N, D) to (1, N, D); gains start at 1, shifts at 0.
+
+    With `amount` it holds s_l of `preserved` too, from 0 on, for which its own formula has no use.
+    """
 
     def __init__(
         self,
@@ -169,9 +172,11 @@ class PositionNorm(nn.Module):
         kind: PositionNormKind = POSITION_NORMS["layernorm"],
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        amount: bool = False,
     ) -> None:
         super().__init__()
         self.dim, self.eps, self.kind = dim, eps, kind
+        self.amount = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if amount else None
         gain = kind.gain and torch.ones(kind.gain(dim), device=device, dtype=dtype)
         shift = torch.zeros(dim, device=device, dtype=dtype) if kind.shift else None
         self.weight = None if gain is None else nn.Parameter(gain)
@@ -254,16 +259,50 @@ JOINS = {
 }
 
 
+# --- Starts: from nothing, or from a model that was trained with the default join (not in the paper) ---------------
+
+
+def preserved(ladder: Sequence[Rung], table: Tensor, norms: Sequence[PositionNorm]) -> list[Rung]:
+    """x_0 = α + ω, and MSA_l(LN_x|l(x_l) + s_l·p_l): with s_l = 0, as at the start, what the default join computes."""
+    first, *others = (
+        Rung(attention=norm.amount * rung.attention)  # pyright: ignore[reportOperatorIssue]  # both are there
+        for rung, norm in zip(ladder, norms, strict=True)
+    )
+    return [first._replace(residual=table), *others]
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a model begins: with p_l as it is, or with ω left in the stream and p_l weighed by a gain from zero on."""
+
+    name: str
+    preserves: bool
+
+
+STARTS = {start.name: start for start in (Start("fresh", preserves=False), Start("preserve", preserves=True))}
+
+
 @dataclass(frozen=True)
 class Scheme:
-    """One sound choice of join, position embedding and PE norm."""
+    """One sound choice of join, position embedding, PE norm and start."""
 
     join: Join
     embedding: PositionEmbedding
     norm: PositionNormKind
+    start: Start
+
+    @property
+    def with_tokens(self) -> bool:
+        """Whether ω is part of x_0."""
+        return self.join.with_tokens or self.start.preserves
+
+    def ladder(self, tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+        """Return the rungs, from one table and, where the join has them, one norm a layer."""
+        ladder = self.join.climb(tables, norms)
+        return preserved(ladder, tables[0], norms) if self.start.preserves else ladder
 
 
-def scheme(join: str, pe: str, pe_norm: str = "layernorm") -> Scheme:
+def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh") -> Scheme:
     """Return what the names stand for; raise UsageError for a misspelt name or a combination that means nothing."""
     chosen = choose(JOINS, join, "a join")
     embedding = choose(POSITION_EMBEDDINGS, pe, "a position embedding (pe)")
@@ -282,7 +321,13 @@ def scheme(join: str, pe: str, pe_norm: str = "layernorm") -> Scheme:
             f"pe_norm={pe_norm!r} stands in for a PE norm, and join={join!r} has none. "
             "Use join='lape', or leave pe_norm out."
         )
-    return Scheme(chosen, embedding, norm)
+    begun = choose(STARTS, start, "a start")
+    if begun.preserves and not chosen.normed:
+        raise UsageError(
+            f"start={start!r} lets p_l in little by little, and join={join!r} has no p_l. Use join='lape', or leave "
+            "start out."
+        )
+    return Scheme(chosen, embedding, norm, begun)
 
 
 # --- What the default join does to ω (6)-(7) ----------------------------------------------------------------------

@@ -52,6 +52,10 @@ class _LastOfStage:
     def __call__(self, position: Tensor) -> Tensor:
         return self.norm(position)
 
+    @property
+    def amount(self) -> nn.Parameter | None:
+        return self.norm.amount
+
     def hand_on(self, position: Tensor) -> Tensor:
         return cross(self.crossing, self.norm.hand_on(position), self.grid)
 
@@ -130,7 +134,7 @@ class Positions:
         ladder = [Rung() for _ in layers]
         if self.scheme.embedding.table is not None:
             norms = self._norms(layers) if self.scheme.join.normed else []
-            ladder = self.scheme.join.climb(self._tables(layers, grid), norms)
+            ladder = self.scheme.ladder(self._tables(layers, grid), norms)
             missing = self.prefix - self.prefix_rows
             ladder = [Rung(*(part if part is None else F.pad(part, (0, 0, missing, 0)) for part in r)) for r in ladder]
         if self.scheme.embedding.bias is not None and self.host.window_bias is None:
@@ -198,7 +202,7 @@ class Positions:
         self.forward.others_awaited = last.awaited and (
             last.others_awaited or last.grid != grid or last.kept is not None
         )
-        return ladder[0].residual if self.scheme.join.with_tokens else None
+        return ladder[0].residual if self.scheme.with_tokens else None
 
     def embed(self, patches: Tensor) -> Tensor:
         """Stand in for the host's adding of its table: patches (B, H·W, D) or (B, H, W, D) to tokens (B, N, D)."""
@@ -217,7 +221,7 @@ class Positions:
         return next(self.model.parameters()).new_zeros(1, 1, 1, 1)
 
     def _for_the_blocks(self, ladder: list[Rung]) -> list[Rung]:
-        return [rung._replace(residual=None) for rung in ladder] if self.scheme.join.with_tokens else ladder
+        return [rung._replace(residual=None) for rung in ladder] if self.scheme.with_tokens else ladder
 
     def drop_patches(self, tokens: Tensor) -> Tensor:
         """Stand in for the forward of the host's patch dropout, noting which patches of each image it keeps."""

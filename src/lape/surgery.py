@@ -92,11 +92,15 @@ def _as(rung: Tensor, tokens: Tensor) -> Tensor:
     return rung.unflatten(1, tokens.shape[1:-1])
 
 
-def apply(model: Model, join: str = "lape", pe: str | None = None, pe_norm: str = "layernorm") -> Model:
+def apply(
+    model: Model, join: str = "lape", pe: str | None = None, pe_norm: str = "layernorm", start: str = "fresh"
+) -> Model:
     """Join the position embedding of a pre-norm vision transformer with its tokens in another way, in place.
 
     MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)), ω_{l+1} = LN_ω|l(ω_l) for `lape` (9)-(11); the paper's Table 7 has the others.
-    `pe` replaces the table; without it the model keeps its own. `pe_norm` is what stands in for LN_ω (Table 8).
+    `pe` replaces the table; without it the model keeps its own. `pe_norm` is what stands in for LN_ω (Table 8). With
+    `start="preserve"` the model computes at first what it did before: ω stays in the stream, and MSA is fed
+    LN_x|l(x_l) + s_l·p_l, s_l learnt from 0 on (not in the paper).
     Returns the model. Raises UsageError for a model, a name or a combination that cannot be.
     """
     vit, host = find(model)
@@ -106,7 +110,13 @@ def apply(model: Model, join: str = "lape", pe: str | None = None, pe_norm: str 
             f"A join is applied once: this model has join={record.join.name!r}. Call lape.remove(model) first."
         )
     table: nn.Parameter | None = getattr(vit, host.table, None)
-    chosen = scheme(join, pe or _own(host, table, join), pe_norm)
+    chosen = scheme(join, pe or _own(host, table, join), pe_norm, start)
+    own = _own(host, table, "default")
+    if chosen.start.preserves and (table is None or chosen.embedding.name != own):
+        raise UsageError(
+            f"start={start!r} keeps what the model computes with its own position embedding, {own}; "
+            f"{chosen.embedding.name} would be another. Leave pe or start out."
+        )
     if host.window_bias is not None and chosen.embedding.bias is not None and chosen.embedding.bias.normed:
         raise UsageError(
             f"pe={chosen.embedding.name!r} normalises a bias over the whole grid, and a {host.name} has one in each "
@@ -160,6 +170,7 @@ def create_model(
     join: str = "lape",
     pe: str | None = None,
     pe_norm: str = "layernorm",
+    start: str = "fresh",
     **options: Any,
 ) -> nn.Module:
     """Create a model of timm's registry, ours included, and apply a join to it; `options` are timm's.
@@ -174,7 +185,7 @@ def create_model(
     known = name.partition(".")[0]
     if "/" not in name and ":" not in name:
         choose(dict.fromkeys(timm.list_models()), known, "a model that timm knows")
-    joined = {"join": join, "pe": pe, "pe_norm": pe_norm}
+    joined = {"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}
     try:
         model = timm.create_model(name, **options | joined if known in MODELS else options)
     except TypeError as error:
@@ -235,7 +246,8 @@ def _build_norms(record: Positions, layers: list[Layer], widths: list[int]) -> N
     join, new = record.scheme.join, _kind(record.model)
     for layer, width in zip(layers, widths, strict=True) if join.normed else ():
         norm = parts(layer.block, block_row(record.host, layer.block).norms)[0]
-        norm_of_position = PositionNorm(width, getattr(norm, "eps", 1e-6), record.scheme.norm, **new)
+        amount = record.scheme.start.preserves
+        norm_of_position = PositionNorm(width, getattr(norm, "eps", 1e-6), record.scheme.norm, **new, amount=amount)
         layer.block.add_module("pe_norm", norm_of_position)
     for crossing in record.crossings if join.normed or join.carries_table else ():
         norm: Any = crossing.norm

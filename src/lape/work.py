@@ -288,7 +288,7 @@ def _created(experiment: Experiment, source: Source, options: Mapping[str, Any])
         **options,
         **experiment.model_args,
     }
-    joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm}
+    joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm, "start": experiment.start}
     module: Any = lape.create_model(experiment.model, **joined, **given)
     if experiment.grad_checkpointing:
         module.set_grad_checkpointing(True)

@@ -137,16 +137,17 @@ def _register(name: str, family: Family) -> None:
         join: str | None = None,
         pe: str | None = None,
         pe_norm: str = "layernorm",
+        start: str = "fresh",
         **options: Any,
     ) -> nn.Module:
-        if join is None and pe is None and pe_norm == "layernorm":
+        if (join, pe, pe_norm, start) == (None, None, "layernorm", "fresh"):
             return build(pretrained=pretrained, **options)
         if options.get("features_only"):
             options = {"feature_cls": "getter"} | options  # it keeps the model whole
         model = build(pretrained=pretrained, **options)
         if not pretrained:
             family.as_published(find(model)[0])
-        return apply(model, join or "default", pe, pe_norm)
+        return apply(model, join or "default", pe, pe_norm, start)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Overwriting")  # DeiT and Swin are timm's, and learn three keywords here
