@@ -13,32 +13,44 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lape.errors import RunError, UsageError
+    from lape.exporting import export
+    from lape.hub import Known, from_pretrained, push_to_hub, save_pretrained
     from lape.surgery import apply, create_model, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
 # Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
 _ROOMS = {
+    "Known": "hub",
     "RunError": "errors",
     "UsageError": "errors",
     "apply": "surgery",
     "create_model": "surgery",
+    "export": "exporting",
     "fold": "surgery",
+    "from_pretrained": "hub",
     "ladder": "surgery",
     "load_backbone": "weights",
     "load_weights": "weights",
+    "push_to_hub": "hub",
     "remove": "surgery",
+    "save_pretrained": "hub",
 }
 
 __all__ = [
+    "Known",
     "RunError",
     "UsageError",
     "apply",
     "create_model",
+    "export",
     "fold",
+    "from_pretrained",
     "ladder",
     "load_backbone",
     "load_weights",
+    "push_to_hub",
     "remove",
+    "save_pretrained",
 ]
 
 

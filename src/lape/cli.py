@@ -198,6 +198,41 @@ def cost(
         write_text(out / "cost.json", as_json(costs, said))
 
 
+def take_out(  # not `export`: jsonargparse would look up lape.export, and load torch for it
+    checkpoint: Path,
+    out: Path = Path("model.onnx"),
+    fold: bool = False,
+    dynamic_size: bool = False,
+    model_args: dict[str, Any] = {},  # noqa: B006 (only read)
+) -> None:
+    """This command
+
+    Args:
+        checkpoint: A run's best.pt or last.pt, its folder, or what this command wrote as .safetensors or folder.
+        out: What is written, by its suffix: .onnx, .pt2 (torch.export), .safetensors (weights with their
+            configuration); without a suffix a folder for the Hub.
+        fold: Turn positions into constants first (.onnx and .pt2).
+        dynamic_size: Leave height and width open (.onnx and .pt2).
+        model_args: More keywords for the model, as {"dynamic_img_size": true}, which dynamic_size needs in timm's
+            ViTs.
+    """
+    from lape.exporting import brought_back, export
+
+    if out.suffix in ("", ".safetensors") and (fold or dynamic_size):
+        raise UsageError(
+            f"fold and dynamic_size mean nothing for {out}, which holds weights. Give --out a .onnx or .pt2."
+        )
+    model, known = brought_back(checkpoint, **model_args)
+    if out.suffix in ("", ".safetensors"):
+        from lape.hub import save_pretrained
+
+        say(f"{save_pretrained(model, out, known)}: loaded again, the same outputs to the last bit")
+        return
+    found = export(model, out, fold, dynamic_size)
+    seen = ", ".join("x".join(map(str, shape)) for shape in found.shapes)
+    say(f"{found.path}: largest difference from the model {found.difference:.1e} of its output, for images {seen}")
+
+
 def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
     """This command
 
@@ -287,6 +322,12 @@ COMMANDS: Mapping[str, Command] = {
         "draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map",
         "lape predict runs/first holiday.jpg more_pictures/",
         bare=("checkpoint", "pictures"),
+    ),
+    "export": Command(
+        take_out,
+        "write a trained model for other programs (ONNX, torch.export), or with its configuration for the Hub",
+        "lape export runs/first --out model.onnx --fold",
+        bare=("checkpoint",),
     ),
     "models": Command(
         models,

@@ -21,6 +21,11 @@ class RunError(RuntimeError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """Return what another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def choose(table: Mapping[str, Chosen], name: str, what: str) -> Chosen:
     """Return `table[name]`; raise UsageError with the nearest valid name where there is none.
 

@@ -52,6 +52,7 @@ class Trained:
     fabric: Fabric
     work: Work  # with the checkpoint's weights
     task: Task
+    metrics: Mapping[str, float]  # of its validation; none where it was not validated
 
 
 def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source], **changed: object) -> Trained:
@@ -70,7 +71,7 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
     work = work_of(experiment, source)
     load(work.module, judged_weights(saved), path)
     work.module = fabric.strategy.precision.convert_module(work.module.to(fabric.device)).eval()
-    return Trained(path, experiment, fabric, work, work.task(fabric))
+    return Trained(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})
 
 
 def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:

@@ -153,7 +153,7 @@ class Positions:
         table = self.model.get_parameter(self.host.table)
         if kind.learns:
             table = self._resized(table, grid, self.grid)
-        elif grid != self.grid:
+        elif not same(grid, self.grid):
             table = kind.make(grid, self.prefix_rows, table.shape[-1]).to(table)
         tables = [table]
         for before, layer in pairwise(layers):
@@ -170,12 +170,12 @@ class Positions:
         return norms
 
     def _resized(self, table: Tensor, grid: Grid, old: Grid) -> Tensor:
-        return self.host.resize(table, grid, old, self.prefix_rows)
+        return table if same(grid, old) else self.host.resize(table, grid, old, self.prefix_rows)
 
     def _bias(self, layer: Layer, grid: Grid) -> Tensor:
         relative = self.scheme.embedding.bias
         assert relative is not None
-        if relative.normed and grid != self.grid:
+        if relative.normed and not same(grid, self.grid):
             raise UsageError(
                 f"pe={self.scheme.embedding.name!r} normalises over the {by(self.grid)} patches that it was made for; "
                 f"the input has {by(grid)}. Use pe='relative', or inputs of one size."
@@ -361,6 +361,11 @@ def place(model: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Par
     return before
 
 
+def same(grid: Grid, other: Grid) -> bool:
+    """Return whether two grids are equal. One that torch.export leaves open never is: its graph has to serve all."""
+    return all(isinstance(side, int) for side in (*grid, *other)) and grid == other
+
+
 def by(grid: Grid) -> str:
     """Return a grid as people write it."""
     return f"{grid[0]}x{grid[1]}"
@@ -380,7 +385,7 @@ def _rows(rung: Rung, kept: Tensor, prefix: int) -> Rung:
 
 def resized_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """Return a relative table ((2H-1)(2W-1), heads) for another grid, resized as a map of (2H-1, 2W-1)."""
-    if old == new:
+    if same(old, new):
         return table
     before, after = ([2 * side - 1 for side in grid] for grid in (old, new))
     image = table.T.reshape(1, -1, *before)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.errors import RunError
+from lape.errors import RunError, first_line
 from lape.hosts import Host, find
 from lape.method import POSITION_EMBEDDINGS, Grid
 from lape.positions import BIAS_TABLE, Positions, resized_bias_table
@@ -94,8 +94,7 @@ def opened(path: Path) -> Any:
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist. Check the path.") from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{path} cannot be read as a checkpoint ({reason}). Is it complete?") from error
+        raise RunError(f"{path} cannot be read as a checkpoint ({first_line(error)}). Is it complete?") from error
 
 
 def _state(stored: Any, where: str | Path) -> Weights:

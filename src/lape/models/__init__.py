@@ -12,16 +12,18 @@ from typing import Any
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, load_pretrained, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from lape.errors import UsageError
 from lape.hosts import find
 from lape.models import ceit, compact, deit, mask_rcnn, segmenter, swin, t2t_vit, upernet, vit
 from lape.models.ceit import CeiT
 from lape.models.compact import CompactTransformer
 from lape.models.t2t_vit import T2TViT
 from lape.surgery import apply
+from lape.weights import convert
 
 Build = Callable[..., nn.Module]
 
@@ -128,6 +130,21 @@ def _build(name: str, family: Family) -> Build:
     return build
 
 
+def _refuse_another(asked: Mapping[str, str | None], saved: Mapping[str, str]) -> None:
+    if asked != {name: saved.get(name) for name in asked}:
+        theirs = ", ".join(f"{name}={saved.get(name)!r}" for name in asked)
+        raise UsageError(
+            f"These weights were trained with {theirs}. Leave join, pe, pe_norm and start out, or pretrained."
+        )
+
+
+def _load_joined(model: Any, options: Mapping[str, Any]) -> None:
+    """Load weights that were saved with their join, which timm would do before there is one."""
+    classes = 0 if options.get("features_only") else options.get("num_classes", model.pretrained_cfg["num_classes"])
+    channels = options.get("in_chans", 3)
+    load_pretrained(model, model.pretrained_cfg, classes, channels, lambda weights, _: convert(weights, model))
+
+
 def _register(name: str, family: Family) -> None:
     build = _build(name, family)
 
@@ -144,10 +161,16 @@ def _register(name: str, family: Family) -> None:
             return build(pretrained=pretrained, **options)
         if options.get("features_only"):
             options = {"feature_cls": "getter"} | options  # it keeps the model whole
-        model = build(pretrained=pretrained, **options)
-        if not pretrained:
+        saved = (options.get("pretrained_model_args") or {}) if pretrained else {}  # with weights that timm would read
+        ready = pretrained and "join" not in saved
+        model = build(pretrained=ready, **options)
+        if not ready:
             family.as_published(find(model)[0])
-        return apply(model, join or "default", pe, pe_norm, start)
+        apply(model, join or "default", pe, pe_norm, start)
+        if "join" in saved:
+            _refuse_another({"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}, saved)
+            _load_joined(model.model if options.get("features_only") else model, options)
+        return model
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Overwriting")  # DeiT and Swin are timm's, and learn three keywords here

@@ -43,7 +43,7 @@ class MaskTransformer(nn.Module):
 
     def forward(self, patches: Tensor, grid: Grid) -> Tensor:
         x = self.proj_dec(patches)
-        x = torch.cat([x, self.cls_emb.expand(len(x), -1, -1)], dim=1)
+        x = torch.cat([x, self.cls_emb.expand(x.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)

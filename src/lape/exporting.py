@@ -1,0 +1,233 @@
+"""A model as one file for other programs: ONNX, or torch.export's .pt2; each is run again beside the model itself."""
+
+import copy
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import lape
+from lape import hub
+from lape.checkpoints import load
+from lape.errors import RunError, UsageError, first_line
+from lape.models.mask_rcnn import MaskRCNN
+
+# The largest difference of an output that a file may have, beside the model's largest: other kernels round otherwise,
+# by some 1e-6; another function differs by more than this.
+BOUND = 1e-4
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written and run: how far its outputs are from the model's, and for which images that was seen."""
+
+    path: Path
+    difference: float  # the largest, beside the model's largest output
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file: how it is written, with what is known of the model, and how it is run; and what that needs."""
+
+    write: Callable[[ExportedProgram, str, Path], None]
+    open: Callable[[Path], Run]
+    needs: tuple[str, ...] = ()
+
+
+def _write_onnx(program: ExportedProgram, config: str, path: Path) -> None:
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+    count = len(program.graph_signature.user_outputs)
+    names = ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
+    written: Any = torch.onnx.export(
+        program, dynamo=True, input_names=["images"], output_names=names, verbose=False, external_data=False
+    )
+    written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
+    written.model.metadata_props[hub.HEADER] = config
+    written.save(path)
+
+
+def _open_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
+
+
+def _write_program(program: ExportedProgram, config: str, path: Path) -> None:
+    torch.export.save(program, path, extra_files={hub.CONFIG: config})
+
+
+def _open_program(path: Path) -> Run:
+    module = torch.export.load(path).module()
+    return lambda images: hub.outputs(module, images)
+
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        ".onnx": Format(_write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime")),
+        ".pt2": Format(_write_program, _open_program),
+    }
+)
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    fold: bool = False,
+    dynamic_size: bool = False,
+    input_size: tuple[int, int, int] | None = None,
+) -> Exported:
+    """Write a model as .onnx or .pt2, by the suffix; it takes float32 images (B, C, H, W), normalised, of any number B.
+
+    `fold` turns positions into constants first; `dynamic_size` leaves H and W open. The model itself stays as it is.
+    Images are of `input_size`, nothing: of the model's own. The file is run beside the model before it takes its place.
+    Raises UsageError for what cannot be exported so, RunError where the file computes something else than the model.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise UsageError(
+            f"{path.name}: the suffix says what is written, {' or '.join(FORMATS)}; for weights there is "
+            "lape.save_pretrained."
+        )
+    form = FORMATS[path.suffix]
+    if lacking := [name for name in form.needs if find_spec(name) is None]:
+        raise UsageError(
+            f"{path.suffix} needs {', '.join(lacking)}, not installed here. Install it: pip install 'lape[export]'."
+        )
+    if isinstance(model, MaskRCNN):
+        raise UsageError(
+            "A detector is not exported: how many regions it looks at depends on the picture, which torch.export "
+            "cannot follow through torchvision's detector. Save it with lape.save_pretrained."
+        )
+    if fold and dynamic_size:
+        raise UsageError(
+            "A folded model has its positions for one size of images, and dynamic_size asks for all. Leave out one of "
+            "the two; for a few sizes, export one folded file for each (set_input_size)."
+        )
+    original = copy.deepcopy(model).cpu().float().eval()
+    batches = [hub.random_images(original, count, input_size) for count in (2, 1, 3)]
+    if dynamic_size:
+        step = _step(original)
+        batches += [_larger(batches[1], 2 * step, step), _larger(batches[2], 0, 3 * step)]
+        _refuse_one_size(original, batches[-1])
+    program = _program(lape.fold(copy.deepcopy(original)) if fold else original, batches[0], dynamic_size)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _following(original, path.suffix, dynamic_size):
+            form.write(program, _config(model), part)
+            run = form.open(part)
+            found = [run(images) for images in batches]  # a program refuses what it was not traced for
+        difference = _difference(found, [hub.outputs(original, images) for images in batches])
+        if not difference <= BOUND:  # NaN is not
+            raise RunError(
+                f"{path} was not written: its outputs differ from the model's by {difference:.1e} of the largest, and "
+                f"{BOUND:.0e} is allowed."
+            )
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return Exported(path, difference, tuple(tuple(images.shape) for images in batches))
+
+
+def brought_back(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]:
+    """Return the model of a run, of its checkpoint or of what `lape.save_pretrained` wrote, and what is known of it.
+
+    `model_args` are more keywords for the model. Raises RunError as `trained` and `from_pretrained` do.
+    """
+    if source.suffix == ".safetensors" or (source / hub.CONFIG).exists():
+        return hub.from_pretrained(source, **model_args), hub.Known()
+    from lape.evaluation import trained
+    from lape.measures import TITLES
+
+    here = {"accelerator": "cpu", "devices": 1, "nodes": 1, "precision": "32-true"}
+    found = trained(source, lambda _, own: own, **here)
+    model: Any = found.work.module
+    own = found.work.source
+    if model_args:
+        model, weights = hub.made(hub.described(model), str(found.path), **model_args).eval(), model.state_dict()
+        load(model, weights, found.path)
+    told = {"label_names": own.classes, "mean": getattr(own, "mean", None), "std": getattr(own, "std", None)}
+    model.pretrained_cfg = model.pretrained_cfg | {name: value for name, value in told.items() if value}
+    metrics = {f"{TITLES[name]}, %": value for name, value in found.metrics.items() if name in TITLES}
+    return model, hub.Known(metrics=metrics, data=own.name)
+
+
+def _config(model: nn.Module) -> str:
+    """Return what a model's user must know, as far as the model tells."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return json.dumps({name: cfg[name] for name in ("architecture", "mean", "std", "label_names") if cfg.get(name)})
+
+
+def _step(model: nn.Module) -> int:
+    """Return what the sides of images are multiples of, as far as the parts of a model tell."""
+    told = [getattr(part, "multiple_of", getattr(part, "patch_size", None)) for part in model.modules()]
+    sides = [side for sizes in told for side in (sizes if isinstance(sizes, tuple) else (sizes,))]
+    return math.lcm(*(side for side in sides if isinstance(side, int)), getattr(model, "multiple", 1))
+
+
+def _larger(images: Tensor, down: int, right: int) -> Tensor:
+    """Return images with more pixels on their sides."""
+    return F.pad(images, (0, right, 0, down), mode="replicate")
+
+
+def _refuse_one_size(model: nn.Module, images: Tensor) -> None:
+    """Raise UsageError for a model that refuses images of another size, and for one of windows."""
+    if any(hasattr(part, "window_size") for part in model.modules()):  # the tracer takes minutes, and then fails
+        raise UsageError(
+            f"A {type(model).__name__} cuts windows out of images of one size, and a file with dynamic_size would take "
+            "all. Leave dynamic_size out; for a few sizes, export one file for each (set_input_size)."
+        )
+    try:
+        hub.outputs(model, images)
+    except Exception as error:  # every model refuses in its own way
+        raise UsageError(
+            f"dynamic_size needs a model that takes images of every size, and {type(model).__name__} refused another "
+            f"({first_line(error)}) Make it with dynamic_img_size=True, or leave dynamic_size out."
+        ) from error
+
+
+def _program(model: nn.Module, images: Tensor, dynamic_size: bool) -> ExportedProgram:
+    """Trace a model for every number of images, and with `dynamic_size` for all sides that it takes."""
+    sides = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if dynamic_size else {}
+    with _following(model, "torch.export", dynamic_size), torch.no_grad():
+        return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch"), **sides},))
+
+
+@contextmanager
+def _following(model: nn.Module, tool: str, dynamic_size: bool) -> Generator[None, None, None]:
+    """Turn what a tracer raises, of many kinds, into a UsageError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        what = "for images of every size" if dynamic_size else "as it is"
+        way = " Leave dynamic_size out; for a few sizes, export one file for each." if dynamic_size else ""
+        said = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        raise UsageError(f"{tool} cannot follow {type(model).__name__} {what} ({said}).{way}") from error
+
+
+def _difference(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+    """Return the largest difference of any output of any batch, beside the model's largest; NaN where there is one."""
+    pairs = [pair for batches in zip(found, expected, strict=True) for pair in zip(*batches, strict=True)]
+    ratios = [(ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30) for ours, theirs in pairs]
+    return float(torch.stack(ratios).max())  # Python's max could lose a NaN

@@ -1,0 +1,368 @@
+"""Models as files that anybody can load: weights in safetensors, and in words all that rebuilds the model from them.
+
+A folder is laid out as timm's are: config.json, model.safetensors and README.md. The weight file alone is enough: the
+same configuration stands in its header. No pickle is written or read.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lape.checkpoints import load, write
+from lape.errors import RunError, UsageError, choose, first_line
+from lape.method import POSITION_NORMS
+from lape.surgery import RECORD, create_model
+from lape.weights import opened
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+HEADER = "lape"  # the key of the configuration in the header of a weight file
+JOINED = ("join", "pe", "pe_norm", "start")
+# A configuration names a model and its numbers; what would fetch or open other files is not taken from it.
+_FOREIGN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model beside its weights, for those who will use it
+
+    Args:
+        classes: What its outputs are called.
+        mean: Mean of the colours that images are normalised by.
+        std: Their standard deviation.
+        metrics: What it was measured to reach, as in {"accuracy, %": 98.66}.
+        data: What it was measured on.
+    """
+
+    classes: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    metrics: Mapping[str, float] | None = None
+    data: str | None = None
+
+
+# --- A model in words
+
+
+def described(model: nn.Module, known: Known = Known(), **model_args: Any) -> dict[str, Any]:
+    """Return the configuration of a model, in timm's layout: its name, keywords and join, and what its images are like.
+
+    The keywords are those that timm recorded when it made the model, and `model_args`. Raises UsageError for a model
+    that timm did not make, and for a keyword that JSON cannot hold.
+    """
+    from timm.models import filter_pretrained_cfg, get_model_args, get_model_input_config
+
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    if "architecture" not in cfg:
+        raise UsageError(
+            f"A saved model is made again by its name, and this {type(model).__name__} was not made by one. Create it "
+            "with lape.create_model or timm.create_model, then load its weights."
+        )
+    try:
+        args = get_model_args(model, model_args)
+    except ValueError as error:
+        raise UsageError(f"{error} Give the keywords that the model was made with, or leave them out.") from error
+    args = {name: value for name, value in args.items() if name not in {*JOINED, *_FOREIGN}} | _joined(model)
+    shown = filter_pretrained_cfg({**cfg}, remove_source=True)
+    shown |= get_model_input_config(model)
+    shown |= {name: tuple(value) for name in ("mean", "std") if (value := getattr(known, name)) is not None}
+    # These told of the weights that timm offers, not of the model's.
+    for name in ("architecture", "tag", "state_dict", "label_offset", "test_input_size", "pool_size", "custom_load"):
+        shown.pop(name, None)
+    names = known.classes or shown.pop("label_names", None)
+    config = {"architecture": cfg["architecture"], "num_classes": args.get("num_classes", shown.get("num_classes"))}
+    if hasattr(model, "num_features"):
+        config["num_features"] = model.num_features
+    shown["num_classes"] = config["num_classes"]
+    config |= {"model_args": args, "pretrained_cfg": shown}
+    if names:
+        config["label_names"] = list(names)
+    if known.metrics:
+        config["metrics"] = {"on": known.data, **known.metrics}
+    for name, value in args.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise UsageError(
+                f"{name}={value!r} was given when the model was made, and JSON cannot hold it. Give what stands for it "
+                f"in words: lape.save_pretrained(model, folder, {name}=...)."
+            ) from error
+    return json.loads(json.dumps(config))
+
+
+def _joined(model: nn.Module) -> dict[str, str]:
+    """Return the join that is applied to a model, by name; nothing where none is."""
+    records = [part.__dict__[RECORD] for part in model.modules() if RECORD in part.__dict__]
+    if not records:
+        return {}
+    (record,) = records
+    if record.folded_for:
+        raise UsageError(
+            "A folded model is for inference and has no table any more. Save it as it was before, and fold what is "
+            "loaded: lape.fold(lape.from_pretrained(...)); or export it to .onnx or .pt2."
+        )
+    chosen = record.scheme
+    norm = next(name for name, kind in POSITION_NORMS.items() if kind is chosen.norm)
+    return {"join": chosen.join.name, "pe": chosen.embedding.name, "pe_norm": norm, "start": chosen.start.name}
+
+
+def made(config: Mapping[str, Any], where: str, **model_args: Any) -> nn.Module:
+    """Make the model that a configuration tells of, and more keywords, with initial weights."""
+    import timm
+    from timm.models import PretrainedCfg
+
+    try:
+        name, args = str(config["architecture"]), {**(config.get("model_args") or {}), **model_args}
+        choose(dict.fromkeys(timm.list_models()), name, "a model that timm knows")
+        if foreign := _FOREIGN & args.keys():
+            raise UsageError(f"{', '.join(sorted(foreign))} would open other files.")
+        if config.get("num_classes") is not None:
+            args.setdefault("num_classes", config["num_classes"])
+        said = {field.name for field in fields(PretrainedCfg)}
+        cfg = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in said}
+        if config.get("label_names"):
+            cfg["label_names"] = tuple(config["label_names"])
+        args["pretrained_cfg"] = cfg | {"architecture": name}
+        make = create_model if "join" in args else timm.create_model
+        return make(name, **args)
+    except (UsageError, KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise RunError(f"{where} describes a model that cannot be made here: {told}") from error
+
+
+# --- Saving and loading
+
+
+def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), **model_args: Any) -> Path:
+    """Write a model as a folder (config.json, model.safetensors, README.md), or as one .safetensors file.
+
+    What was written is loaded again and compared first: the same outputs for random images, to the last bit. Raises
+    UsageError for a model that does not come back so, naming the parameter; give then in `model_args` what it was made
+    with. Returns the path.
+    """
+    path = Path(path)
+    with TemporaryDirectory() as room:
+        parts = _written(model, Path(room), path.name, known, model_args)
+        single = path.suffix == ".safetensors"
+        (path.parent if single else path).mkdir(parents=True, exist_ok=True)
+        for part in parts if not single else [WEIGHTS]:
+            content = (Path(room) / part).read_bytes()
+            write(path if single else path / part, lambda file, content=content: file.write(content))
+    return path
+
+
+def _written(model: nn.Module, folder: Path, title: str, known: Known, args: Mapping[str, Any]) -> list[str]:
+    """Write a model into an empty folder, load it from there and compare."""
+    from safetensors.torch import save_file
+
+    config = described(model, known, **args)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    text = json.dumps(config, indent=1)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt", HEADER: text})
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card(config, title), encoding="utf-8")
+    try:
+        again = from_pretrained(folder)
+    except RunError as error:
+        told = str(error).replace(f"{folder / WEIGHTS}", "What was to be saved")
+        raise UsageError(
+            f"This model does not come back by its name and keywords: {told} If it was made with keywords that are not "
+            "recorded, give them: lape.save_pretrained(model, folder, depth=...)."
+        ) from error
+    original = copy.deepcopy(model).cpu().eval()
+    images = random_images(original, 2)
+    for ours, theirs in zip(outputs(original, images), outputs(again, images), strict=True):
+        if not torch.equal(ours, theirs):
+            raise UsageError(
+                "This model has the parameters that its name and keywords say, and computes something else with them "
+                "than they do. Something was changed after it was made; give the keyword that does it: "
+                "lape.save_pretrained(model, folder, act_layer=...)."
+            )
+    return [CONFIG, WEIGHTS, CARD]
+
+
+def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
+    """Return the model of a folder, of a .safetensors file or of a Hub repository (`user/name`, `user/name@revision`).
+
+    It is in evaluation mode, with its join, and in the number format of its weights; `model_args` are more keywords, as
+    dynamic_img_size=True. Nothing in the files is run. Raises RunError, naming it, for a source that is not there,
+    incomplete, or of another model than it says.
+    """
+    config, weights = _found(source)
+    if weights.suffix != ".safetensors":
+        raise RunError(f"{weights} is no .safetensors file. For weights alone there is lape.load_weights.")
+    tensors = opened(weights)
+    model = made(_config(config), str(config), **model_args)
+    floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    model = model.to(next(floating, torch.float32))
+    load(model, tensors, weights)
+    return model.eval()
+
+
+def _found(source: str | Path) -> tuple[Path, Path]:
+    """Return the paths of configuration and weights, fetched if need be."""
+    path = Path(source)
+    if path.is_file():
+        return path, path
+    if path.is_dir():
+        for name in (CONFIG, WEIGHTS):
+            if not (path / name).exists():
+                raise RunError(f"{path} has no {name}. Name a folder that lape.save_pretrained or timm wrote.")
+        return path / CONFIG, path / WEIGHTS
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
+        raise RunError(f"{source} does not exist. Name a folder, a .safetensors file, or a repository as user/name.")
+    repo, _, revision = str(source).partition("@")
+    hub: Any = import_module("huggingface_hub")
+    try:
+        config, weights = (hub.hf_hub_download(repo, name, revision=revision or None) for name in (CONFIG, WEIGHTS))
+    except Exception as error:  # the Hub's client and its network library raise kinds of their own
+        raise RunError(f"{source} is no folder here, and cannot be had from the Hub ({first_line(error)}).") from error
+    return Path(config), Path(weights)
+
+
+def _config(path: Path) -> Any:
+    """Read a configuration from its own file, or from the header of a weight file."""
+    try:
+        if path.suffix != ".safetensors":
+            return json.loads(path.read_text(encoding="utf-8"))
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except Exception as error:  # of the disk, of JSON, of safetensors
+        raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
+    if HEADER not in header:
+        raise RunError(
+            f"{path} holds weights and no configuration. Create the model, then lape.load_weights(model, path)."
+        )
+    return json.loads(header[HEADER])
+
+
+def push_to_hub(
+    model: nn.Module | str | Path,
+    repo_id: str,
+    known: Known = Known(),
+    private: bool = False,
+    token: str | None = None,
+    message: str = "Add model",
+    **model_args: Any,
+) -> str:
+    """Put a model, or a folder that `save_pretrained` wrote, into a repository of the Hub; returns its address.
+
+    The repository is made if there is none, and a README.md that it has stays. Raises RunError where the Hub refuses,
+    and UsageError as `save_pretrained` does.
+    """
+    hub: Any = import_module("huggingface_hub")
+    with TemporaryDirectory() as room:
+        folder = Path(room)
+        if isinstance(model, nn.Module):
+            _written(model, folder, repo_id.rpartition("/")[2], known, model_args)
+        else:
+            from_pretrained(folder := Path(model))  # refuses what would not come back
+        api = hub.HfApi(token=token, library_name="lape")
+        try:
+            address = api.create_repo(repo_id, private=private, exist_ok=True)
+            kept = [CARD] if api.file_exists(address.repo_id, CARD) else []
+            api.upload_folder(
+                repo_id=address.repo_id,
+                folder_path=folder,
+                allow_patterns=[CONFIG, WEIGHTS, CARD],
+                ignore_patterns=kept,
+                commit_message=message,
+            )
+        except Exception as error:  # the Hub's client and its network library raise kinds of their own
+            raise RunError(
+                f"The Hub did not take {repo_id} ({first_line(error)}). Log in with `hf auth login`, or give token=."
+            ) from error
+    return str(address)
+
+
+def card(config: Mapping[str, Any], title: str) -> str:
+    """Return the README.md of a saved model: what it is, what it reaches, how to load it."""
+    args, cfg = config["model_args"], config["pretrained_cfg"]
+    facts = {
+        "architecture": f"`{config['architecture']}`",
+        "position embedding": " · ".join(f"{name}={args[name]}" for name in JOINED if name in args)
+        or "the model's own",
+        "images": f"{'×'.join(map(str, cfg['input_size']))}, mean {cfg.get('mean')}, deviation {cfg.get('std')}",
+        "classes": str(config["num_classes"]),
+    }
+    names = config.get("label_names", [])
+    if names:
+        facts["classes"] += f": {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+    metrics = dict(config.get("metrics", {}))
+    on = metrics.pop("on", None)
+    facts |= {name: f"{value:.2f}{f' on {on}' if on else ''}" for name, value in metrics.items()}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return f"""---
+library_name: timm
+tags:
+- timm
+- lape
+- vision-transformer
+---
+# {title}
+
+A vision transformer whose position embedding is joined with its tokens as below; `lape` is layer-adaptive position
+embedding ([Yu et al., ICCV 2023](https://doi.org/10.1109/ICCV51070.2023.00541)).
+
+| | |
+| --- | --- |
+{rows}
+
+```python
+import lape
+
+model = lape.from_pretrained("USER/{title}")  # or this folder
+```
+
+After `import lape` timm knows the names that `lape models` lists, and loads them too:
+`timm.create_model("hf-hub:USER/{title}", pretrained=True)`.
+"""
+
+
+# --- Asking a model
+
+
+def random_images(model: nn.Module, count: int, size: tuple[int, int, int] | None = None) -> Tensor:
+    """Return images (count, C, H, W) of normal values from a fixed seed; nothing else said, of the model's size.
+
+    Raises UsageError for a model that does not tell its size.
+    """
+    shape: Any = size
+    if shape is None:
+        from timm.models import get_model_input_config
+
+        if not getattr(model, "pretrained_cfg", None):
+            raise UsageError(f"{type(model).__name__} does not tell the size of its images. Give input_size=(C, H, W).")
+        shape = get_model_input_config(model)["input_size"]
+    some = next(model.parameters())
+    made = torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))
+    return made.to(some.device, some.dtype)
+
+
+def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return every tensor of a model's output for images (B, C, H, W)."""
+    from lape.models.mask_rcnn import MaskRCNN
+
+    with torch.no_grad():
+        return list(_tensors(model(list(images) if isinstance(model, MaskRCNN) else images)))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an output of any form."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _tensors(part)
