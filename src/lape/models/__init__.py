@@ -133,9 +133,7 @@ def _build(name: str, family: Family) -> Build:
 def _refuse_another(asked: Mapping[str, str | None], saved: Mapping[str, str]) -> None:
     if asked != {name: saved.get(name) for name in asked}:
         theirs = ", ".join(f"{name}={saved.get(name)!r}" for name in asked)
-        raise UsageError(
-            f"These weights were trained with {theirs}. Leave join, pe, pe_norm and start out, or pretrained."
-        )
+        raise UsageError(f"These weights were trained with {theirs}. Leave out join, pe, pe_norm, start.")
 
 
 def _load_joined(model: Any, options: Mapping[str, Any]) -> None:
