@@ -386,7 +386,7 @@ def test_a_full_model_of_every_recipe_can_be_made():
 
 
 def test_whatever_decides_a_result_counts_as_changed() -> None:
-    recipe = recipes.load("cifar100/cct_7_3x1_32")
+    recipe = recipes.load("imagenet/swin_tiny_patch4_window7_224")
     own = recipe.experiment()
     yours = {"join", "seed", "weights", "accumulate", "grad_checkpointing", "compile"}
     for name, value in own.identity().items():
