@@ -13,11 +13,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lape.errors import RunError, UsageError
+    from lape.hosts import Block, Host
     from lape.surgery import apply, create_model, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
 # Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
 _ROOMS = {
+    "Block": "hosts",
+    "Host": "hosts",
     "RunError": "errors",
     "UsageError": "errors",
     "apply": "surgery",
@@ -30,6 +33,8 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Block",
+    "Host",
     "RunError",
     "UsageError",
     "apply",
