@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lape
 from lape.errors import UsageError
-from lape.hosts import HOSTS, TIMM, class_names
+from lape.hosts import HOSTS, TIMM, TRANSFORMERS_4, class_names
 from lape.surgery import positions
 
 # --- Every pre-norm VisionTransformer
@@ -292,13 +292,13 @@ def test_create_model_is_timms_with_a_join() -> None:
 
 
 def test_every_host_row_names_classes_that_exist() -> None:
-    for row in HOSTS:
+    for row in (row for row in HOSTS if row not in TRANSFORMERS_4):
         room, _, kind = row.model.rpartition(".")
         assert hasattr(__import__(room, fromlist=[kind]), kind)
         for block in row.block:
             room, _, kind = block.rpartition(".")
             assert hasattr(__import__(room, fromlist=[kind]), kind)
-        assert hasattr(__import__(row.filter, fromlist=["_"]), "checkpoint_filter_fn")
+        assert row.filter is None or hasattr(__import__(row.filter, fromlist=["_"]), "checkpoint_filter_fn")
     assert TIMM.model in class_names(host())
 
 

@@ -14,12 +14,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lape.errors import RunError, UsageError
     from lape.exporting import export
+    from lape.hosts import Block, Host
     from lape.hub import Known, from_pretrained, push_to_hub, save_pretrained
     from lape.surgery import apply, create_model, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
 # Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
 _ROOMS = {
+    "Block": "hosts",
+    "Host": "hosts",
     "Known": "hub",
     "RunError": "errors",
     "UsageError": "errors",
@@ -37,6 +40,8 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Block",
+    "Host",
     "Known",
     "RunError",
     "UsageError",

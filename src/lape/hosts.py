@@ -1,10 +1,12 @@
-"""The families of vision transformers that carry a join, one row each: where a family keeps what is operated on.
+"""The families of transformers that carry a join, one row each: where a family keeps what is operated on.
 
-No family's library is imported here: a model is recognised by the names of its classes.
+No family's library is imported here: a model is recognised by the names of its classes. A row for a class of one's own
+needs no more than paths: `lape.apply(model, host=Host(...))`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from lape.errors import UsageError
 from lape.method import Grid
 
 Resize = Callable[[Tensor, Grid, Grid, int], Tensor]  # table (1, rows, D), new grid, old grid, prefix rows
+
+RECORD = "lape_positions"  # where an operated model keeps its Positions
 
 
 def resize_as_timm(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
@@ -31,7 +35,7 @@ def _interpolated(table: Tensor, new: Grid, old: Grid, prefix: int, mode: str) -
 
 
 def resize_bicubic(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
-    """Bicubic without antialiasing (ViT-Adapter)."""
+    """Bicubic without antialiasing (ViT-Adapter, transformers)."""
     return table if new == old else _interpolated(table, new, old, prefix, "bicubic")
 
 
@@ -41,16 +45,30 @@ def resize_by_count(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
     return table if same else _interpolated(table, new, old, prefix, "bilinear")
 
 
+def cut(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
+    """The first rows for a shorter sequence; raises UsageError for a longer one, of whose end no row knows."""
+    if new == old:
+        return table
+    if new[1] > old[1]:
+        raise UsageError(
+            f"The position table is for {old[1]} tokens, and the input has {new[1]}. Give the longest length: "
+            f"lape.apply(model, grid=(1, {new[1]})), or take a sinusoid, pe='sinusoidal-1d'."
+        )
+    return table[:, : prefix + new[1]]
+
+
 @dataclass(frozen=True)
 class Block:
     """Where one kind of block normalises its tokens for attention.
 
     `norms` is the path of the norms whose output enters attention. Where the MLP reads that output too, `projection` is
-    the path of the linear layer that serves both; its last 3·D outputs are queries, keys and values.
+    the path of the linear layer that serves both; its last 3·D outputs are queries, keys and values. A class that can
+    be pre-norm or post-norm says which by its attribute `pre_norm`.
     """
 
     norms: str
     projection: str | None = None
+    pre_norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,28 +79,39 @@ class WindowBias:
     method: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Host:
-    """One family: the class it is known by, its blocks by class, and the paths of blocks, table and what handles it."""
+    """One family: the paths, from the model, of its blocks, of its table and of what handles it.
+
+    The method `add_table` of the module that holds the table runs on a view in which the table is what joins the
+    tokens, ω or zeros. Where no method reads a table, it is added `behind` one module or `before` another.
+    """
 
     name: str
-    model: str  # qualified class name
-    block: Mapping[str, Block]  # by qualified class name
+    # A parameter (1, rows, D) or (rows, D), which may be an nn.Embedding's weight; it need not be there.
     table: str
+    block: Block | Mapping[str, Block]  # of every block, or by qualified class name
+    model: str | None = None  # qualified class name; None is for a row that `lape.apply` is given
     width: str = "embed_dim"  # D, of the first stage
-    grid: str = "patch_embed.grid_size"  # (rows, columns) of patches that the table is for
+    # (rows, columns) of patches that the table is for; or the sizes of image and patch, each a number or a pair, where
+    # the input is images; None where only the user knows: lape.apply(model, grid=...).
+    grid: str | tuple[str, str] | None = "grid_size"
     # From the model to its stages, from a stage to its blocks, and to what takes tokens from the stage before to it.
     stages: str = ""
     blocks: str = "blocks.*"
     crossing: str | None = None
-    # The table is added by a method, which puts the prefix tokens before the patches too, or behind a module.
-    add_table: str | None = None
+    add_table: str = "forward"
+    resize_table: str | None = None  # a method that `add_table` has the table from where the input has another size
     behind: str | None = None
-    silent: Mapping[str, Any] = field(default_factory=dict)  # what `add_table` sees while it must add and drop nothing
-    table_dropout: str | None = None
+    before: str | None = None
+    gives_map: bool = False  # `add_table` is given patches (B, H, W, D) where they are not of the host's own grid
+    rotary: str | None = None  # makes the rotations for a grid, `get_embed(shape)`: they stay the host's own
     patch_dropout: str | None = None
-    prefix: str | None = None  # the number of prefix tokens
-    prefix_has_no_rows: str | None = None  # whether the table leaves the prefix tokens out
+    prefix: str | int = 0  # the number of prefix tokens, or the path to it
+    prefix_has_no_rows: str | bool = False  # whether the table leaves the prefix tokens out, or the path to that
+    sequence: bool = False  # N tokens in a row are of the grid (1, N)
+    batch_first: str | bool = True  # whether tokens are (B, N, D) and not (N, B, D), or the path to that
+    logits: str | None = None  # a block's keyword for what is added to its attention logits
     window_bias: WindowBias | None = None
     stream_is_normed: bool = False  # a norm stands on the residual stream itself
     resize: Resize = resize_as_timm
@@ -91,13 +120,54 @@ class Host:
     own_joined: str = "learnable"
     table_scale: float = 1.0  # how much wider than 0.02 its learnt table starts
     # Patterns of parameter names in the files of the family's first authors, and what stands for them here; then the
-    # module of timm whose `checkpoint_filter_fn` does the rest.
+    # module of timm whose `checkpoint_filter_fn` does the rest. Without one, files are the host's library's business.
     names: tuple[tuple[str, str], ...] = ()
-    filter: str = "timm.models.vision_transformer"
+    filter: str | None = None
+
+    @property
+    def holder(self) -> str:
+        """The path of the module that holds the table: an nn.Embedding's is the one that holds the Embedding."""
+        return self.table.removesuffix(".weight").rpartition(".")[0]
+
+    @property
+    def table_name(self) -> str:
+        """What that module calls the table, and a block its own."""
+        return self.table.removesuffix(".weight").rpartition(".")[2]
+
+
+def read(model: nn.Module, entry: Any) -> Any:
+    """Return what a row says: the value at a path from the model, or the value itself."""
+    return attrgetter(entry)(model) if isinstance(entry, str) else entry
+
+
+def table_of(model: nn.Module, host: Host) -> nn.Parameter | None:
+    """Return the model's table; None where it has none now."""
+    try:
+        return attrgetter(host.table)(model)
+    except AttributeError:
+        return None
+
+
+def pair(size: Any) -> Grid:
+    """Return a size as (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def grid_of(model: nn.Module, host: Host) -> Grid | None:
+    """Return the grid that a model is set to; None where it does not say."""
+    if isinstance(host.grid, tuple):
+        (height, width), (tall, wide) = (pair(read(model, path)) for path in host.grid)
+        return height // tall, width // wide
+    return None if host.grid is None else pair(read(model, host.grid))
 
 
 _VIT = "timm.models.vision_transformer"
+_EVA = "timm.models.eva"
 _SWIN = "timm.models.swin_transformer"
+_TORCHVISION = "torchvision.models.vision_transformer"
+_TORCH = "torch.nn.modules.transformer"
+_TRANSFORMERS = "transformers.models"
 
 # LaPE's authors (github.com/Ingrid725/LaPE) name an unshared table and the parts of a relative bias otherwise.
 _AUTHORS = (
@@ -116,13 +186,25 @@ TIMM = Host(
         f"{_VIT}.ParallelThingsBlock": Block("attns.*.norm"),
     },
     table="pos_embed",
+    grid="patch_embed.grid_size",
     add_table="_pos_embed",
-    silent={"dynamic_img_size": False, "pos_drop": nn.Identity()},
-    table_dropout="pos_drop",
+    gives_map=True,
     patch_dropout="patch_drop",
     prefix="num_prefix_tokens",
     prefix_has_no_rows="no_embed_class",
+    logits="attn_mask",
     names=_AUTHORS,
+    filter=_VIT,
+)
+
+EVA = replace(
+    TIMM,
+    name="timm Eva",
+    model=f"{_EVA}.Eva",
+    block={f"{_EVA}.EvaBlock": Block("norm1")},
+    rotary="rope",
+    names=(),
+    filter=_EVA,
 )
 
 SWIN = Host(
@@ -130,6 +212,7 @@ SWIN = Host(
     model=f"{_SWIN}.SwinTransformer",
     block={f"{_SWIN}.SwinTransformerBlock": Block("norm1")},
     table="absolute_pos_embed",
+    grid="patch_embed.grid_size",
     stages="layers.*",
     crossing="downsample",
     behind="patch_embed",
@@ -198,7 +281,98 @@ VIT_ADAPTER = replace(
 
 SEGMENTER = replace(TIMM, name="Segmenter", model="lape.models.segmenter.SegmenterViT", resize=resize_by_count)
 
-HOSTS = (T2T_VIT, CEIT, COMPACT, VIT_ADAPTER, SEGMENTER, TIMM, SWIN)  # the first that fits a class stands
+TORCHVISION = Host(
+    name="torchvision VisionTransformer",
+    model=f"{_TORCHVISION}.VisionTransformer",
+    block={f"{_TORCHVISION}.EncoderBlock": Block("ln_1")},
+    blocks="encoder.layers.*",
+    table="encoder.pos_embedding",
+    width="hidden_dim",
+    grid=("image_size", "patch_size"),
+    prefix=1,
+)
+
+# Version 5; version 4 has other paths, and other classes around its towers.
+_VIT_5 = Host(
+    name="transformers ViT",
+    model=f"{_TRANSFORMERS}.vit.modeling_vit.ViTModel",
+    block={f"{_TRANSFORMERS}.vit.modeling_vit.ViTLayer": Block("layernorm_before")},
+    blocks="layers.*",
+    table="embeddings.position_embeddings",
+    width="config.hidden_size",
+    grid=("config.image_size", "config.patch_size"),
+    resize_table="interpolate_pos_encoding",
+    prefix=1,
+    resize=resize_bicubic,
+)
+_DEIT_5 = replace(
+    _VIT_5,
+    name="transformers DeiT",
+    model=f"{_TRANSFORMERS}.deit.modeling_deit.DeiTModel",
+    block={f"{_TRANSFORMERS}.deit.modeling_deit.DeiTLayer": Block("layernorm_before")},
+    prefix=2,
+)
+_BEIT_5 = replace(
+    _VIT_5,
+    name="transformers BEiT",
+    model=f"{_TRANSFORMERS}.beit.modeling_beit.BeitModel",
+    block={f"{_TRANSFORMERS}.beit.modeling_beit.BeitLayer": Block("layernorm_before")},
+)
+# ω goes through the norm on its stream by default, as in the untouched model, and not where LaPE joins it.
+_CLIP_5 = replace(
+    _VIT_5,
+    name="transformers CLIP",
+    model=f"{_TRANSFORMERS}.clip.modeling_clip.CLIPVisionModel",
+    block={f"{_TRANSFORMERS}.clip.modeling_clip.CLIPEncoderLayer": Block("layer_norm1")},
+    blocks="encoder.layers.*",
+    table="embeddings.position_embedding.weight",
+    stream_is_normed=True,
+)
+_SIGLIP_5 = replace(
+    _CLIP_5,
+    name="transformers SigLIP",
+    model=f"{_TRANSFORMERS}.siglip.modeling_siglip.SiglipVisionModel",
+    block={f"{_TRANSFORMERS}.siglip.modeling_siglip.SiglipEncoderLayer": Block("layer_norm1")},
+    prefix=0,
+    stream_is_normed=False,
+)
+DINOV2 = replace(  # in versions 4 and 5
+    _VIT_5,
+    name="transformers DINOv2",
+    model=f"{_TRANSFORMERS}.dinov2.modeling_dinov2.Dinov2Model",
+    block={f"{_TRANSFORMERS}.dinov2.modeling_dinov2.Dinov2Layer": Block("norm1")},
+    blocks="encoder.layer.*",
+)
+TRANSFORMERS = (
+    *(_VIT_5, _DEIT_5, _BEIT_5, _CLIP_5, _SIGLIP_5, DINOV2),
+    replace(DINOV2, model=f"{_TRANSFORMERS}.dinov2.modeling_dinov2.Dinov2Backbone"),
+)
+TRANSFORMERS_4 = (
+    *(replace(host, blocks="encoder.layer.*") for host in (_VIT_5, _DEIT_5, _BEIT_5)),
+    replace(_CLIP_5, model=f"{_TRANSFORMERS}.clip.modeling_clip.CLIPVisionTransformer"),
+    replace(_SIGLIP_5, model=f"{_TRANSFORMERS}.siglip.modeling_siglip.SiglipVisionTransformer"),
+)
+
+# It has no table of its own, and adds none: it is given one for sequences up to a length.
+TORCH = Host(
+    name="torch.nn.TransformerEncoder",
+    model=f"{_TORCH}.TransformerEncoder",
+    block={f"{_TORCH}.TransformerEncoderLayer": Block("norm1", pre_norm="norm_first")},
+    blocks="layers.*",
+    table="pos_embed",
+    width="layers.0.self_attn.embed_dim",
+    grid=None,
+    before="",
+    sequence=True,
+    batch_first="layers.0.self_attn.batch_first",
+    resize=cut,
+)
+
+# The first that fits a class stands.
+HOSTS = (
+    *(T2T_VIT, CEIT, COMPACT, VIT_ADAPTER, SEGMENTER, TIMM, EVA, SWIN),
+    *(TORCHVISION, *TRANSFORMERS, *TRANSFORMERS_4, TORCH),
+)
 
 
 def class_names(model: nn.Module) -> set[str]:
@@ -207,12 +381,21 @@ def class_names(model: nn.Module) -> set[str]:
 
 
 def find(model: nn.Module) -> tuple[nn.Module, Host]:
-    """Return the vision transformer that `model` is, or the only one inside (timm's feature getters), and its row.
+    """Return the transformer that `model` is, or the only one inside, and its row.
 
     Raises UsageError, saying why, where there is none or more than one.
     """
-    rows = [(part, [host for host in HOSTS if host.model in class_names(part)]) for part in model.modules()]
-    found = [(part, fitting[0]) for part, fitting in rows if fitting]
+    found, unknown = [], []
+    for part in model.modules():
+        names = class_names(part)
+        rows = [host for host in HOSTS if host.model in names]
+        fitting = [host for host in rows if lacks(part, host) is None]
+        if RECORD in part.__dict__:
+            found.append((part, part.__dict__[RECORD].host))
+        elif fitting:
+            found.append((part, fitting[0]))
+        else:
+            unknown += [(part, host) for host in rows]
     if len(found) == 1:
         return found[0]
     what = type(model).__name__
@@ -221,8 +404,39 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
             f"A join is applied to one vision transformer at a time; {what} holds {len(found)}. "
             f"Call lape.apply on each of them."
         )
-    families = ", ".join(sorted(host.name for host in HOSTS))
-    raise UsageError(f"{what} cannot carry a join: {_reason(model)} lape.apply takes: {families}.")
+    if unknown:
+        part, host = unknown[-1]
+        raise UsageError(
+            f"{what} cannot carry a join: a {host.name} of this version has no {lacks(part, host)!r}. Use a version "
+            "that lape knows, or give the row of this one: lape.apply(model, host=lape.Host(...))."
+        )
+    families = ", ".join(sorted({host.name for host in HOSTS}))
+    raise UsageError(
+        f"{what} cannot carry a join: {_reason(model)} lape.apply takes: {families}; and a class of your own, with a "
+        "row of its paths: lape.apply(model, host=lape.Host(...))."
+    )
+
+
+def lacks(model: nn.Module, host: Host) -> str | None:
+    """Return the first path of a row that leads nowhere in a model."""
+    for path in (f"{host.stages}.{host.blocks}".strip("."), host.holder, host.behind, host.before):
+        try:
+            there = path is None or bool(parts(model, path))
+        except AttributeError:
+            there = False
+        if not there:
+            return path
+    entries = (host.width, host.prefix, host.prefix_has_no_rows, host.batch_first, host.rotary, host.patch_dropout)
+    grid = host.grid if isinstance(host.grid, tuple) else (host.grid,)
+    adds = host.behind is None and host.before is None
+    of_holder = [f"{host.holder}.{name}".strip(".") for name in (host.add_table, host.resize_table) if name and adds]
+    table = [host.table.removesuffix(".weight")] if adds else []
+    for path in (*entries, *grid, *of_holder, *table):
+        try:
+            read(model, path)
+        except AttributeError:
+            return str(path)
+    return None
 
 
 def _reason(model: nn.Module) -> str:
@@ -237,13 +451,19 @@ def _reason(model: nn.Module) -> str:
 def block_row(host: Host, block: nn.Module) -> Block:
     """Return the row of a block; raise UsageError where its kind cannot carry a join."""
     names = class_names(block)
-    for name, row in host.block.items():
-        if name in names:
+    rows = {None: host.block} if isinstance(host.block, Block) else host.block
+    for name, row in rows.items():
+        if (name is None or name in names) and (row.pre_norm is None or getattr(block, row.pre_norm)):
             return row
-    known = ", ".join(name.rpartition(".")[2] for name in host.block)
+    known = (
+        f"{name.rpartition('.')[2]}{f' with {row.pre_norm}=True' if row.pre_norm else ''}"
+        for name, row in rows.items()
+        if name
+    )
     raise UsageError(
-        f"{type(block).__name__} cannot carry a join: LaPE adds the position to what a norm hands to attention, and "
-        f"no norm is known to stand before this block's (a post-norm block has it behind). Blocks that can: {known}."
+        f"{type(block).__name__} cannot carry a join: LaPE adds the position to what a norm hands to attention, and no "
+        f"norm is known to stand before this block's (a post-norm block has it behind). Blocks that can: "
+        f"{', '.join(known)}."
     )
 
 

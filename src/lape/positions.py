@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lape.errors import UsageError
-from lape.hosts import Host, parts
+from lape.hosts import Host, grid_of, pair, parts, read, table_of
 from lape.method import Grid, PositionNorm, Rung, Scheme
 from lape.view import View
 
@@ -66,9 +66,12 @@ class Positions:
     What one forward hands over lives until the next, is no part of the model's state, and is left out of copies.
     """
 
-    def __init__(self, model: nn.Module, host: Host, scheme: Scheme) -> None:
+    def __init__(self, model: nn.Module, host: Host, scheme: Scheme, grid: Grid) -> None:
         self.model, self.host, self.scheme = model, host, scheme
-        self.grid = self.own_grid()  # that of the stored tables
+        self.grid = grid  # that of the stored tables
+        table = table_of(model, host)
+        self.had_table = hasattr(self.holder, host.table_name)
+        self.has_batch_axis = table is None or table.ndim == 3  # else the table is stored as (rows, D)
         self.put_aside: dict[str, nn.Parameter | None] = {}  # of the host, where another or nothing took their place
         self.handles: list[RemovableHandle] = []
         self.folded_for: tuple[Grid, ...] = ()
@@ -103,23 +106,36 @@ class Positions:
     @property
     def prefix(self) -> int:
         """The number of tokens before the patches."""
-        return getattr(self.model, self.host.prefix) if self.host.prefix else 0
+        return read(self.model, self.host.prefix)
 
     @property
     def prefix_rows(self) -> int:
         """The number of those that have a row in the table."""
-        without = self.host.prefix_has_no_rows is not None and getattr(self.model, self.host.prefix_has_no_rows)
-        return 0 if without else self.prefix
+        return 0 if read(self.model, self.host.prefix_has_no_rows) else self.prefix
 
     @property
     def width(self) -> int:
         """D, in the first stage."""
-        return getattr(self.model, self.host.width)
+        return read(self.model, self.host.width)
+
+    @property
+    def holder(self) -> nn.Module:
+        """The module that holds the table."""
+        return self.model.get_submodule(self.host.holder)
 
     def own_grid(self) -> Grid:
         """Return the grid of (rows, columns) that the model is set to."""
-        rows, columns = attrgetter(self.host.grid)(self.model)
-        return rows, columns
+        return grid_of(self.model, self.host) or self.grid
+
+    def stored(self, table: nn.Parameter | None) -> nn.Parameter | None:
+        """Return a table (1, rows, D) as the model stores its own."""
+        if table is None or self.has_batch_axis:
+            return table
+        return nn.Parameter(table.detach()[0], requires_grad=table.requires_grad)
+
+    def batched(self, table: nn.Parameter) -> nn.Parameter:
+        """Return the model's own table as (1, rows, D)."""
+        return table if self.has_batch_axis else nn.Parameter(table.detach()[None], requires_grad=table.requires_grad)
 
     # --- The ladder
 
@@ -147,10 +163,11 @@ class Positions:
         if join.table_per_layer:
             own = self.layers(self.grid)
             return [
-                self._resized(layer.block.get_parameter(self.host.table), layer.grid, stored.grid)
+                self._resized(layer.block.get_parameter(self.host.table_name), layer.grid, stored.grid)
                 for layer, stored in zip(layers, own, strict=True)
             ]
-        table = self.model.get_parameter(self.host.table)
+        table = self._own_table()
+        assert table is not None
         if kind.learns:
             table = self._resized(table, grid, self.grid)
         elif not same(grid, self.grid):
@@ -185,6 +202,10 @@ class Positions:
         return relative(table, grid, self.prefix, norm)
 
     def _folded(self, block: nn.Module, grid: Grid) -> Rung:
+        for rows, columns in self.folded_for if self.host.sequence else ():
+            if rows == grid[0] == 1 and columns > grid[1]:  # what is told of a token depends on its row alone
+                longer: Rung = block.pe_folded((rows, columns))  # pyright: ignore[reportCallIssue]
+                return Rung(*(part if part is None else part[:, : self.prefix + grid[1]] for part in longer))
         if grid not in self.folded_for:
             raise UsageError(
                 f"This model is folded for {', '.join(map(by, self.folded_for))} patches; the input has {by(grid)}. "
@@ -204,17 +225,69 @@ class Positions:
         )
         return ladder[0].residual if self.scheme.with_tokens else None
 
-    def embed(self, patches: Tensor) -> Tensor:
-        """Stand in for the host's adding of its table: patches (B, H·W, D) or (B, H, W, D) to tokens (B, N, D)."""
-        position = self.begin((patches.shape[1], patches.shape[2]) if patches.ndim == 4 else self.own_grid())
-        some = next(self.model.parameters())
-        silence = torch.zeros(1, 1, patches.shape[-1], dtype=some.dtype, device=patches.device)
-        view = View(self.model, {**self.host.silent, self.host.table: silence})
-        assert self.host.add_table is not None
-        tokens = getattr(type(self.model), self.host.add_table)(view, patches.flatten(1, -2))
-        if position is not None:
-            tokens = tokens + position
-        return getattr(self.model, self.host.table_dropout)(tokens) if self.host.table_dropout else tokens
+    def embed(self, *inputs: Any, **options: Any) -> Any:
+        """Stand in for the method that adds the host's table: to it the table is what joins the tokens, or zeros."""
+        host, holder = self.host, self.holder
+        given, *others = (*inputs, *options.values())
+        grid = self.grid_of(given)
+        joining = self.begin(grid)
+        if joining is None:
+            some = next(self.model.parameters())
+            rows = self.prefix_rows + grid[0] * grid[1]
+            joining = torch.zeros(1, 1, self.width, dtype=some.dtype, device=given.device).expand(1, rows, -1)
+        else:
+            joining = joining[:, self.prefix - self.prefix_rows :]
+        seen: dict[str, Any] = {host.table_name: joining if self.has_batch_axis else joining[0]}
+        if host.table.endswith(".weight"):
+            seen[host.table_name] = partial(F.embedding, weight=joining[0])
+        if host.resize_table is not None:
+            seen[host.resize_table] = partial(_constant, joining)
+        if host.gives_map and given.ndim == 4:
+            # Where the host would resize its table, it gets one of the right grid.
+            inputs = (given.flatten(1, 2), *others)
+            seen["dynamic_img_size"] = False
+            rotary = read(self.model, host.rotary)
+            if host.rotary is not None and rotary is not None:
+                seen[host.rotary] = View(rotary, {"get_embed": partial(_constant, rotary.get_embed(shape=grid))})
+        view = View(holder, seen)
+        output = getattr(type(holder), host.add_table)(view, *inputs, **options)
+        if not view.asked & {host.table_name, host.resize_table}:
+            raise UsageError(
+                f"{type(holder).__name__}.{host.add_table} does not read {host.table_name!r} itself: the table would "
+                f"be added elsewhere, in spite of join={self.scheme.join.name!r}. Name the method that reads it: "
+                "lape.Host(add_table=...)."
+            )
+        return output
+
+    def grid_of(self, given: Tensor) -> Grid:
+        """Return the grid of an input: of a sequence, of patches (B, H, W, D), of images (B, C, H, W), or the own."""
+        if self.host.sequence:
+            rows, columns = self.grid
+            tokens = given.shape[1 if self.host.before is None else self.tokens_axis(given)]
+            if rows != 1 and tokens != rows * columns:
+                raise UsageError(
+                    f"This model's positions are those of {by(self.grid)} patches, and the input has {tokens} tokens. "
+                    f"Apply with the grid of the input, or with grid=(1, {tokens}) for a sequence."
+                )
+            return rows, tokens // rows
+        if given.ndim == 4 and self.host.gives_map:
+            return given.shape[1], given.shape[2]
+        if given.ndim == 4 and isinstance(self.host.grid, tuple):
+            height, width = pair(read(self.model, self.host.grid[1]))
+            return given.shape[2] // height, given.shape[3] // width
+        return self.own_grid()
+
+    def tokens_axis(self, tokens: Tensor) -> int:
+        """Return the axis of tokens (B, N, D), (B, H, W, D), (N, B, D) or (N, D)."""
+        return 1 if tokens.ndim != 2 and read(self.model, self.host.batch_first) else 0
+
+    def laid_out(self, part: Tensor, tokens: Tensor) -> Tensor:
+        """Return a part (1, N, D) of a rung as tokens are: (B, N, D), (B, H, W, D), (N, B, D) or (N, D)."""
+        if tokens.ndim == 2:
+            return part[0]
+        if self.tokens_axis(tokens) == 0:
+            return part.transpose(0, 1)
+        return part.unflatten(1, tokens.shape[1:-1])
 
     def no_bias(self) -> Tensor:
         """Stand in for the method that makes a host's relative bias, where there is none: (1, 1, 1, 1)."""
@@ -223,16 +296,15 @@ class Positions:
     def _for_the_blocks(self, ladder: list[Rung]) -> list[Rung]:
         return [rung._replace(residual=None) for rung in ladder] if self.scheme.with_tokens else ladder
 
-    def drop_patches(self, tokens: Tensor) -> Tensor:
+    def drop_patches(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Stand in for the forward of the host's patch dropout, noting which patches of each image it keeps."""
-        from timm.layers.patch_dropout import patch_dropout_forward
+        from timm.layers.patch_dropout import PatchDropout, patch_dropout_forward
 
         assert self.host.patch_dropout is not None
         drop = getattr(self.model, self.host.patch_dropout)
-        tokens, self.forward.kept = patch_dropout_forward(
-            tokens, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training
-        )
-        return tokens
+        tokens, kept = patch_dropout_forward(tokens, drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training)
+        self.forward.kept = kept
+        return tokens if isinstance(drop, PatchDropout) else (tokens, kept)
 
     def rung(self, layer: int) -> Rung:
         """Return the rung of a layer in the running forward, without the rows that patch dropout took."""
@@ -266,10 +338,11 @@ class Positions:
     # --- What the host is asked about its parameters
 
     def no_weight_decay(self) -> set[str]:
-        """Return the host's own set, and the names of every table and PE norm."""
-        mine = {self.host.table, "pe_norm", BIAS_TABLE}
+        """Return the host's own set, where it has one, and the names of every table and PE norm."""
+        mine = {self.host.table_name, "pe_norm", BIAS_TABLE}
         named = {name for name, _ in self.model.named_parameters() if mine & set(name.split("."))}
-        return type(self.model).no_weight_decay(self.model) | named  # pyright: ignore[reportAttributeAccessIssue]
+        own: Any = getattr(type(self.model), "no_weight_decay", lambda _: set())
+        return own(self.model) | named
 
     def set_input_size(self, *sizes: Any, **named_sizes: Any) -> None:
         """Set the host to another input size: learnt tables are resized, fixed ones made anew.
@@ -296,13 +369,13 @@ class Positions:
             own = self._own_table()
             if own is not None and table is not None and not table.learns:
                 made = table.make(grid, self.prefix_rows, own.shape[-1])
-                place(self.model, self.host.table, nn.Parameter(made.to(own), requires_grad=False))
+                place(self.model, self.host.table, self.stored(nn.Parameter(made.to(own), requires_grad=False)))
             elif own is not None and self.host.behind is not None:  # the host does not know of it
-                place(self.model, self.host.table, nn.Parameter(self._resized(own, grid, self.grid)))
+                place(self.model, self.host.table, self.stored(nn.Parameter(self._resized(own, grid, self.grid))))
             for before, layer in zip(stored, self.layers(grid), strict=True):
                 if self.scheme.join.table_per_layer:
-                    resized = self._resized(before.block.get_parameter(self.host.table), layer.grid, before.grid)
-                    place(layer.block, self.host.table, nn.Parameter(resized))
+                    own = before.block.get_parameter(self.host.table_name)
+                    place(layer.block, self.host.table_name, nn.Parameter(self._resized(own, layer.grid, before.grid)))
                 if self.scheme.embedding.bias is not None and self.host.window_bias is None:
                     resized = resized_bias_table(before.block.get_parameter(BIAS_TABLE), self.grid, grid)
                     place(layer.block, BIAS_TABLE, nn.Parameter(resized))
@@ -312,8 +385,9 @@ class Positions:
                 self.put_aside[self.host.table] = nn.Parameter(resized, requires_grad=aside.requires_grad)
         self.grid = grid
 
-    def _own_table(self) -> nn.Parameter | None:
-        return getattr(self.model, self.host.table, None)
+    def _own_table(self) -> Tensor | None:
+        table = table_of(self.model, self.host)
+        return table if table is None or self.has_batch_axis else table[None]
 
     def train(self, mode: bool = True) -> nn.Module:
         """Stand in for the `train` of a folded model, which has nothing left to learn its positions with."""
@@ -340,6 +414,10 @@ class FoldedRung(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(self._buffers)
+
+
+def _constant(value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 def cross(merging: nn.Module, position: Tensor, grid: Grid) -> Tensor:

@@ -1,8 +1,9 @@
 """LaPE on a foreign vision transformer, in place: apply, remove, fold.
 
-The host's forward is left as it is. Its method that adds the table runs on a view of the model whose table is silent,
-and every block takes its rung by hooks: one on the block (residual, bias), one on the norm before its attention.
-Parameters keep the names that they have: the table stays `pos_embed`, the PE norm of block i is `blocks.{i}.pe_norm`.
+The host's forward is left as it is. Its method that adds the table runs on a view in which the table is what joins the
+tokens, or zeros, and every block takes its rung by hooks: one on the block (residual, bias), one on the norm before
+its attention. Parameters keep the names that they have: timm's table stays `pos_embed`, and the PE norm of its block i
+is `blocks.{i}.pe_norm`.
 """
 
 from collections.abc import Iterable
@@ -15,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.errors import UsageError, choose
-from lape.hosts import Host, block_row, find, parts
-from lape.method import JOINS, POSITION_EMBEDDINGS, Grid, PositionNorm, Rung, scheme
+from lape.hosts import RECORD, Host, block_row, find, grid_of, lacks, parts, read, table_of
+from lape.method import JOINS, POSITION_EMBEDDINGS, TABLES, Grid, PositionNorm, Rung, scheme
 from lape.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Layer, Positions, by, place
 
 Model = TypeVar("Model", bound=nn.Module)
-
-RECORD = "lape_positions"  # where an operated model keeps its Positions
 
 
 @dataclass
@@ -32,7 +31,27 @@ class _IntoEmbedding:
 
     def __call__(self, embedding: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> Tensor:
         position = self.positions.begin((patches.shape[1], patches.shape[2]))
-        return patches if position is None else patches + _as(position, patches)
+        return patches if position is None else patches + self.positions.laid_out(position, patches)
+
+
+@dataclass
+class _IntoSequence:
+    """Starts a forward before the module to whose input, a sequence, the table is added."""
+
+    positions: Positions
+
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens: Tensor = inputs[0] if inputs else next(iter(options.values()))
+        if tokens.is_nested:
+            raise UsageError("A nested tensor has no grid. Give a padded one, with src_key_padding_mask.")
+        position = self.positions.begin(self.positions.grid_of(tokens))
+        if position is not None:
+            tokens = tokens + self.positions.laid_out(position, tokens)
+        if inputs:
+            return (tokens, *inputs[1:]), options
+        return inputs, options | {next(iter(options)): tokens}
 
 
 @dataclass
@@ -48,12 +67,14 @@ class _IntoBlock:
         tokens, *others = inputs
         residual, _, bias = self.positions.rung(self.layer)
         if residual is not None:
-            tokens = tokens + _as(residual, tokens)
+            tokens = tokens + self.positions.laid_out(residual, tokens)
         if bias is not None:
-            mask = options.get("attn_mask")
+            name = self.positions.host.logits
+            assert name is not None
+            mask = options.get(name)
             if mask is not None:
                 bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-            options = options | {"attn_mask": bias.to(tokens.dtype)}
+            options = options | {name: bias.to(tokens.dtype)}
         return (tokens, *others), options
 
 
@@ -70,7 +91,7 @@ class _IntoAttention:
             return output
         # LayerNorm's backward does not read its output, so the sum may take its place: an eighth of the time of a new
         # tensor (tokens of 16 images at DeiT-Ti's width, two CPU cores). Another norm may hand out its input.
-        attention = _as(attention, output)
+        attention = self.positions.laid_out(attention, output)
         return output.add_(attention) if isinstance(norm, nn.LayerNorm) else output + attention
 
 
@@ -87,13 +108,15 @@ class _IntoProjection(_IntoAttention):
         return output + F.pad(projected, (output.shape[-1] - width, 0))
 
 
-def _as(rung: Tensor, tokens: Tensor) -> Tensor:
-    """Return a rung (1, N, D) as tokens are laid out: (B, N, D), or (B, H, W, D)."""
-    return rung.unflatten(1, tokens.shape[1:-1])
-
-
 def apply(
-    model: Model, join: str = "lape", pe: str | None = None, pe_norm: str = "layernorm", start: str = "fresh"
+    model: Model,
+    join: str = "lape",
+    pe: str | None = None,
+    pe_norm: str = "layernorm",
+    start: str = "fresh",
+    *,
+    host: Host | None = None,
+    grid: Grid | None = None,
 ) -> Model:
     """Join the position embedding of a pre-norm vision transformer with its tokens in another way, in place.
 
@@ -101,28 +124,26 @@ def apply(
     `pe` replaces the table; without it the model keeps its own. `pe_norm` is what stands in for LN_ω (Table 8). With
     `start="preserve"` the model computes at first what it did before: ω stays in the stream, and MSA is fed
     LN_x|l(x_l) + s_l·p_l, s_l learnt from 0 on (not in the paper).
-    Returns the model. Raises UsageError for a model, a name or a combination that cannot be.
+    `host` describes a model of a class of your own; `grid` is the (rows, columns) of tokens of a model that does not
+    say it, (1, longest length) for sequences. Returns the model. Raises UsageError for a model, a name or a combination
+    that cannot be.
     """
-    vit, host = find(model)
+    vit, host = find(model) if host is None else _described(model, host)
     if RECORD in vit.__dict__:
         record = positions(vit).scheme
         raise UsageError(
             f"A join is applied once: this model has join={record.join.name!r}. Call lape.remove(model) first."
         )
-    table: nn.Parameter | None = getattr(vit, host.table, None)
-    chosen = scheme(join, pe or _own(host, table, join), pe_norm, start)
-    own = _own(host, table, "default")
+    table = table_of(vit, host)
+    chosen = scheme(join, pe or _own(vit, host, join), pe_norm, start)
+    own = _own(vit, host, "default")
     if chosen.start.preserves and (table is None or chosen.embedding.name != own):
         raise UsageError(
             f"start={start!r} keeps what the model computes with its own position embedding, {own}; "
             f"{chosen.embedding.name} would be another. Leave pe or start out."
         )
-    if host.window_bias is not None and chosen.embedding.bias is not None and chosen.embedding.bias.normed:
-        raise UsageError(
-            f"pe={chosen.embedding.name!r} normalises a bias over the whole grid, and a {host.name} has one in each "
-            f"window. Use pe={chosen.embedding.name.replace('-layernorm', '')!r}."
-        )
-    record = Positions(vit, host, chosen)
+    record = Positions(vit, host, chosen, _grid(vit, host, grid))
+    _refuse(record)
     rows = [block_row(host, block) for block in record.blocks]
     _build(record, table)
     for layer, (block, row) in enumerate(zip(record.blocks, rows, strict=True)):
@@ -134,17 +155,92 @@ def apply(
         biased = chosen.embedding.bias is not None and host.window_bias is None
         if not (chosen.join.normed or chosen.join.with_tokens) or biased:
             record.handles.append(block.register_forward_pre_hook(_IntoBlock(record, layer), with_kwargs=True))
-    # Bound methods, because copies and pickles of a model rebind them to the copy.
-    vit.__dict__[RECORD] = record
-    if host.add_table is not None:
-        vit.__dict__[host.add_table] = record.embed
     if host.behind is not None:
         record.handles.append(vit.get_submodule(host.behind).register_forward_hook(_IntoEmbedding(record)))
-    vit.__dict__["no_weight_decay"] = record.no_weight_decay
-    vit.__dict__["set_input_size"] = record.set_input_size
-    if host.patch_dropout is not None and not isinstance(getattr(vit, host.patch_dropout), nn.Identity):
-        getattr(vit, host.patch_dropout).forward = record.drop_patches
+    if host.before is not None:
+        before = vit.get_submodule(host.before)
+        record.handles.append(before.register_forward_pre_hook(_IntoSequence(record), with_kwargs=True))
+    vit.__dict__[RECORD] = record
+    for part, name, method in _replaced(record):
+        part.__dict__[name] = method
     return model
+
+
+def _replaced(record: Positions) -> list[tuple[nn.Module, str, Any]]:
+    """What stands in an operated model for methods of its class.
+
+    Bound methods, because copies and pickles of a model rebind them to the copy.
+    """
+    vit, host = record.model, record.host
+    replaced: list[tuple[nn.Module, str, Any]] = [(vit, "no_weight_decay", record.no_weight_decay)]
+    if host.behind is None and host.before is None:
+        replaced.append((record.holder, host.add_table, record.embed))
+    if hasattr(type(vit), "set_input_size"):
+        replaced.append((vit, "set_input_size", record.set_input_size))
+    dropout = read(vit, host.patch_dropout)
+    if dropout is not None and not isinstance(dropout, nn.Identity):
+        replaced.append((dropout, "forward", record.drop_patches))
+    return replaced
+
+
+def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
+    """Return a model with the row that its user gave; raise UsageError where a path of it leads nowhere."""
+    missing = lacks(model, host)
+    if missing is not None:
+        raise UsageError(
+            f"The row of {host.name!r} names {missing!r}, and {type(model).__name__} has nothing there. A row's paths "
+            "begin at the model that lape.apply is given."
+        )
+    for block in parts(model, f"{host.stages}.{host.blocks}".strip(".")):
+        try:
+            parts(block, block_row(host, block).norms)
+        except AttributeError as error:
+            raise UsageError(
+                f"The row of {host.name!r} names {block_row(host, block).norms!r} as the norm before attention, and "
+                f"{type(block).__name__} has nothing there. Give lape.Block the path from the block to that norm."
+            ) from error
+    return model, host
+
+
+def _grid(vit: nn.Module, host: Host, given: Grid | None) -> Grid:
+    """Return the grid of a model's table."""
+    own = grid_of(vit, host)
+    if own is not None and given is not None and own != tuple(given):
+        raise UsageError(f"This model says that its grid is {by(own)}, and grid={given} is another. Leave grid out.")
+    if own is None and given is None:
+        raise UsageError(
+            f"A {host.name} does not say how many tokens it is for. Give the (rows, columns) of its tokens: "
+            "lape.apply(model, grid=(1, 512)) for sequences of at most 512."
+        )
+    rows, columns = own or given  # pyright: ignore[reportGeneralTypeIssues]
+    return rows, columns
+
+
+def _refuse(record: Positions) -> None:
+    """Raise UsageError for a position embedding that means nothing to the host."""
+    host, embedding = record.host, record.scheme.embedding
+    if host.window_bias is not None and embedding.bias is not None and embedding.bias.normed:
+        raise UsageError(
+            f"pe={embedding.name!r} normalises a bias over the whole grid, and a {host.name} has one in each "
+            f"window. Use pe={embedding.name.replace('-layernorm', '')!r}."
+        )
+    if embedding.bias is not None and host.window_bias is None and host.logits is None:
+        raise UsageError(
+            f"pe={embedding.name!r} is added to attention logits, and the blocks of a {host.name} take nothing to add "
+            "there. Use a table alone, as pe='learnable'."
+        )
+    if host.sequence and record.grid[0] == 1 and embedding.table is TABLES["sinusoidal-2d"]:
+        raise UsageError(
+            f"pe={embedding.name!r} tells rows from columns, and a sequence has one row. Use pe='sinusoidal-1d'."
+        )
+    table = table_of(record.model, host)
+    rows = record.prefix_rows + record.grid[0] * record.grid[1]
+    if table is not None and table.shape[-2:] != (rows, record.width):
+        raise UsageError(
+            f"The table of a {host.name} is {tuple(table.shape)}; {record.prefix_rows} prefix tokens and "
+            f"{by(record.grid)} patches of width {record.width} would have ({rows}, {record.width}). Mend the row: "
+            "prefix, grid or width."
+        )
 
 
 def joins_of(model: nn.Module) -> tuple[str, ...]:
@@ -153,16 +249,22 @@ def joins_of(model: nn.Module) -> tuple[str, ...]:
     found = []
     for join in JOINS:
         with suppress(UsageError):
-            scheme(join, _own(host, getattr(vit, host.table, None), join))
+            scheme(join, _own(vit, host, join))
             found.append(join)
     return tuple(found)
 
 
-def _own(host: Host, table: nn.Parameter | None, join: str) -> str:
+def _own(vit: nn.Module, host: Host, join: str) -> str:
     """Return the position embedding that a host keeps under a join."""
-    if table is None and host.window_bias is None:
-        return "none"
-    return host.own if join in JOINS and JOINS[join].with_tokens else host.own_joined
+    with_tokens = join in JOINS and JOINS[join].with_tokens
+    if table_of(vit, host) is not None or host.window_bias is not None:
+        return host.own if with_tokens else host.own_joined
+    if not with_tokens and read(vit, host.rotary) is not None:
+        raise UsageError(
+            f"The positions of this {type(vit).__name__} are rotations inside attention (RoPE), and it has no table to "
+            "join. Give it one beside them: pe='learnable'."
+        )
+    return "none"
 
 
 def create_model(
@@ -220,10 +322,12 @@ def _build_tables(record: Positions, own: nn.Parameter | None, layers: list[Laye
     if kept is not None and not join.table_per_layer:
         return
     record.put_aside[host.table] = own
-    setattr(vit, host.table, None if join.table_per_layer else made(record.grid, record.width))
+    place(vit, host.table, None if join.table_per_layer else record.stored(made(record.grid, record.width)))
     for number, (layer, width) in enumerate(zip(layers, widths, strict=True) if join.table_per_layer else ()):
-        fresh = made(layer.grid, width) if number or kept is None else nn.Parameter(kept.detach().clone())
-        setattr(layer.block, host.table, fresh)
+        fresh = (
+            made(layer.grid, width) if number or kept is None else record.batched(nn.Parameter(kept.detach().clone()))
+        )
+        setattr(layer.block, host.table_name, fresh)
 
 
 def _build_biases(record: Positions) -> None:
@@ -279,17 +383,16 @@ def remove(model: Model) -> Model:
     for name, own in record.put_aside.items():
         given_back = None if own is None else nn.Parameter(own.to(some.device), requires_grad=own.requires_grad)
         place(vit, name, given_back)
-    if host.behind is not None:
-        delattr(vit, host.table)  # it had no such attribute
+    if not record.had_table:
+        delattr(record.holder, host.table_name)
     for handle in record.handles:
         handle.remove()
-    for name in {RECORD, host.add_table, "no_weight_decay", "set_input_size"} - {None}:
-        del vit.__dict__[name]
+    for part, name, _ in _replaced(record):
+        del part.__dict__[name]
+    del vit.__dict__[RECORD]
     if host.window_bias is not None:
         for _, attention in _attentions(record):
             attention.__dict__.pop(host.window_bias.method, None)
-    if host.patch_dropout is not None:
-        getattr(vit, host.patch_dropout).__dict__.pop("forward", None)
     return model
 
 
@@ -298,8 +401,9 @@ def _take_out(record: Positions) -> None:
     for part in (*record.blocks, *record.crossings):
         part._modules.pop("pe_norm", None)
         part._modules.pop(BIAS_OWN, None)
-        part._parameters.pop(record.host.table, None)
         part._parameters.pop(BIAS_TABLE, None)
+        if record.scheme.join.table_per_layer:
+            part._parameters.pop(record.host.table_name, None)
 
 
 def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
@@ -316,7 +420,7 @@ def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
     with torch.no_grad():
         ladders = {grid: record.ladder(grid) for grid in chosen}
     _take_out(record)
-    setattr(vit, record.host.table, None)
+    place(vit, record.host.table, None)
     for layer, block in enumerate(record.blocks):
         block.add_module("pe_folded", FoldedRung({grid: ladder[layer] for grid, ladder in ladders.items()}))
     record.folded_for = chosen

@@ -7,10 +7,17 @@ from torch import nn
 
 
 class View:
-    """`module` with `replaced` in place of what it has under those names; the module itself is left as it is."""
+    """`module` with `replaced` in place of what it has under those names; the module itself is left as it is.
+
+    `asked` are those of the names that were read.
+    """
 
     def __init__(self, module: nn.Module, replaced: Mapping[str, Any]) -> None:
         self._module, self._replaced = module, replaced
+        self.asked: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
-        return self._replaced[name] if name in self._replaced else getattr(self._module, name)
+        if name not in self._replaced:
+            return getattr(self._module, name)
+        self.asked.add(name)
+        return self._replaced[name]

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
-from operator import attrgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.errors import RunError, first_line
-from lape.hosts import Host, find
+from lape.errors import RunError, UsageError, first_line
+from lape.hosts import RECORD, Host, find, grid_of
+from lape.hosts import read as read_entry
 from lape.method import POSITION_EMBEDDINGS, Grid
 from lape.positions import BIAS_TABLE, Positions, resized_bias_table
-from lape.surgery import RECORD
 from lape.view import View
 
 Weights = dict[str, Tensor]
@@ -110,9 +109,10 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     """Return weights under a model's own names and sizes, from its family's first authors', LaPE's authors' or timm's.
 
     Tables are resized to the model's grid by its host's rule; one of as many patches is taken as it is. Raises RunError
-    where a file's table cannot be made the model's.
+    where a file's table cannot be made the model's, and UsageError for a model of a library that reads its own files.
     """
-    vit, host = find(model)
+    vit, host = _of_files(model)
+    assert host.filter is not None
     path = _path(model, vit)
     if path and any(name.startswith(path) for name in weights):  # of the whole that the transformer is a part of
         inside = {name.removeprefix(path): value for name, value in weights.items() if name.startswith(path)}
@@ -126,6 +126,17 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in signature(given).parameters else {}
     found = given(named, View(vit, {host.table: None}), **options) | patches
     return found | dict(_fitted_tables(found, vit, host))
+
+
+def _of_files(model: nn.Module) -> tuple[nn.Module, Host]:
+    vit, host = find(model)
+    if host.filter is None:
+        raise UsageError(
+            f"Files are converted for models of timm and of this project, and this is a {host.name}. Its parameters "
+            "keep their names: load it by its own library before lape.apply, or by model.load_state_dict(weights, "
+            "strict=False), which then misses what lape.apply added and nothing else."
+        )
+    return vit, host
 
 
 def _path(model: nn.Module, vit: nn.Module) -> str:
@@ -147,10 +158,11 @@ def renamed(weights: Mapping[str, Tensor], patterns: Iterable[tuple[str, str]]) 
 def _fitted_tables(found: Weights, vit: nn.Module, host: Host) -> Iterator[tuple[str, Tensor]]:
     """Yield those of a file's tables that the model has too, as it has them."""
     record: Positions | None = vit.__dict__.get(RECORD)
-    grid: Grid = attrgetter(host.grid)(vit)
+    grid = grid_of(vit, host)
+    assert grid is not None
     places = {part: name for name, part in vit.named_modules()}
     grids = {places[layer.block]: layer.grid for layer in record.layers(grid)} if record else {}
-    brought = sum(found[name].numel() for name in _PREFIX_TOKENS if name in found) // getattr(vit, host.width)
+    brought = sum(found[name].numel() for name in _PREFIX_TOKENS if name in found) // read_entry(vit, host.width)
     for name, own in vit.named_parameters():
         place, _, kind = name.rpartition(".")
         if name in found and kind == host.table:
@@ -182,7 +194,7 @@ def _fitted(
                 "Use pe='learnable'."
             )
         return table if same else own.detach()  # a fixed table is made for the grid, not resized
-    tokens = getattr(vit, host.prefix) if host.prefix else 0
+    tokens = read_entry(vit, host.prefix)
     if rows == own.shape[1] and brought in (0, tokens):
         return table
     # A table may leave the prefix tokens out, and a file that brings none may still have the class token's row.
@@ -219,7 +231,7 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     RunError naming what does not fit.
     """
     where = str(source) if isinstance(source, str | Path) else "The state dict"
-    vit, _ = find(model)
+    vit, _ = _of_files(model)
     weights = _converted(read(source) if isinstance(source, str | Path) else source, vit, where)
     missing = _compared(weights, vit.state_dict(), _OF_A_JOIN, where)
     vit.load_state_dict(weights, strict=False)
@@ -238,13 +250,13 @@ def load_backbone(model: nn.Module, source: str | Path | Mapping[str, Any]) -> S
     lacks, in a head of other classes and in all other parts but those that a checkpoint of the whole model brings.
     Returns what was loaded and what was not. Raises RunError, the model untouched, naming what does not fit.
     """
+    vit, host = _of_files(model)
     weights, where = _pretrained(source)
-    vit, host = find(model)
     path, own = _path(model, vit), model.state_dict()
     weights = _converted(weights, model, where)
     alone = "" if any(name.startswith(path) for name in weights) else path  # of the transformer alone
     weights = {f"{alone}{name}": value for name, value in weights.items()}
-    roots = {place.partition(".")[0] for place in (host.grid, host.stages or host.blocks)}
+    roots = {str(place).partition(".")[0] for place in (host.grid, host.stages or host.blocks)}
 
     def core(tensors: Mapping[str, Tensor]) -> Weights:
         inside = {name.removeprefix(path): value for name, value in tensors.items() if name.startswith(path)}
