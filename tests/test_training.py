@@ -424,10 +424,10 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, monkeypatch, name,
 def test_a_disk_that_is_full_in_the_middle_of_a_write(tmp_path):
     """torch's writer turns the error of the file into others of its own."""
     path = tmp_path / "last.pt"
-    checkpoints.save(path, {"experiment": {}, "model": {"a": torch.ones(3)}})
+    checkpoints.save(path, {"experiment": {}, "set": {}, "model": {"a": torch.ones(3)}})
     (tmp_path / ".last.pt.part").symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"No space left on device\); the one before it is whole"):
-        checkpoints.save(path, {"experiment": {}, "model": {"a": torch.ones(100_000)}})
+        checkpoints.save(path, {"experiment": {}, "set": {}, "model": {"a": torch.ones(100_000)}})
     assert torch.equal(checkpoints.read(path)["model"]["a"], torch.ones(3))
 
 
