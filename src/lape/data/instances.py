@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lape.data.sources import opened
+from lape.data.sources import PictureSplit, opened
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -42,30 +42,11 @@ class Instances:
     crowd: Tensor
 
 
-class InstanceSplit(Protocol):
+class InstanceSplit(PictureSplit, Protocol):
     """Pictures and their objects, in any form."""
-
-    @property
-    def name(self) -> str:
-        """What a person calls the split."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def title(self, index: int) -> str:
-        """What a person finds picture `index` by."""
-        ...
-
-    def picture(self, index: int) -> Image.Image:
-        """Return picture `index`, RGB; raises RunError naming a file that cannot be read."""
-        ...
 
     def instances(self, index: int) -> Instances:
         """Return the objects of picture `index`."""
-        ...
-
-    def check(self, index: int) -> None:
-        """Open the files of picture `index` wholly; raises RunError naming what is wrong with them."""
         ...
 
 

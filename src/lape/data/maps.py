@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lape.data.sources import opened
+from lape.data.sources import PictureSplit, opened
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -33,30 +33,11 @@ CROPPED = Dense(
 )
 
 
-class MapSplit(Protocol):
+class MapSplit(PictureSplit, Protocol):
     """Pictures and the class of each of their pixels, in any form."""
-
-    @property
-    def name(self) -> str:
-        """What a person calls the split."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def title(self, index: int) -> str:
-        """What a person finds picture `index` by."""
-        ...
-
-    def picture(self, index: int) -> Image.Image:
-        """Return picture `index`, RGB; raises RunError naming a file that cannot be read."""
-        ...
 
     def map(self, index: int) -> Tensor:
         """Return the class of every pixel of picture `index` (H, W), int64 from 0, or IGNORED."""
-        ...
-
-    def check(self, index: int) -> None:
-        """Open the files of picture `index` wholly; raises RunError naming what is wrong with them."""
         ...
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,29 @@ def opened(path: Path) -> Generator[Image.Image, None, None]:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RunError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
+
+
+class PictureSplit(Protocol):
+    """Pictures with something to be found in each, in any form."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls the split."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def title(self, index: int) -> str:
+        """What a person finds picture `index` by."""
+        ...
+
+    def picture(self, index: int) -> Image.Image:
+        """Return picture `index`, RGB; raises RunError naming a file that cannot be read."""
+        ...
+
+    def check(self, index: int) -> None:
+        """Open the files of picture `index` wholly; raises RunError naming what is wrong with them."""
+        ...
 
 
 @dataclass(frozen=True)
