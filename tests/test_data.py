@@ -47,6 +47,24 @@ def image_folder(root, classes=("cat", "dog"), train=4, val=2, held_out="val"):
     return root
 
 
+def test_some_images_are_the_same_ones_for_every_seed_and_keep_their_labels(tmp_path):
+    root = image_folder(tmp_path, train=6)
+    whole = sources.find(str(root)).train
+    few = [sources.of(Experiment(data=str(root), train_images=5, seed=seed)).train for seed in (0, 1)]
+    assert few[0].pictures == few[1].pictures
+    assert len(set(few[0].pictures)) == len(few[0]) == 5
+    assert set(few[0].labels.tolist()) == {0, 1}
+    known = dict(zip(whole.pictures, whole.labels.tolist(), strict=True))
+    assert [known[path] for path in few[0].pictures] == few[0].labels.tolist()
+    digits, some = sources.find("digits"), sources.of(Experiment(data="digits", train_images=1000))
+    assert some.train.pictures.shape == (1000, 1, 8, 8)
+    assert some.validation.labels.equal(digits.validation.labels)
+    places = [int((digits.train.pictures == one).all(dim=(1, 2, 3)).nonzero()[0]) for one in some.train.pictures[:50]]
+    assert digits.train.labels[places].equal(some.train.labels[:50])
+    with pytest.raises(UsageError, match="There are 1198 images for training, and train_images is 1199"):
+        sources.of(Experiment(data="digits", train_images=1199))
+
+
 def whole_epoch(images, order, epoch=0, workers=0, process=0, first=None):
     start = epoch * order.steps if first is None else first
     return list(load(images, Shares(order, process, start, (epoch + 1) * order.steps), workers, pin=False))

@@ -469,5 +469,7 @@ def test_every_setting_of_pictures_is_taken_or_refused(kind: Any, tmp_path: Path
 def test_a_classifier_and_a_dense_setting_are_refused_for_each_others_sets(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has a class for each image"):
         train(Experiment(model="segmenter_nano_patch8"), tmp_path / "run")
+    with pytest.raises(UsageError, match="train_images 3 means nothing for"):
+        train(Experiment(data="shapes-segmentation", model="segmenter_nano_patch8", train_images=3), tmp_path / "run")
     with pytest.raises(UsageError, match=r"class_cap 0\.5 means nothing for"):
         train(Experiment(class_cap=0.5), tmp_path / "run")

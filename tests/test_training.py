@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import json
 import math
 import os
@@ -192,6 +193,7 @@ def test_what_decides_the_result_is_the_identity():
     other = [replace(TINY, seed=1), replace(TINY, lr=1.0), replace(TINY, join="default"), replace(TINY, mixup=0.1)]
     assert {e.fingerprint() for e in same} == {TINY.fingerprint()}
     assert len({e.fingerprint() for e in [TINY, *other]}) == 5
+    assert Experiment().fingerprint() == hashlib.sha256(b"{}").hexdigest()[:16]  # a setting to come changes no name
     again = Experiment.of(json.loads(json.dumps(replace(TINY, betas=(0.9, 0.95), data_dir=Path("x")).settings())))
     assert again == replace(TINY, betas=(0.9, 0.95), data_dir=Path("x"))
     with_names = replace(TINY, also_decay=("pos_embed",), repeats=3, batched=True)

@@ -160,7 +160,7 @@ def compare(
 
     Raises UsageError for a request that means nothing, RunError for a `result.json` that cannot be read.
     """
-    from lape.data.sources import find
+    from lape.data import sources
 
     todo = plans(base, joins, pes, seeds, out)
     if base.devices not in (1, "auto") or base.nodes != 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -168,7 +168,7 @@ def compare(
             f"compare trains each run on one device, several runs at once; devices={base.devices}, nodes={base.nodes} "
             "was received. Leave devices and nodes at 1, start it without torchrun, and set jobs."
         )
-    source = find(base.data, base.data_dir)  # once, before several processes would download the same files
+    source = sources.of(base)  # once, before several processes would download the same files
     results = {plan.combination: _kept(plan) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}
     todo = tuple(plan for plan in todo if plan.combination not in results)

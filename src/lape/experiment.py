@@ -196,6 +196,7 @@ class Subject:
         recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings stand where none are typed.
         data: digits, fashion-mnist, cifar10, cifar100, shapes-detection, shapes-segmentation, or a folder: train/ and
             val/ with a folder for each class, or COCO's layout, or ADE20K's. Beside a recipe: the folder of its set.
+        train_images: Train on this many images alone, drawn once: the same ones for every seed; nothing: all.
         img_size: Side of the images as the model sees them; nothing: the set's own, for a folder the model's.
         model: One that lape models lists, as vit_nano_patch4_32, or a VisionTransformer of timm's.
         model_args: More keywords for timm.create_model.
@@ -211,6 +212,7 @@ class Subject:
 
     recipe: str | None = None
     data: str = "digits"
+    train_images: int | None = None
     img_size: int | None = None
     model: str = "vit_nano_patch2_8"
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -240,6 +242,7 @@ LEAST = {
     "devices": 1,
     "nodes": 1,
     "workers": 0,
+    "train_images": 1,
     "img_size": 1,
     "short_side": 1,
     "long_side": 1,
@@ -290,8 +293,10 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
         return {name: value for name, value in self.settings().items() if name not in place}
 
     def fingerprint(self) -> str:
-        """A short name of the identity, the same in every process."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+        """A short name of what is not as by default, the same in every process, and where settings are added later."""
+        usual = type(self)().identity()
+        chosen = {name: value for name, value in self.identity().items() if value != usual[name]}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
 SECTIONS = (Subject, Augmentation, Dense, Optimisation, Place)

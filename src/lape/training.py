@@ -23,9 +23,8 @@ from torch.utils.data import Dataset, Sampler
 from lape.assembly import launch, optimizer_of, schedule_of
 from lape.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, refuse_other, save, write_json
 from lape.curves import Curves
-from lape.data import pipeline
+from lape.data import pipeline, sources
 from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
-from lape.data.sources import find
 from lape.errors import RunError, UsageError
 from lape.evaluation import evaluate
 from lape.experiment import Experiment
@@ -106,7 +105,7 @@ class Run:
 
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
-            self.source = find(experiment.data, experiment.data_dir)
+            self.source = sources.of(experiment)
         self.work: Any = work_of(experiment, self.source)
         self.order = Order(
             experiment.seed,

@@ -33,7 +33,8 @@ Source = ImageSource | InstanceSource | MapSource
 Task = Classification | Detection | Segmentation
 Answer = Named | Found | Tensor  # a class for the whole, objects, or the class of every pixel (H, W)
 
-# What of Augmentation and of Dense means something to which kind of set.
+# What means something to which kind of set.
+OF_CLASSIFICATION = {"train_images", "img_size", "teacher", *(field.name for field in fields(Augmentation))}
 OF_DETECTION = {"hflip", "short_side", "long_side", "zoom", "zoom_crop", "crop"}
 OF_SEGMENTATION = {
     *("hflip", "short_side", "long_side", "crop", "scale_jitter", "class_cap", "photometric"),
@@ -50,7 +51,7 @@ class ClassificationWork:
     validation_batch: int | None = None  # images at once; None: as many as in training
 
     def __init__(self, experiment: Experiment, source: ImageSource) -> None:
-        _refuse_foreign(experiment, source, {"img_size", "teacher", *(field.name for field in fields(Augmentation))})
+        _refuse_foreign(experiment, source, OF_CLASSIFICATION)
         self.experiment, self.source = experiment, source
         self.chosen = pipeline.augmentation(experiment, source)
         self.repeats = self.chosen.repeats or 1
@@ -297,8 +298,7 @@ def _created(experiment: Experiment, source: Source, options: Mapping[str, Any])
 
 def _refuse_foreign(experiment: Experiment, source: Source, known: set[str]) -> None:
     """Refuse settings of images that mean nothing to a kind of set."""
-    names = ["img_size", "teacher", *(field.name for part in (Augmentation, Dense) for field in fields(part))]
-    for name in names:
+    for name in sorted({*OF_CLASSIFICATION, *(field.name for field in fields(Dense))}):
         if name not in known and (value := getattr(experiment, name)) is not None:
             raise UsageError(f"{name} {value} means nothing for the pictures of {source.name}: leave it out.")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lape.data import SETS
 from lape.errors import RunError, UsageError, choose
-from lape.experiment import Augmentation
+from lape.experiment import Augmentation, Experiment
 
 if TYPE_CHECKING:
     from lape.work import Source
@@ -96,6 +96,17 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def some(self, count: int) -> "Split":
+        """Return that many of the images, drawn once and for all; UsageError where there are fewer."""
+        if count > len(self):
+            raise UsageError(
+                f"There are {len(self)} images for training, and train_images is {count}: lower or leave it out."
+            )
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].sort().values
+        pictures = self.pictures
+        own = pictures[rows] if isinstance(pictures, Tensor) else [pictures[row] for row in rows.tolist()]
+        return Split(self.name, own, self.labels[rows])
 
     def title(self, index: int) -> str:
         """What a person finds image `index` by."""
@@ -274,6 +285,14 @@ def find(data: str, data_dir: Path | None = None) -> "Source":
     if data not in SOURCES and Path(data).name != data:
         raise UsageError(f"There is no folder {data}. --data takes one of {', '.join(SOURCES)}, or a folder of images.")
     return choose(SOURCES, data, "a dataset or a folder")(data_dir)
+
+
+def of(experiment: Experiment) -> "Source":
+    """Return the set of an experiment, with all of its training images or some; raises as `find` and `some` do."""
+    source = find(experiment.data, experiment.data_dir)
+    if experiment.train_images and isinstance(source, ImageSource):
+        return replace(source, train=source.train.some(experiment.train_images))
+    return source
 
 
 def _in(root: Path) -> "Source":
