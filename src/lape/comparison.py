@@ -175,7 +175,7 @@ def compare(
     jobs, threads = _share(jobs, base)
     watch.begins(list(results), [plan.combination for plan in todo], jobs)
     # Ctrl-C may be heard in `watch` too: the processes end at once, not when the iterator is collected.
-    with closing(side_by_side(_train, todo, jobs, threads)) as events:
+    with closing(side_by_side(train_one, todo, jobs, threads)) as events:
         for event in events:
             combination = event.task.combination
             if not isinstance(event, Done):
@@ -257,7 +257,8 @@ def _share(jobs: int | None, base: Experiment) -> tuple[int, int]:
     return jobs, max(1, cores // jobs)
 
 
-def _train(plan: Plan, tell: Callable[["Progress"], None]) -> None:
+def train_one(plan: Plan, tell: Callable[["Progress"], None]) -> None:
+    """Train one run to its end, or go on with it where it was cut off."""
     from lape.training import train
 
     train(plan.experiment, plan.folder, resume=True, report=tell)
