@@ -1,6 +1,7 @@
 """Laws of measuring cost: exact counts, and times beside a base that is timed twice in the same rounds."""
 
 import pytest
+import timm
 
 from lape.cost import Cost, measure, ratio
 from lape.errors import UsageError
@@ -69,3 +70,15 @@ def test_a_model_with_a_fixed_table_is_measured_in_the_joins_that_mean_something
     assert list(found)[2:] == ["default", "shared", "lape-sharing", "lape", "lape, folded"]
     assert found["lape"].parameters - found["untouched"].parameters == 2 * 256 * 7
     assert found["untouched"].training_bytes is not None
+
+
+@pytest.mark.parametrize("model", ["mask_rcnn_vit_adapter_nano", "upernet_vit_adapter_nano", "segmenter_nano_patch8"])
+def test_in_a_dense_model_the_transformer_inside_is_measured_and_the_whole_counted(model: str) -> None:
+    found = {cost.name: cost for cost in measure(model, ["lape"], batch_size=2, rounds=2)}
+    depth, width = 4, 64
+    whole = sum(parameter.numel() for parameter in timm.create_model(model).parameters())
+    assert found["untouched"].parameters == whole
+    assert found["lape"].parameters - whole == depth * 2 * width
+    assert found["lape"].flops == found["untouched"].flops > 0
+    assert found["lape"].training_bytes > found["untouched"].training_bytes
+    assert len(found["lape"].training) == len(found["lape, folded"].inference) == 2

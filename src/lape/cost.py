@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lape.errors import UsageError
+from lape.hosts import find
 
 Step = Callable[[], None]
 
@@ -54,8 +56,9 @@ def measure(
 ) -> list[Cost]:
     """Measure the untouched model twice, then each join, then folded LaPE, all in turn in every round.
 
-    Without `joins` all are measured that mean something with the model's own table. `report` hears the fraction that is
-    done. Raises UsageError for names that are not known.
+    Without `joins` all are measured that mean something with the model's own table. Of a detector or a segmenter the
+    parameters are counted, and FLOPs, memory and times are those of the transformer inside, for images of its table's
+    size. `report` hears the fraction that is done. Raises UsageError for names that are not known.
     """
     if rounds < 2 or batch_size < 1:
         raise UsageError(f"A cost needs at least 2 rounds of 1 image; received {rounds} of {batch_size}.")
@@ -66,9 +69,9 @@ def measure(
         raise UsageError(f"device={device!r} is not to be had on this machine ({reason}). Use 'cpu'.") from error
     contenders = dict(_contenders(model, joins))
     costs = {name: _counted(name, contender, batch_size) for name, contender in contenders.items()}
-    some = next(iter(contenders.values()))
-    images = torch.randn(batch_size, some.in_chans, *some.patch_embed.img_size, device=device)  # pyright: ignore
-    steps = {name: _steps(contender.to(device), images) for name, contender in contenders.items()}
+    inside = {name: find(contender)[0].to(device) for name, contender in contenders.items()}
+    images = torch.randn(batch_size, *_shape(next(iter(inside.values()))), device=device)
+    steps = {name: _steps(transformer, images) for name, transformer in inside.items()}
     for turn in range(rounds + 1):  # the first one warms up
         for place in range(len(steps)):
             name = list(steps)[(turn + place) % len(steps)]  # nobody is always after the same neighbour
@@ -94,16 +97,22 @@ def _contenders(model: str, joins: Sequence[str] | None) -> Iterator[tuple[str, 
     yield "lape, folded", fold(apply(timm.create_model(model)))
 
 
+def _shape(transformer: Any) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images that a transformer's table is for."""
+    return transformer.in_chans, *transformer.patch_embed.img_size
+
+
 def _counted(name: str, model: nn.Module, batch_size: int) -> Cost:
     """Count on the meta device, where nothing is computed and no other program disturbs."""
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = copy.deepcopy(model).to("meta")
-    image = torch.empty(1, model.in_chans, *model.patch_embed.img_size, device="meta")  # pyright: ignore
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = copy.deepcopy(find(model)[0]).to("meta")
+    image = torch.empty(1, *_shape(model), device="meta")
     with FlopCounterMode(display=False) as counter:
         model.eval()(image)
-    cost = Cost(name, sum(p.numel() for p in model.parameters()), counter.get_total_flops(), None)
+    cost = Cost(name, parameters, counter.get_total_flops(), None)
     for frozen in (parameter for parameter in model.parameters() if not parameter.requires_grad):
         # The tracker hooks itself to the gradient of every parameter, and these have none.
         frozen.register_hook = lambda hook: RemovableHandle(OrderedDict())
@@ -131,7 +140,10 @@ class _Training:
         self.model.train()
         self.optimizer.zero_grad()
         logits = self.model(self.images)
-        F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)).backward()
+        if isinstance(logits, Tensor):
+            F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)).backward()
+        else:  # maps (B, D, H, W) of several sizes
+            torch.stack([features.square().mean() for features in logits]).sum().backward()
         self.optimizer.step()
 
 

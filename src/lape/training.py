@@ -133,7 +133,7 @@ class Run:
     def check(self, checked: Callable[[float], None]) -> None:
         """Say what the model starts from, and open every file of a dense set once; raises RunError for a bad one."""
         if self.started and self.fabric.is_global_zero:
-            warnings.warn(f"{self.experiment.weights}: {self.started}", stacklevel=1)
+            warnings.warn(str(self.started), stacklevel=1)
         trouble = ""
         if self.fabric.is_global_zero:
             try:
