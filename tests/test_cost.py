@@ -2,6 +2,7 @@
 
 import pytest
 import timm
+import torch
 
 from lape.cost import Cost, measure, ratio
 from lape.errors import UsageError
@@ -63,6 +64,8 @@ def test_too_few_rounds_and_an_unknown_model_are_refused() -> None:
         measure("deit_tiny_patch16_224", [], batch_size=1, rounds=2, device="warp")
     with pytest.raises(UsageError, match="Did you mean 'deit_tiny_patch16_224'"):
         measure("deit_tiny_patch16_22", [], batch_size=1, rounds=2)
+    with pytest.raises(UsageError, match=r"'bf16' is not a precision.*Did you mean 'bf16-mixed'"):
+        measure("deit_tiny_patch16_224", [], batch_size=1, rounds=2, precision="bf16")
 
 
 def test_a_model_with_a_fixed_table_is_measured_in_the_joins_that_mean_something_in_it() -> None:
@@ -82,3 +85,19 @@ def test_in_a_dense_model_the_transformer_inside_is_measured_and_the_whole_count
     assert found["lape"].flops == found["untouched"].flops > 0
     assert found["lape"].training_bytes > found["untouched"].training_bytes
     assert len(found["lape"].training) == len(found["lape, folded"].inference) == 2
+
+
+def test_low_precision_and_compilation_are_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def compiled(model: torch.nn.Module) -> torch.nn.Module:
+        model.head.register_forward_hook(lambda _, __, logits: seen.append((logits.dtype, model.training)))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    measure("vit_nano_patch2_8", ["lape"], batch_size=1, rounds=2, precision="bf16-mixed", compile=True)
+    contenders, turns = 4, 3
+    trained = [dtype for dtype, training in seen if training]
+    assert trained == [torch.bfloat16] * ((contenders - 1) * turns)
+    assert len(seen) - len(trained) == contenders * turns
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16}

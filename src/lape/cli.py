@@ -162,6 +162,8 @@ def cost(
     rounds: int = 12,
     threads: int | None = None,
     device: str = "cpu",
+    precision: str = "32-true",
+    compile: bool = False,
     out: Path | None = None,
 ) -> None:
     """This command
@@ -174,6 +176,8 @@ def cost(
         rounds: How often each contender takes its turn.
         threads: Threads of torch; nothing: one a core.
         device: What computes: cpu, cuda.
+        precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed (times alone).
+        compile: Compile each contender with torch.compile (times alone).
         out: Folder for cost.md and cost.json, which holds every single time.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -189,8 +193,10 @@ def cost(
     shown = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1)
-        costs = measure(model, joins, batch_size, rounds, device, report=lambda done: bar.update(task, completed=done))
-    said = explanation(model, batch_size, rounds)
+        costs = measure(
+            model, joins, batch_size, rounds, device, precision, compile, lambda done: bar.update(task, completed=done)
+        )
+    said = explanation(model, batch_size, rounds, precision, compile)
     console().print(terminal(costs, said))
     if out:
         out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lape.errors import UsageError
+from lape.errors import UsageError, choose
 from lape.hosts import find
 
 Step = Callable[[], None]
+# What products of matrices are computed in, by Fabric's names; None: as the weights are.
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass
@@ -52,14 +55,18 @@ def measure(
     batch_size: int,
     rounds: int,
     device: str = "cpu",
+    precision: str = "32-true",
+    compile: bool = False,
     report: Callable[[float], None] = lambda fraction: None,
 ) -> list[Cost]:
     """Measure the untouched model twice, then each join, then folded LaPE, all in turn in every round.
 
     Without `joins` all are measured that mean something with the model's own table. Of a detector or a segmenter the
     parameters are counted, and FLOPs, memory and times are those of the transformer inside, for images of its table's
-    size. `report` hears the fraction that is done. Raises UsageError for names that are not known.
+    size. `precision` and `compile` are as in training, for times alone: FLOPs and memory are counted without them.
+    `report` hears the fraction that is done. Raises UsageError for names that are not known.
     """
+    low = choose(PRECISIONS, precision, "a precision whose cost is measured")
     if rounds < 2 or batch_size < 1:
         raise UsageError(f"A cost needs at least 2 rounds of 1 image; received {rounds} of {batch_size}.")
     try:
@@ -71,8 +78,9 @@ def measure(
     costs = {name: _counted(name, contender, batch_size) for name, contender in contenders.items()}
     inside = {name: find(contender)[0].to(device) for name, contender in contenders.items()}
     images = torch.randn(batch_size, *_shape(next(iter(inside.values()))), device=device)
-    steps = {name: _steps(transformer, images) for name, transformer in inside.items()}
-    for turn in range(rounds + 1):  # the first one warms up
+    made: dict[str, Any] = {name: torch.compile(one) if compile else one for name, one in inside.items()}
+    steps = {name: _steps(transformer, images, low) for name, transformer in made.items()}
+    for turn in range(rounds + 1):  # the first one warms up, and compiles
         for place in range(len(steps)):
             name = list(steps)[(turn + place) % len(steps)]  # nobody is always after the same neighbour
             train, infer = steps[name]
@@ -134,16 +142,19 @@ class _Training:
 
     model: nn.Module
     images: Tensor
+    low: torch.dtype | None
     optimizer: torch.optim.Optimizer
 
     def __call__(self) -> None:
         self.model.train()
         self.optimizer.zero_grad()
-        logits = self.model(self.images)
-        if isinstance(logits, Tensor):
-            F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device)).backward()
-        else:  # maps (B, D, H, W) of several sizes
-            torch.stack([features.square().mean() for features in logits]).sum().backward()
+        with _autocast(self.images, self.low):
+            logits = self.model(self.images)
+            if isinstance(logits, Tensor):
+                loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+            else:  # maps (B, D, H, W) of several sizes
+                loss = torch.stack([features.square().mean() for features in logits]).sum()
+        loss.backward()
         self.optimizer.step()
 
 
@@ -151,14 +162,18 @@ def _optimizers(step: Step) -> list[torch.optim.Optimizer]:
     return [step.optimizer] if isinstance(step, _Training) else []
 
 
-def _steps(model: nn.Module, images: Tensor) -> tuple[Step | None, Step]:
+def _autocast(images: Tensor, low: torch.dtype | None) -> AbstractContextManager[object]:
+    return torch.autocast(images.device.type, low) if low else nullcontext()
+
+
+def _steps(model: nn.Module, images: Tensor, low: torch.dtype | None = None) -> tuple[Step | None, Step]:
     def infer() -> None:
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), _autocast(images, low):
             model(images)
 
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    train = _Training(model, images, torch.optim.AdamW(learns)) if learns else None
+    train = _Training(model, images, low, torch.optim.AdamW(learns)) if learns else None
     return train, infer
 
 

@@ -41,12 +41,13 @@ def _beside(times: Sequence[float], base: Sequence[float], itself: bool) -> str:
     return f"{found.median:.3f}±{(found.high - found.low) / 2:.3f}"
 
 
-def explanation(model: str, batch_size: int, rounds: int) -> str:
+def explanation(model: str, batch_size: int, rounds: int, precision: str = "32-true", compile: bool = False) -> str:
     """Say what the numbers are, and how to read the noise."""
+    how = f"{precision}, {'compiled' if compile else 'not compiled'}"
     return (
-        f"{model}, {batch_size} images a step, {rounds} rounds in which all contenders take turns. GFLOPs: of one "
-        "image, an addition and a multiplication counted as two. memory: at the peak of a training step with AdamW. "
-        "beside: the time over that of the untouched model in the same round, the median over rounds, ± half the "
+        f"{model}, {batch_size} images a step, {how}, {rounds} rounds in which all contenders take turns. GFLOPs: of "
+        "one image, an addition and a multiplication counted as two. memory: at the peak of a training step, with "
+        "AdamW. beside: the time over that of the untouched model in the same round, the median over rounds, ± half the "
         "width of their middle half; the second line is the same model timed again, so what differs there is noise."
     )
 
