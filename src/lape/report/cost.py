@@ -47,8 +47,8 @@ def explanation(model: str, batch_size: int, rounds: int, precision: str = "32-t
     return (
         f"{model}, {batch_size} images a step, {how}, {rounds} rounds in which all contenders take turns. GFLOPs: of "
         "one image, an addition and a multiplication counted as two. memory: at the peak of a training step, with "
-        "AdamW. beside: the time over that of the untouched model in the same round, the median over rounds, ± half the "
-        "width of their middle half; the second line is the same model timed again, so what differs there is noise."
+        "AdamW. beside: the time over that of the untouched model in the same round, the median over rounds, ± half "
+        "the width of their middle half; the second line is the same model timed again, so what differs there is noise."
     )
 
 
