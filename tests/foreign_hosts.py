@@ -216,6 +216,7 @@ SCHEMES: list[dict[str, str]] = [
     {"join": "lape-sharing", "pe": "sinusoidal-1d"},
     {"join": "lape"},
     {"join": "lape", "pe_norm": "scalar-norm"},
+    {"join": "lape", "start": "preserve"},
 ]
 EVERY_SCHEME = pytest.mark.parametrize("names", SCHEMES, ids=lambda names: "-".join(names.values()))
 

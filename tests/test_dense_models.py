@@ -306,6 +306,13 @@ def test_a_whole_says_of_what_the_sides_of_images_are_multiples(name: str) -> No
             model(images[..., : 2 * step, : 3 * step + step // 2])
 
 
+@pytest.mark.parametrize("name", ["segmenter_nano_patch8", "upernet_vit_adapter_nano", "mask_rcnn_vit_adapter_nano"])
+@pytest.mark.parametrize("names", [{}, {"join": "lape"}], ids=str)
+def test_a_whole_is_no_backbone(name: str, names: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=f"{name} is a whole model with its heads. Leave it out"):
+        timm.create_model(name, features_only=True, **names)
+
+
 def test_channels_and_the_tables_size_are_ones_own() -> None:
     for name in NANO:
         model = whole(name, in_chans=1, img_size=(32, 64))

@@ -203,7 +203,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_takes_a_run_out_of_the_house(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lape_export(*words: object) -> tuple[int, str, str]:
         status = cli.main(["export", *map(str, words)])
@@ -235,5 +235,10 @@ def test_the_command_takes_a_run_out_of_the_house(
     status, out, err = lape_export(trained, "--out", tmp_path / "folder", "--fold")
     assert (status, out, err.count("\n")) == (cli.USAGE, "", 1)
     assert "fold and dynamic_size mean nothing for" in err
+    status, out, err = lape_export(trained, "--push", "user/digits", "--fold")
+    assert (status, out, "mean nothing for user/digits, which holds weights" in err) == (cli.USAGE, "", True)
+    monkeypatch.chdir(tmp_path / "digits")
+    assert lape_export(trained)[0] == 0
+    assert Path("model.onnx").exists()
     status, _, err = lape_export(tmp_path, "--out", tmp_path / "model.onnx")
     assert (status, err.count("\n")) == (cli.FAILURE, 1)

@@ -59,9 +59,9 @@ def by_hand(name: str, model: nn.Module) -> list[Tensor]:
     return chain
 
 
-def told(name: str, model: nn.Module, chain: list[Tensor]) -> nn.Module:
-    """The untouched model without a table, with p_l added behind the norm before the attention of layer l."""
-    if FOREIGN[name].table:
+def told(name: str, model: nn.Module, chain: list[Tensor], start: str = "fresh") -> nn.Module:
+    """The untouched model, if fresh without its table, with p_l added behind the norm before attention of layer l."""
+    if FOREIGN[name].table and start == "fresh":
         nn.init.zeros_(model.get_parameter(FOREIGN[name].table))
     for layer, position in enumerate(chain):
         laid = position if FOREIGN[name].tokens_at == 1 else position.transpose(0, 1)
@@ -94,7 +94,7 @@ def test_remove_gives_back_what_was_bit_for_bit(name: str, names: dict[str, str]
     parts = {path: set(part.__dict__) for path, part in model.named_modules()}
     state, before = copy.deepcopy(model.state_dict()), tokens(model, x)
     assert applied(name, model, **names) is model
-    assert not torch.equal(tokens(model, x), before)
+    assert not torch.equal(tokens(shaken(model), x), before)
     assert lape.remove(model) is model
     assert torch.equal(tokens(model, x), before)
     assert list(model.state_dict()) == list(state)
@@ -121,13 +121,17 @@ def test_neutral_norms_are_the_model_without_position(name: str) -> None:
 
 
 @EVERY_FOREIGN
-def test_lape_tells_attention_the_chain_of_positions_and_nothing_else(name: str) -> None:
-    model, x = shaken(applied(name)).double(), inputs(name)
+@pytest.mark.parametrize("start", ["fresh", "preserve"])
+def test_lape_tells_attention_the_chain_of_positions_and_nothing_else(name: str, start: str) -> None:
+    model, x = shaken(applied(name, start=start)).double(), inputs(name)
     x = x.double() if x.is_floating_point() else x
     chain = by_hand(name, model)
+    if start == "preserve":
+        amounts = [block.pe_norm.amount for block in positions(model).blocks]
+        chain = [amount * position for amount, position in zip(amounts, chain, strict=True)]
     for rung, position in zip(lape.ladder(model), chain, strict=True):
         torch.testing.assert_close(rung.attention, position, rtol=1e-12, atol=1e-12)
-    expected = told(name, untouched(name).double(), chain)
+    expected = told(name, untouched(name).double(), chain, start)
     torch.testing.assert_close(tokens(model, x), tokens(expected, x), rtol=1e-10, atol=1e-10)
 
 
@@ -171,7 +175,7 @@ def test_a_folded_model_gives_the_same_outputs_without_norms_or_tables(name: str
 
 
 @EVERY_FOREIGN
-@pytest.mark.parametrize("names", [{"join": "unshared"}, {"join": "lape"}], ids=str)
+@pytest.mark.parametrize("names", [{"join": "unshared"}, {"join": "lape"}, {"start": "preserve"}], ids=str)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_is_independent_of_its_original(name: str, names: dict[str, str], copied: Any) -> None:
     model, x = shaken(applied(name, **names)), inputs(name)
@@ -195,8 +199,10 @@ def test_a_file_of_the_untouched_model_lacks_pe_norms_alone_and_files_make_a_rou
     assert set(missing) == added | (set() if FOREIGN[name].table else {"pos_embed"})
     assert not unexpected
     assert not torch.equal(tokens(other, x), tokens(model, x))
-    other.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(tokens(other, x), tokens(model, x))
+    for names in ({}, {"start": "preserve"}):
+        model, other = shaken(applied(name, **names)), applied(name, **names)
+        other.load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(tokens(other, x), tokens(model, x))
 
 
 @EVERY_FOREIGN
@@ -242,7 +248,7 @@ def test_compiles_without_a_graph_break(name: str, join: str) -> None:
 
 
 @EVERY_FOREIGN
-@pytest.mark.parametrize("names", [{"join": "shared"}, {"join": "unshared"}, {"join": "lape"}], ids=str)
+@pytest.mark.parametrize("names", [{"join": "shared"}, {"join": "unshared"}, {}, {"start": "preserve"}], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "re-entrant"])
 def test_checkpointing_changes_no_gradient(name: str, names: dict[str, str], reentrant: bool) -> None:
     model, x = shaken(applied(name, **names)).train(), inputs(name)
@@ -426,6 +432,19 @@ def test_a_size_that_the_host_refuses_is_still_refused_by_it() -> None:
         applied("vit")(torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize("names", [{"join": "default"}, {"join": "lape"}, {"start": "preserve"}], ids=str)
+@pytest.mark.parametrize("folded", [False, True], ids=["as-trained", "folded"])
+def test_as_many_patches_in_another_shape_are_resized_for_or_refused(names: dict[str, str], folded: bool) -> None:
+    """Untouched, SigLIP gives 2x8 patches the rows of 4x4, one after the other."""
+    host, x = untouched("siglip"), torch.randn(1, 3, 16, 64)
+    assert host(x).last_hidden_state.shape == (1, 16, D)
+    model = applied("siglip", host, **names)
+    model = lape.fold(model, grids=[(2, 8)]) if folded else model
+    with pytest.raises(UsageError, match=r"of 4x4 patches to 2x8 patches as it is.*interpolate_pos_encoding=True"):
+        model(x)
+    assert model(x, interpolate_pos_encoding=True).last_hidden_state.shape == (1, 16, D)
+
+
 def test_towers_are_found_inside_what_wraps_them() -> None:
     torch.manual_seed(0)
     classifier = lape.apply(transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL)))
@@ -448,7 +467,9 @@ def test_towers_are_found_inside_what_wraps_them() -> None:
 def test_what_transformers_save_has_the_hosts_weights_and_a_state_dict_all(tmp_path: Path) -> None:
     model, x = shaken(applied("vit")), inputs("vit")
     model.save_pretrained(tmp_path)
-    read = transformers.ViTModel.from_pretrained(tmp_path).eval()
+    read, report = transformers.ViTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["unexpected_keys"] == {name for name in model.state_dict() if "pe_norm" in name}
+    read.eval()
     plain = lape.remove(copy.deepcopy(model))
     assert torch.equal(tokens(read, x), tokens(plain, x))
     torch.save(model.state_dict(), tmp_path / "all.pt")

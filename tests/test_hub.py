@@ -207,21 +207,24 @@ def test_what_is_not_there_or_has_no_configuration_says_so(tmp_path: Path) -> No
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """A Hub that knows: create, file_exists, preupload, commit, and downloads by HEAD and GET."""
+    """A Hub that knows: create, file_exists, validate-yaml, preupload, commit, and downloads by HEAD and GET."""
 
     folder: Path
     asked: list[str]
 
     def do_POST(self) -> None:
         path = urlsplit(self.path).path
-        self.asked.append(path)
+        self.asked.append(f"{path} {self.headers['Authorization']}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         base = f"http://127.0.0.1:{self.server.server_address[1]}"
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked.get('organization', 'user')}/{asked['name']}"
+            refused = repo.startswith("refused")
             (self.folder / repo).mkdir(parents=True, exist_ok=True)
-            self.answer({"url": f"{base}/{repo}"})
+            self.answer({} if refused else {"url": f"{base}/{repo}"}, 403 if refused else 200)
+        elif path == "/api/validate-yaml":
+            self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in path:
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -263,18 +266,19 @@ class StandIn(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+def stand_in(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
     folder = tmp_path / "of_the_hub"
     handler = type("Here", (StandIn,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", folder
+    yield f"http://127.0.0.1:{server.server_address[1]}", folder, handler.asked
     server.shutdown()
     server.server_close()
 
 
 ON_THE_HUB = """
-import sys, timm, torch, lape
+import sys, timm, torch, lape, huggingface_hub
+from lape import cli
 folder, x = sys.argv[1], torch.load(sys.argv[2])
 model = lape.from_pretrained(folder)
 print(lape.push_to_hub(model, "user/pets", token="hf_stand_in"))
@@ -287,11 +291,19 @@ for missing in ("user/dogs", "user/pets@v2"):
         lape.from_pretrained(missing)
     except lape.RunError as error:
         print(error)
+print(cli.main(["export", folder, "--push", "user/typed"]))
+print(cli.main(["export", folder, "--push", "refused/typed"]))
+huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"  # nobody there
+print(cli.main(["export", folder, "--push", "user/unreached"]))
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+print(cli.main(["export", folder, "--out", folder + ".safetensors", "--push", "user/offline"]))
 """
 
 
-def test_a_model_goes_to_the_hub_and_comes_back_by_us_and_by_timm(stand_in: tuple[str, Path], tmp_path: Path) -> None:
-    address, kept = stand_in
+def test_a_model_goes_to_the_hub_and_comes_back_by_us_and_by_timm(
+    stand_in: tuple[str, Path, list[str]], tmp_path: Path
+) -> None:
+    address, kept, asked = stand_in
     saved = lape.save_pretrained(plain(), tmp_path / "pets", KNOWN)
     torch.save(images(NAME), tmp_path / "x.pt")
     (kept / "user/pets").mkdir(parents=True)
@@ -299,7 +311,9 @@ def test_a_model_goes_to_the_hub_and_comes_back_by_us_and_by_timm(stand_in: tupl
     surroundings = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     told = subprocess.run(
         [sys.executable, "-c", ON_THE_HUB, str(saved), str(tmp_path / "x.pt")],
-        env=surroundings | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"},
+        env=surroundings
+        | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_typed"},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
@@ -307,7 +321,26 @@ def test_a_model_goes_to_the_hub_and_comes_back_by_us_and_by_timm(stand_in: tupl
     assert told.returncode == 0, told.stderr
     lines = told.stdout.splitlines()
     assert lines[:5] == [f"{address}/user/pets", f"{address}/user/pets", "True", "True", "True"]
-    for line, source in zip(lines[5:], ("user/dogs", "user/pets@v2"), strict=True):
+    for line, source in zip(lines[5:7], ("user/dogs", "user/pets@v2"), strict=True):
         assert line.startswith(f"{source} is no folder here, and cannot be had from the Hub")
+    typed = [line.partition(": ")[0] for line in lines[7:]]
+    assert typed == [f"{address}/user/typed", "0", "1", "1", f"{saved}.safetensors", "1"], told.stderr
+    refused, unreached, offline = (line for line in told.stderr.splitlines() if line.startswith("lape: "))
+    assert refused.startswith("lape: The Hub did not take refused/typed (")
+    assert refused.endswith("`hf auth login`, or HF_TOKEN.")
+    assert unreached.startswith("lape: The Hub did not take user/unreached (")
+    assert "offline" in offline.partition("did not take user/offline (")[2]
+    assert "Traceback" not in told.stderr
+    creations = [line.rpartition(" ")[2] for line in asked if line.startswith("/api/repos/create")]
+    assert creations == ["hf_stand_in", "hf_stand_in", "hf_typed", "hf_typed"]
+    assert the_same(lape.from_pretrained(kept / "user/typed"), plain())
+    assert 'lape.from_pretrained("user/typed")' in (kept / "user/typed" / hub.CARD).read_text()
+    assert not (tmp_path / "model.onnx").exists()
     assert load_file(kept / "user/pets" / hub.WEIGHTS).keys() == plain().state_dict().keys()
     assert (kept / "user/pets" / hub.CARD).read_text() == "Written by hand."
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "user/my pets", "", "user/"])
+def test_what_is_no_name_of_a_repository_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="is no name of a repository on the Hub"):
+        lape.push_to_hub(plain(), name)

@@ -206,9 +206,10 @@ def cost(
 
 def take_out(  # not `export`: jsonargparse would look up lape.export, and load torch for it
     checkpoint: Path,
-    out: Path = Path("model.onnx"),
+    out: Path | None = None,
     fold: bool = False,
     dynamic_size: bool = False,
+    push: str | None = None,
     model_args: dict[str, Any] = {},  # noqa: B006 (only read)
 ) -> None:
     """This command
@@ -216,27 +217,32 @@ def take_out(  # not `export`: jsonargparse would look up lape.export, and load 
     Args:
         checkpoint: A run's best.pt or last.pt, its folder, or what this command wrote as .safetensors or folder.
         out: What is written, by its suffix: .onnx, .pt2 (torch.export), .safetensors (weights with their
-            configuration); without a suffix a folder for the Hub.
+            configuration); without a suffix a folder for the Hub; nothing: model.onnx, with push no file.
         fold: Turn positions into constants first (.onnx and .pt2).
         dynamic_size: Leave height and width open (.onnx and .pt2).
+        push: Put weights and configuration into this repository of the Hub, as user/name, by the account of `hf auth
+            login` or of HF_TOKEN.
         model_args: More keywords for the model, as {"dynamic_img_size": true}, which dynamic_size needs in timm's
             ViTs.
     """
     from lape.exporting import brought_back, export
+    from lape.hub import push_to_hub, save_pretrained
 
-    if out.suffix in ("", ".safetensors") and (fold or dynamic_size):
+    out = out or (None if push else Path("model.onnx"))
+    weights = out is None or out.suffix in ("", ".safetensors")
+    if weights and (fold or dynamic_size):
         raise UsageError(
-            f"fold and dynamic_size mean nothing for {out}, which holds weights. Give --out a .onnx or .pt2."
+            f"fold and dynamic_size mean nothing for {out or push}, which holds weights. Give --out a .onnx or .pt2."
         )
     model, known = brought_back(checkpoint, **model_args)
-    if out.suffix in ("", ".safetensors"):
-        from lape.hub import save_pretrained
-
+    if out and weights:
         say(f"{save_pretrained(model, out, known)}: loaded again, the same outputs to the last bit")
-        return
-    found = export(model, out, fold, dynamic_size)
-    seen = ", ".join("x".join(map(str, shape)) for shape in found.shapes)
-    say(f"{found.path}: largest difference from the model {found.difference:.1e} of its output, for images {seen}")
+    elif out:
+        found = export(model, out, fold, dynamic_size)
+        seen = ", ".join("x".join(map(str, shape)) for shape in found.shapes)
+        say(f"{found.path}: largest difference from the model {found.difference:.1e} of its output, for images {seen}")
+    if push:
+        say(f"{push_to_hub(model, push, known)}: loaded again before, the same outputs to the last bit")
 
 
 def models(name: list[str] = []) -> None:  # noqa: B006 (only read)

@@ -150,7 +150,7 @@ def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), 
     """
     path = Path(path)
     with TemporaryDirectory() as room:
-        parts = _written(model, Path(room), path.name, known, model_args)
+        parts = _written(model, Path(room), f"USER/{path.name}", known, model_args)
         single = path.suffix == ".safetensors"
         (path.parent if single else path).mkdir(parents=True, exist_ok=True)
         for part in parts if not single else [WEIGHTS]:
@@ -159,7 +159,7 @@ def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), 
     return path
 
 
-def _written(model: nn.Module, folder: Path, title: str, known: Known, args: Mapping[str, Any]) -> list[str]:
+def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> list[str]:
     """Write a model into an empty folder, load it from there and compare."""
     from safetensors.torch import save_file
 
@@ -168,7 +168,7 @@ def _written(model: nn.Module, folder: Path, title: str, known: Known, args: Map
     text = json.dumps(config, indent=1)
     save_file(tensors, folder / WEIGHTS, {"format": "pt", HEADER: text})
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(config, title), encoding="utf-8")
+    (folder / CARD).write_text(card(config, repo_id), encoding="utf-8")
     try:
         again = from_pretrained(folder)
     except RunError as error:
@@ -257,14 +257,16 @@ def push_to_hub(
 ) -> str:
     """Put a model, or a folder that `save_pretrained` wrote, into a repository of the Hub; returns its address.
 
-    The repository is made if there is none, and a README.md that it has stays. Raises RunError where the Hub refuses,
-    and UsageError as `save_pretrained` does.
+    The repository, `user/name` or a `name` of your own, is made if there is none, and a README.md that it has stays.
+    Raises RunError where the Hub refuses, UsageError for what is no such name, and as `save_pretrained` does.
     """
+    if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id):
+        raise UsageError(f"{repo_id!r} is no name of a repository on the Hub. Give it as user/name.")
     hub: Any = import_module("huggingface_hub")
     with TemporaryDirectory() as room:
         folder = Path(room)
         if isinstance(model, nn.Module):
-            _written(model, folder, repo_id.rpartition("/")[2], known, model_args)
+            _written(model, folder, repo_id if "/" in repo_id else f"USER/{repo_id}", known, model_args)
         else:
             from_pretrained(folder := Path(model))  # refuses what would not come back
         api = hub.HfApi(token=token, library_name="lape")
@@ -280,13 +282,14 @@ def push_to_hub(
             )
         except Exception as error:  # the Hub's client and its network library raise kinds of their own
             raise RunError(
-                f"The Hub did not take {repo_id} ({first_line(error)}). Log in with `hf auth login`, or give token=."
+                f"The Hub did not take {repo_id} ({first_line(error)}). See that it can be reached, and that you may "
+                "write there: `hf auth login`, or HF_TOKEN."
             ) from error
     return str(address)
 
 
-def card(config: Mapping[str, Any], title: str) -> str:
-    """Return the README.md of a saved model: what it is, what it reaches, how to load it."""
+def card(config: Mapping[str, Any], repo_id: str) -> str:
+    """Return the README.md of a saved model: what it is, what it reaches, how to load it from its repository."""
     args, cfg = config["model_args"], config["pretrained_cfg"]
     facts = {
         "architecture": f"`{config['architecture']}`",
@@ -309,7 +312,7 @@ tags:
 - lape
 - vision-transformer
 ---
-# {title}
+# {repo_id.rpartition("/")[2]}
 
 A vision transformer whose position embedding is joined with its tokens as below; `lape` is layer-adaptive position
 embedding ([Yu et al., ICCV 2023](https://doi.org/10.1109/ICCV51070.2023.00541)).
@@ -321,11 +324,11 @@ embedding ([Yu et al., ICCV 2023](https://doi.org/10.1109/ICCV51070.2023.00541))
 ```python
 import lape
 
-model = lape.from_pretrained("USER/{title}")  # or this folder
+model = lape.from_pretrained("{repo_id}")  # or this folder
 ```
 
 After `import lape` timm knows the names that `lape models` lists, and loads them too:
-`timm.create_model("hf-hub:USER/{title}", pretrained=True)`.
+`timm.create_model("hf-hub:{repo_id}", pretrained=True)`.
 """
 
 

@@ -162,7 +162,7 @@ POSITION_NORMS = {
 class PositionNorm(nn.Module):
     """LN_ω of one layer, or what stands in for it: (1, N, D) to (1, N, D); gains start at 1, shifts at 0.
 
-    With `amount` it holds s_l of `preserved` too, from 0 on, for which its own formula has no use.
+    With `amount` it holds s_l of `weighed` too, from 0 on, for which its own formula has no use.
     """
 
     def __init__(
@@ -262,24 +262,28 @@ JOINS = {
 # --- Starts: from nothing, or from a model that was trained with the default join (not in the paper) ---------------
 
 
-def preserved(ladder: Sequence[Rung], table: Tensor, norms: Sequence[PositionNorm]) -> list[Rung]:
-    """x_0 = α + ω, and MSA_l(LN_x|l(x_l) + s_l·p_l): with s_l = 0, as at the start, what the default join computes."""
-    first, *others = (
+def weighed(ladder: Sequence[Rung], norms: Sequence[PositionNorm]) -> list[Rung]:
+    """MSA_l(LN_x|l(x_l) + s_l·p_l): with s_l = 0, as at the start, attention is told nothing."""
+    return [
         Rung(attention=norm.amount * rung.attention)  # pyright: ignore[reportOperatorIssue]  # both are there
         for rung, norm in zip(ladder, norms, strict=True)
-    )
-    return [first._replace(residual=table), *others]
+    ]
 
 
 @dataclass(frozen=True)
 class Start:
-    """How a model begins: with p_l as it is, or with ω left in the stream and p_l weighed by a gain from zero on."""
+    """How a model begins: with p_l as it is, or, to preserve its function, with p_l weighed by a gain from zero on.
+
+    Where the model had a table before, ω then stays part of x_0 as well.
+    """
 
     name: str
-    preserves: bool
+    preserves: bool = False
+    table_stays: bool = False
 
 
-STARTS = {start.name: start for start in (Start("fresh", preserves=False), Start("preserve", preserves=True))}
+STARTS = {start.name: start for start in (Start("fresh"), Start("preserve", preserves=True, table_stays=True))}
+PRESERVE_WITHOUT_TABLE = Start("preserve", preserves=True)  # for a model that had none
 
 
 @dataclass(frozen=True)
@@ -294,12 +298,16 @@ class Scheme:
     @property
     def with_tokens(self) -> bool:
         """Whether ω is part of x_0."""
-        return self.join.with_tokens or self.start.preserves
+        return self.join.with_tokens or self.start.table_stays
 
     def ladder(self, tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
         """Return the rungs, from one table and, where the join has them, one norm a layer."""
         ladder = self.join.climb(tables, norms)
-        return preserved(ladder, tables[0], norms) if self.start.preserves else ladder
+        if self.start.preserves:
+            ladder = weighed(ladder, norms)
+        if self.start.table_stays:
+            ladder[0] = ladder[0]._replace(residual=tables[0])
+        return ladder
 
 
 def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh") -> Scheme:

@@ -257,6 +257,12 @@ class Positions:
                 f"be added elsewhere, in spite of join={self.scheme.join.name!r}. Name the method that reads it: "
                 "lape.Host(add_table=...)."
             )
+        if host.resize_table is not None and host.resize_table not in view.asked and not same(grid, self.grid):
+            raise UsageError(
+                f"{type(holder).__name__}.{host.add_table} gave its table of {by(self.grid)} patches to {by(grid)} "
+                "patches as it is, so most would have another's position. Ask the model to resize it (transformers: "
+                "interpolate_pos_encoding=True), or give images of the table's size."
+            )
         return output
 
     def grid_of(self, given: Tensor) -> Grid:

@@ -8,7 +8,7 @@ is `blocks.{i}.pe_norm`.
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from lape.errors import UsageError, choose
 from lape.hosts import RECORD, Host, block_row, find, grid_of, lacks, parts, read, table_of
-from lape.method import JOINS, POSITION_EMBEDDINGS, TABLES, Grid, PositionNorm, Rung, scheme
+from lape.method import (
+    JOINS,
+    POSITION_EMBEDDINGS,
+    PRESERVE_WITHOUT_TABLE,
+    TABLES,
+    Grid,
+    PositionNorm,
+    Rung,
+    scheme,
+)
 from lape.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Layer, Positions, by, place
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -122,8 +131,8 @@ def apply(
 
     MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)), ω_{l+1} = LN_ω|l(ω_l) for `lape` (9)-(11); the paper's Table 7 has the others.
     `pe` replaces the table; without it the model keeps its own. `pe_norm` is what stands in for LN_ω (Table 8). With
-    `start="preserve"` the model computes at first what it did before: ω stays in the stream, and MSA is fed
-    LN_x|l(x_l) + s_l·p_l, s_l learnt from 0 on (not in the paper).
+    `start="preserve"` the model computes at first what it did before: its ω, if it has one, stays in the stream, and
+    MSA is fed LN_x|l(x_l) + s_l·p_l, s_l learnt from 0 on (not in the paper).
     `host` describes a model of a class of your own; `grid` is the (rows, columns) of tokens of a model that does not
     say it, (1, longest length) for sequences. Returns the model. Raises UsageError for a model, a name or a combination
     that cannot be.
@@ -136,12 +145,15 @@ def apply(
         )
     table = table_of(vit, host)
     chosen = scheme(join, pe or _own(vit, host, join), pe_norm, start)
-    own = _own(vit, host, "default")
-    if chosen.start.preserves and (table is None or chosen.embedding.name != own):
-        raise UsageError(
-            f"start={start!r} keeps what the model computes with its own position embedding, {own}; "
-            f"{chosen.embedding.name} would be another. Leave pe or start out."
-        )
+    if chosen.start.preserves:
+        own = POSITION_EMBEDDINGS[_own(vit, host, "default")]
+        if chosen.embedding.bias is not own.bias or (table is not None and chosen.embedding.table is not own.table):
+            raise UsageError(
+                f"start={start!r} keeps what the model computes with its own position embedding, {own.name}; "
+                f"{chosen.embedding.name} would be another. Leave pe or start out."
+            )
+        if table is None:
+            chosen = replace(chosen, start=PRESERVE_WITHOUT_TABLE)
     record = Positions(vit, host, chosen, _grid(vit, host, grid))
     _refuse(record)
     rows = [block_row(host, block) for block in record.blocks]

@@ -21,7 +21,7 @@ from lape.data.maps import MapSource
 from lape.data.pipeline import Normalise, reseed, seed_of
 from lape.data.preparation import Finishing, Preparation
 from lape.data.sources import MODES, ImageSource
-from lape.errors import RunError, UsageError, choose
+from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation, Dense, Experiment
 from lape.models import DETECTORS, SEGMENTERS
 from lape.tasks.classification import Classification, Distillation, Named
@@ -319,9 +319,10 @@ def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:
         return teacher.eval()
     try:
         teacher = timm.create_model(name, pretrained=True, in_chans=source.channels)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # the Hub's client and its network library raise kinds of their own
         raise RunError(
-            f"timm's weights of {name} cannot be had ({error}). Give --teacher_weights the file that holds them."
+            f"timm's weights of {name} cannot be had ({first_line(error)}). Give --teacher_weights the file that holds "
+            "them."
         ) from error
     _refuse_other_classes(name, teacher.num_classes, source)
     mean, std = (tuple(teacher.pretrained_cfg[part]) for part in ("mean", "std"))

@@ -155,6 +155,11 @@ def _register(name: str, family: Family) -> None:
         start: str = "fresh",
         **options: Any,
     ) -> nn.Module:
+        if options.get("features_only") and name in DETECTORS | SEGMENTERS:
+            raise UsageError(
+                f"features_only takes the maps of a backbone, and {name} is a whole model with its heads. Leave it "
+                "out, or name a classifier, as deit_tiny_patch16_224."
+            )
         if (join, pe, pe_norm, start) == (None, None, "layernorm", "fresh"):
             return build(pretrained=pretrained, **options)
         if options.get("features_only"):
