@@ -1,6 +1,7 @@
 """What attention is told about positions, in numbers (3.2 to 3.4): any join, table and grid, trained or fresh."""
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -14,10 +15,12 @@ from torch.func import functional_call
 from lape.errors import RunError, UsageError
 from lape.hosts import block_row, parts
 from lape.method import Grid, decompose
-from lape.positions import Positions
+from lape.positions import Positions, by
 from lape.surgery import positions
 
-EXACT = 1e-9  # what equation 6 may miss by in float64, beside the largest number that it makes
+# What float64 is trusted to: equation 6 may miss by so much beside the largest number that it makes, and a similarity
+# that falls by less does not fall.
+EXACT = 1e-9
 
 
 # --- Position correlation (12) ------------------------------------------------------------------------------------
@@ -32,6 +35,11 @@ class Correlation:
 
     maps: Tensor  # (layers, H·W, H·W), float64
     grid: Grid  # (H, W)
+
+    @property
+    def reach(self) -> float:
+        """The longest distance in the grid, in patches."""
+        return math.dist((1, 1), self.grid)
 
     @property
     def token(self) -> int:
@@ -49,8 +57,8 @@ class Correlation:
         """Whether similarity falls off along columns as along rows: the smaller fall over the larger, (layers,).
 
         A fall is 1 minus the mean similarity of the pairs of patches in one row (or one column), every distance from 1
-        to min(H, W) - 1 counting alike. 1: both directions are told apart equally; 0: one of them not at all; nan:
-        neither is, or the grid is a line.
+        to min(H, W) - 1 counting alike. 1: similarity falls alike in both directions; 0: in one of them not at all;
+        nan: in neither, or the grid is a line.
         """
         height, width = self.grid
         pairs = self.maps.unflatten(2, self.grid).unflatten(1, self.grid)  # (layers, H, W, H, W)
@@ -84,14 +92,17 @@ class Correlation:
 
     @cached_property
     def layer_difference(self) -> Tensor:
-        """How far a layer is from the others: |s_ij - s'_ij|, the mean over i ≠ j and the other layers, (layers,)."""
+        """How far a layer is from the others: |s_ij - s'_ij|, the mean over i ≠ j and the other layers, (layers,).
+
+        nan where there is one layer, or one patch.
+        """
         layers, patches, _ = self.maps.shape
         apart = torch.stack([(self.maps - one).abs().sum((1, 2)) for one in self.maps])  # no difference where i = j
         return apart.sum(1) / (patches * (patches - 1)) / (layers - 1)
 
     @cached_property
     def shape(self) -> "Shape":
-        """The three numbers over all layers: mean, median and mean."""
+        """The three numbers over all layers: the mean, the median (of two in the middle the lower), the mean."""
         return Shape(
             float(self.two_dimensionality.nanmean()),
             float(self.half_distance.nanmedian()),
@@ -128,25 +139,32 @@ def entering(model: nn.Module, grid: Grid | None = None) -> Tensor:
     Where LaPE or LaPE (sharing) joins ω, that is p_l itself. Where positions are in the residual stream, it is
     LN_l(s_l) with layer l's own norm before attention and s_l all that the rungs have put into the stream so far: ω for
     `default`, (l + 1)·ω for `shared`, ω^(0) + ... + ω^(l) for `unshared`. Equation 6 holds for s_l as it does for ω, so
-    tokens meet λ2·LN_l(s_l), and λ2, one positive number per token, leaves the cosine as it is.
+    tokens meet λ2·LN_l(s_l), and λ2, one positive number per token, leaves the cosine as it is. A norm of tokens and
+    table together, before the first block, is met in the same way.
 
-    Prefix tokens are left out. Raises UsageError where no join is applied, where no table is joined with tokens, and
-    where the layers have no common grid or the stream does not keep what is put into it.
+    Prefix tokens are left out. Raises UsageError where no join is applied, where no table is joined with tokens, where
+    it is joined in two ways at once, where the layers have no common grid, and where the stream does not keep what is
+    put into it.
     """
     record = _comparable(model)
     height, width = record.own_grid() if grid is None else grid
-    stream, layers = torch.zeros((), dtype=torch.float64), []
+    if min(height, width) < 1:
+        raise UsageError(f"A grid has a row and a column of patches at least; received {(height, width)}.")
+    stream, layers, joint = torch.zeros((), dtype=torch.float64), [], _joint_norm(record)
     for rung, block in zip(record.ladder((height, width)), record.blocks, strict=True):
         if rung.residual is not None:
             stream = stream + rung.residual.double().cpu()
-        if rung.attention is not None:
-            entered = rung.attention.double().cpu()
-        else:
-            norm = _norm_of(record, block)
-            state = {name: value.double().cpu() for name, value in norm.state_dict().items()}
-            entered = functional_call(norm, state, (stream,))
+        if joint is not None and not layers:
+            stream = _normed(joint, stream)
+        entered = _normed(_norm_of(record, block), stream) if rung.attention is None else rung.attention.double().cpu()
         layers.append(entered[0, -height * width :])  # patches come after all prefix tokens
     return torch.stack(layers)
+
+
+def _normed(norm: nn.Module, position: Tensor) -> Tensor:
+    """Apply a model's norm to what it has put into the stream, in float64."""
+    state = {name: value.double().cpu() for name, value in norm.state_dict().items()}
+    return functional_call(norm, state, (position,))
 
 
 def correlation(model: nn.Module, grid: Grid | None = None) -> Correlation:
@@ -176,6 +194,11 @@ class Decomposition:
         return self.weights[..., -self.grid[0] * self.grid[1] :]
 
     @property
+    def of_prefix(self) -> Tensor:
+        """The weights of prefix tokens alone, (3, layers, images, prefix)."""
+        return self.weights[..., : -self.grid[0] * self.grid[1]]
+
+    @property
     def mean(self) -> Tensor:
         """Their mean over images and patches, (3, layers)."""
         return self.of_patches.mean((2, 3))
@@ -197,8 +220,8 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
 
     Works on a copy in float64, in evaluation mode, with each norm's own eps. x_l is what enters the norm before
     attention of layer l, s_l what the rungs have put into the stream so far (ω for the join default), x̃_l = x_l - s_l.
-    Raises UsageError as `entering` does, where the join has no norm that tokens and positions share, and where that
-    norm is no LayerNorm; RunError where (6) does not hold to 1e-9.
+    Raises UsageError as `entering` does, where the join has no norm that tokens and positions share, where that norm is
+    no LayerNorm, and for batches of several grids or none; RunError where (6) does not hold to 1e-9.
     """
     record = _comparable(model)
     if record.scheme.join.normed:
@@ -206,56 +229,94 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
             f"Equation 6 is about a norm that tokens and positions share, and join={record.scheme.join.name!r} gives "
             "positions one of their own. Take a model with join='default'."
         )
-    some = next(model.parameters())
-    model = copy.deepcopy(model).double().eval()
+    if _joint_norm(record) is not None:
+        raise UsageError(
+            f"This {record.host.name} normalises the sum of tokens and table before its first block, so no layer meets "
+            "the table as it was. Take a model without that norm, or join='shared'."
+        )
+    device = next(model.parameters()).device
+    if device.type == "mps":  # it has no float64
+        device = torch.device("cpu")
+    model = copy.deepcopy(model).to(device, torch.float64).eval()
     record = positions(model)
     norms: list[Any] = [_norm_of(record, block) for block in record.blocks]
     for norm in norms:
         if not isinstance(norm, nn.LayerNorm):
             raise UsageError(f"Equation 6 is about LayerNorm, and this model has {type(norm).__name__} in its place.")
-    entered: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor]] = []
     for norm in norms:
-        norm.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
-    weights, error = [], 0.0
-    for images in batches:
-        entered.clear()
-        model(images.to(some.device, torch.float64))
-        stream, layers = torch.zeros((), dtype=torch.float64, device=some.device), []
-        for rung, norm, whole in zip(record.ladder(record.forward.grid), norms, list(entered), strict=True):
-            if rung.residual is not None:
-                stream = stream + record.laid_out(rung.residual, whole)
-            position = stream.expand_as(whole)
-            tokens = whole - position
-            parts_of = decompose(tokens, position, norm.eps)
-            first, second, third = (part[..., None] for part in parts_of)
-            normed = partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias)
-            found = first * normed(tokens, eps=norm.eps) + second * normed(position, eps=norm.eps)
-            found = found if norm.bias is None else found + third * norm.bias
-            expected = normed(whole, eps=norm.eps)
-            error = max(error, float((found - expected).abs().max() / expected.abs().max()))
-            layers.append(torch.stack(parts_of).cpu())
+        norm.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
+    weights, grids, error = [], set(), 0.0
+    for batch in batches:
+        seen.clear()
+        model(batch.to(device, torch.float64 if batch.is_floating_point() else None))
+        grids.add(record.forward.grid)
+        stream, layers = torch.zeros((), dtype=torch.float64, device=device), []
+        for rung, norm, passed in zip(record.ladder(record.forward.grid), norms, seen, strict=True):
+            whole, normed = (_batched(record, tokens) for tokens in passed)  # (B, N, D) each
+            stream = stream if rung.residual is None else stream + rung.residual
+            parts_of, missed = _decomposed(norm, whole, stream.expand_as(whole), normed)
+            layers.append(parts_of.cpu())
+            error = max(error, missed)
         weights.append(torch.stack(layers, dim=1))
-    if error > EXACT:
+    if len(grids) != 1:
+        found = ", ".join(by(grid) for grid in sorted(grids)) or "no image at all"
+        raise UsageError(f"Weights are compared on one grid of patches; received {found}. Give images of one size.")
+    if not error <= EXACT:
         raise RunError(f"Equation 6 is missed by {error:.1e} of its largest number in float64; it holds to {EXACT:g}.")
-    return Decomposition(torch.cat(weights, dim=2), record.forward.grid, error)
+    return Decomposition(torch.cat(weights, dim=2), grids.pop(), error)
+
+
+def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> tuple[Tensor, float]:
+    """Return λ1, λ2, λ3 (3, B, N) of a norm's input (B, N, D), and by how much (6) misses what the norm made of it."""
+    tokens = whole - position
+    found = torch.stack(decompose(tokens, position, norm.eps))
+    first, second, third = found[..., None]
+    layer_norm = partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias)
+    total = first * layer_norm(tokens, eps=norm.eps) + second * layer_norm(position, eps=norm.eps)
+    if norm.bias is not None:
+        total = total + third * norm.bias
+    return found, float((total - normed).abs().max() / normed.abs().max())
+
+
+def _batched(record: Positions, tokens: Tensor) -> Tensor:
+    """Return tokens (B, N, D), (N, B, D) or (N, D) as (B, N, D)."""
+    if tokens.ndim == 2:
+        return tokens[None]
+    return tokens if record.tokens_axis(tokens) else tokens.transpose(0, 1)
 
 
 def _comparable(model: nn.Module) -> Positions:
     """Return the positions of a model whose layers can be set beside one another; raises UsageError as `entering`."""
     record = positions(model)
+    scheme = record.scheme
     if record.crossings:
-        raise UsageError(f"Position correlation compares layers on one grid; a {record.host.name}'s have several.")
-    if record.host.stream_is_normed and not record.scheme.join.normed:
         raise UsageError(
-            f"A {record.host.name} puts a norm on its residual stream, so what join={record.scheme.join.name!r} adds "
+            f"The analysis compares layers on one grid; a {record.host.name}'s have several. Take a model of one stage."
+        )
+    if record.host.stream_is_normed and not scheme.join.normed:
+        raise UsageError(
+            f"A {record.host.name} puts a norm on its residual stream, so what join={scheme.join.name!r} adds "
             "there does not reach later layers as it was. Use join='lape' or 'lape-sharing'."
         )
-    if record.scheme.embedding.table is None:
+    if scheme.start.preserves:
         raise UsageError(
-            f"The analysis is about the rows of a table, and pe={record.scheme.embedding.name!r} joins no table with "
+            f"start={scheme.start.name!r} brings positions to attention in two ways, and how they add up depends "
+            "on the tokens. Take a model with start='fresh'."
+        )
+    if scheme.embedding.table is None:
+        raise UsageError(
+            f"The analysis is about the rows of a table, and pe={scheme.embedding.name!r} joins no table with "
             "the tokens. Use a model with one, as pe='learnable'."
         )
     return record
+
+
+def _joint_norm(record: Positions) -> nn.Module | None:
+    """Return the norm that ω goes through with the tokens before the first block, where there is one."""
+    path = record.host.joint_norm
+    norm = record.model.get_submodule(path) if path and record.scheme.with_tokens else None
+    return None if isinstance(norm, nn.Identity) else norm
 
 
 def _norm_of(record: Positions, block: nn.Module) -> nn.Module:

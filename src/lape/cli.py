@@ -297,6 +297,50 @@ def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:
         write_text(out, markdown(found))
 
 
+def analyze(
+    what: str,
+    checkpoints: list[Path] = [],  # noqa: B006 (only read)
+    model: str | None = None,
+    model_args: dict[str, Any] = {},  # noqa: B006
+    joins: list[str] | None = None,
+    pe: str | None = None,
+    grid: tuple[int, int] | None = None,
+    data: str | None = None,
+    data_dir: Path | None = None,
+    img_size: int | None = None,
+    images: int | None = None,
+    seed: int = 0,
+    out: Path = Path("analysis"),
+) -> None:
+    """This command
+
+    Args:
+        what: correlation, or decomposition.
+        checkpoints: Runs' best.pt or last.pt, or their folders.
+        model: A fresh model instead: one that lape models lists, or a VisionTransformer of timm's.
+        model_args: More keywords for it, as {"pretrained": true}.
+        joins: Ways of joining; nothing: default and lape for correlation, default for decomposition.
+        pe: Its position embedding; nothing: its own.
+        grid: Correlation: rows and columns of patches; nothing: the model's own.
+        data: Decomposition: a set, or a folder of images; nothing: the one that the run validated on, or digits.
+        data_dir: Where a named set lies.
+        img_size: Decomposition: side of the images as a fresh model sees them; nothing: the set's own, or the model's.
+        images: Decomposition: how many validation images; nothing: 64.
+        seed: Decides the weights of a fresh model.
+        out: Folder for a picture, a table and all numbers.
+    """
+    from lape.errors import choose
+    from lape.report.analysis import SHEETS
+    from lape.specimens import ANALYSES, Request
+
+    analysis, sheet = choose(ANALYSES, what, "an analysis"), SHEETS[what]
+    asked = Request(checkpoints, model, model_args, joins, pe, grid, data, data_dir, img_size, images, seed)
+    found = list(analysis.find(asked))
+    picture = sheet.write(found, out)
+    console().print(sheet.terminal(found))
+    say(f"\nWritten: {picture}, .md, .json")
+
+
 @dataclass(frozen=True)
 class Command:
     """One row of the help, and the function whose parameters are the options.
@@ -340,6 +384,12 @@ COMMANDS: Mapping[str, Command] = {
         "write a trained model for other programs (ONNX, torch.export), or with its configuration for the Hub",
         "lape export runs/first --out model.onnx --fold",
         bare=("checkpoint",),
+    ),
+    "analyze": Command(
+        analyze,
+        "show in numbers and pictures what each layer is told of positions (correlation), or how much (decomposition)",
+        "lape analyze correlation runs/default runs/lape --grid 14 14",
+        bare=("what", "checkpoints"),
     ),
     "models": Command(
         models,

@@ -114,6 +114,7 @@ class Host:
     logits: str | None = None  # a block's keyword for what is added to its attention logits
     window_bias: WindowBias | None = None
     stream_is_normed: bool = False  # a norm stands on the residual stream itself
+    joint_norm: str | None = None  # of tokens and table together, before the first block; an nn.Identity is none
     resize: Resize = resize_as_timm
     # The position embedding that it comes with, and what it gets for a join that needs a table.
     own: str = "learnable"
@@ -193,6 +194,7 @@ TIMM = Host(
     prefix="num_prefix_tokens",
     prefix_has_no_rows="no_embed_class",
     logits="attn_mask",
+    joint_norm="norm_pre",
     names=_AUTHORS,
     filter=_VIT,
 )
@@ -318,7 +320,7 @@ _BEIT_5 = replace(
     model=f"{_TRANSFORMERS}.beit.modeling_beit.BeitModel",
     block={f"{_TRANSFORMERS}.beit.modeling_beit.BeitLayer": Block("layernorm_before")},
 )
-# ω goes through the norm on its stream by default, as in the untouched model, and not where LaPE joins it.
+# ω goes through the joint norm by default, as in the untouched model, and not where LaPE joins it.
 _CLIP_5 = replace(
     _VIT_5,
     name="transformers CLIP",
@@ -326,7 +328,7 @@ _CLIP_5 = replace(
     block={f"{_TRANSFORMERS}.clip.modeling_clip.CLIPEncoderLayer": Block("layer_norm1")},
     blocks="encoder.layers.*",
     table="embeddings.position_embedding.weight",
-    stream_is_normed=True,
+    joint_norm="pre_layrnorm",
 )
 _SIGLIP_5 = replace(
     _CLIP_5,
@@ -334,7 +336,7 @@ _SIGLIP_5 = replace(
     model=f"{_TRANSFORMERS}.siglip.modeling_siglip.SiglipVisionModel",
     block={f"{_TRANSFORMERS}.siglip.modeling_siglip.SiglipEncoderLayer": Block("layer_norm1")},
     prefix=0,
-    stream_is_normed=False,
+    joint_norm=None,
 )
 DINOV2 = replace(  # in versions 4 and 5
     _VIT_5,

@@ -1,4 +1,4 @@
-"""The pictures: learning curves, and maps of position correlation."""
+"""The pictures: learning curves, maps of position correlation, and the weights of equation 6 over the layers."""
 
 import io
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from lape.analysis import Correlation
+from lape.analysis import Correlation, Decomposition
 from lape.comparison import Comparison
 from lape.statistics import BASELINE
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the baseline is grey, and dashed besides.
 HUES = {"lape": "#D55E00", "lape-sharing": "#CC79A7", "shared": "#0072B2", "unshared": "#009E73"}
 SPARE = ("#E69F00", "#56B4E9")
+WEIGHTS = {"λ₁, tokens": "#0072B2", "λ₂, positions": "#D55E00", "λ₃, bias": "#009E73"}
 SIDE, HEAD = 0.92, 0.5  # inches: a map, and the titles above a block of maps
 
 
@@ -129,19 +130,24 @@ def differences(comparison: Comparison, theme: Theme = LIGHT) -> "Figure":
 
 
 def correlation_maps(maps: Maps, theme: Theme = LIGHT) -> "Figure":
-    """Draw the position correlation of one table under each join: joins from above down, layers from left to right.
+    """Draw the position correlation of one table under each join, as `correlations` does."""
+    return correlations(maps.by_join, theme)
 
-    First the N×N maps of all joins, then one token's row of each, folded to the grid, with a cross on the token. One
+
+def correlations(found: Mapping[str, Correlation], theme: Theme = LIGHT) -> "Figure":
+    """Draw the position correlation of models on one grid: models from above down, layers from left to right.
+
+    First the N×N maps of all models, then one token's row of each, folded to the grid, with a cross on the token. One
     colour scale serves all maps.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     scale = Normalize(-1, 1)
-    joins, some = list(maps.by_join), next(iter(maps.by_join.values()))
-    depth, (height, width) = len(some.maps), some.grid
-    heights = [SIDE * len(joins) * share + HEAD for share in (1, min(1, height / width))]
-    figure = _figure(theme, SIDE * depth + 0.9 + 0.085 * max(map(len, joins)), sum(heights))
+    some = next(iter(found.values()))
+    depth, (height, width) = max(len(one.maps) for one in found.values()), some.grid
+    heights = [SIDE * len(found) * share + HEAD for share in (1, min(1, height / width))]
+    figure = _figure(theme, max(SIDE * depth + 0.9 + 0.085 * max(map(len, found)), 4.6), sum(heights))
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     token_row, token_column = divmod(some.token, width)
     for part, title in (
@@ -150,26 +156,71 @@ def correlation_maps(maps: Maps, theme: Theme = LIGHT) -> "Figure":
     ):
         part.set_facecolor(theme.paper)
         part.suptitle(title, fontsize=9, color=theme.ink, x=0.01, ha="left")
-        panels = part.subplots(len(joins), depth, squeeze=False)
-        for line, join in zip(panels, joins, strict=True):
-            one = maps.by_join[join]
-            for layer, panel in enumerate(line):
+        panels = part.subplots(len(found), depth, squeeze=False)
+        for line, (name, one) in zip(panels, found.items(), strict=True):
+            for spare in line[len(one.maps) :]:
+                spare.set_visible(False)
+            for layer, panel in enumerate(line[: len(one.maps)]):
                 picture = one.maps[layer] if part is upper else one.of_token[layer]
-                panel.imshow(picture.numpy(), cmap="RdBu_r", norm=scale, interpolation="nearest")
+                panel.imshow(picture.numpy(), cmap="RdBu_r", norm=scale, interpolation="auto")
                 _style(panel, theme)
                 panel.set(xticks=[], yticks=[])
                 if part is lower:
                     for colour, weight in (("#000000", 2.6), ("#ffffff", 1.2)):
                         panel.plot(token_column, token_row, "x", color=colour, markersize=5, markeredgewidth=weight)
                 if layer == 0:
-                    panel.set_ylabel(join, fontsize=9, rotation=0, ha="right", va="center")
-                if join == joins[0]:
+                    panel.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+                if one is some:
                     panel.set_title(f"layer {layer + 1}" if layer == 0 else str(layer + 1), fontsize=8, color=theme.ink)
         bar = part.colorbar(ScalarMappable(scale, "RdBu_r"), ax=panels, fraction=0.04, pad=0.01, aspect=20)
         bar.set_ticks([-1, -0.5, 0, 0.5, 1])
         bar.set_label("cosine similarity", fontsize=8, color=theme.ink)
         bar.ax.tick_params(labelsize=7, colors=theme.ink)
         bar.outline.set_edgecolor(theme.faint)
+    return figure
+
+
+def decompositions(found: Mapping[str, Decomposition], theme: Theme = LIGHT) -> "Figure":
+    """Draw λ1, λ2, λ3 of models over their layers, and beneath each layer its λ2 by patch.
+
+    A line is the mean over images and patches, a band one standard deviation to each side. One axis and one colour
+    scale serve all models.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    depth = max(one.mean.shape[1] for one in found.values())
+    tallest = max(min(1, one.grid[0] / one.grid[1]) for one in found.values())
+    scale = Normalize(0, max(float(one.of_positions.max()) for one in found.values()))
+    figure = _figure(theme, max(SIDE * depth + 1.5, 4.6), (2.1 + SIDE * tallest + HEAD) * len(found) + 0.25)
+    above: Axes | None = None
+    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
+    for part, (name, one) in zip(parts, found.items(), strict=True):
+        part.set_facecolor(theme.paper)
+        part.suptitle(name, fontsize=10, color=theme.ink, x=0.01, ha="left")
+        cells = part.add_gridspec(2, depth, height_ratios=(2.1, SIDE * tallest))
+        above = lines = part.add_subplot(cells[0, :], sharex=above, sharey=above)
+        _style(lines, theme)
+        layers = range(1, one.mean.shape[1] + 1)
+        for mean, spread, (label, hue) in zip(one.mean, one.spread, WEIGHTS.items(), strict=True):
+            lines.fill_between(layers, mean - spread, mean + spread, color=hue, alpha=0.2, lw=0)
+            lines.plot(layers, mean, color=hue, linewidth=1.8, marker="o", markersize=3.5, label=label)
+        lines.set(xlim=(0.5, depth + 0.5), ylabel="weight in (6)")
+        lines.set_xticks(layers, [f"layer {number}" if number == 1 else str(number) for number in layers])
+        lines.grid(axis="y", color=theme.faint, linewidth=0.6)
+        maps = [part.add_subplot(cells[1, layer]) for layer in range(len(layers))]
+        for panel, picture in zip(maps, one.of_positions, strict=True):
+            panel.imshow(picture.numpy(), cmap="viridis", norm=scale, interpolation="auto")
+            _style(panel, theme)
+            panel.set(xticks=[], yticks=[])
+        maps[0].set_ylabel("λ₂ by patch", fontsize=9)
+        bar = part.colorbar(ScalarMappable(scale, "viridis"), ax=maps, fraction=0.04, pad=0.01, aspect=12)
+        bar.ax.tick_params(labelsize=7, colors=theme.ink)
+        bar.outline.set_edgecolor(theme.faint)
+    assert above is not None  # there is a model
+    figure.legend(
+        *above.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, labelcolor=theme.ink
+    )
     return figure
 
 

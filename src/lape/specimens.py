@@ -1,0 +1,187 @@
+"""What is analysed: trained models or fresh ones, with real images where the analysis looks at some."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lape.analysis import Correlation, Decomposition, correlation, decomposition
+from lape.assembly import launch
+from lape.checkpoints import BEST
+from lape.data import pipeline
+from lape.data.sources import PHOTOGRAPHS, find
+from lape.errors import UsageError
+from lape.evaluation import trained
+from lape.experiment import Experiment
+from lape.hosts import find as transformer
+from lape.method import Grid
+from lape.surgery import create_model, positions
+from lape.work import ClassificationWork, Source, Work, work_of
+
+BATCH = 8  # images at once, in float64
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A model to analyse: what a reader calls it, what it was made by, and batches of images for it."""
+
+    name: str
+    model: nn.Module
+    settings: Mapping[str, Any]
+    data: str | None = None
+    batches: Iterable[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """Which models are asked for, and what they are to look at; None stands for what was not said.
+
+    `checkpoints` are files or run folders; without them a fresh `model` is made for each of `joins`.
+    """
+
+    checkpoints: Sequence[Path] = ()
+    model: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    joins: Sequence[str] | None = None
+    pe: str | None = None
+    grid: Grid | None = None
+    data: str | None = None
+    data_dir: Path | None = None
+    img_size: int | None = None
+    images: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if bool(self.checkpoints) == bool(self.model):
+            received = "both" if self.model else "neither"
+            raise UsageError(
+                f"An analysis is of checkpoints or of a fresh --model; received {received}. Give, say, runs/first, or "
+                "--model deit_tiny_patch16_224."
+            )
+        if self.checkpoints:
+            self.refuse("model_args", "joins", "pe", "img_size", because="a checkpoint has its own")
+        if self.images is not None and self.images < 1:
+            raise UsageError(f"images must be at least 1, not {self.images}.")
+
+    def refuse(self, *names: str, because: str) -> None:
+        """Raise UsageError for the first of these that was asked for."""
+        for name in names:
+            if value := getattr(self, name):
+                shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+                raise UsageError(f"{name} {shown} means nothing here: {because}. Leave it out.")
+
+
+class Correlating:
+    """Position correlation: of tables and norms alone."""
+
+    joins = ("default", "lape")
+
+    def find(self, request: Request) -> Iterator[tuple[Specimen, Correlation]]:
+        """Yield every model that is asked for, and its correlation; raises UsageError as `correlation` does."""
+        because = "correlation is of tables and norms, and looks at no image"
+        request.refuse("data", "data_dir", "img_size", "images", because=because)
+        for specimen in self.specimens(request):
+            yield specimen, correlation(specimen.model, request.grid)
+
+    def specimens(self, request: Request) -> Iterator[Specimen]:
+        """Yield the models, without images."""
+        for path in request.checkpoints:
+            found = trained(path, lambda _, own: own, devices=1, nodes=1)
+            yield Specimen(_named(found.path), found.work.module, {"checkpoint": path, **found.experiment.settings()})
+        for join in (request.joins or self.joins) if request.model else ():
+            pipeline.reseed(pipeline.seed_of(request.seed))
+            model = create_model(str(request.model), join=join, pe=request.pe, **request.model_args)
+            pe = positions(model).scheme.embedding.name
+            settings = {"model": request.model, "model_args": dict(request.model_args), "join": join, "pe": pe}
+            yield Specimen(join, model, settings | {"seed": request.seed})
+
+
+class Decomposing:
+    """The weights of equation 6, on validation images."""
+
+    joins = ("default",)
+    images = 64
+
+    def find(self, request: Request) -> Iterator[tuple[Specimen, Decomposition]]:
+        """Yield every model that is asked for, and its weights; raises UsageError and RunError as `decomposition`."""
+        request.refuse("grid", because="the grid is that of the images")
+        for specimen in self.specimens(request):
+            yield specimen, decomposition(specimen.model, specimen.batches)
+
+    def specimens(self, request: Request) -> Iterator[Specimen]:
+        """Yield the models with images: of the set that a run validated on, or of the set that is asked for."""
+        count = request.images or self.images
+
+        def with_pictures(experiment: Experiment, own: Source) -> Source:
+            place = None if request.data else experiment.data_dir
+            return _of_the_same_kind(own, find(request.data or experiment.data, request.data_dir or place))
+
+        for path in request.checkpoints:
+            found = trained(path, with_pictures, devices=1, nodes=1)
+            yield _looking(_named(found.path), found.work, {"checkpoint": path, **found.experiment.settings()}, count)
+        if request.model:
+            data = request.data or Experiment.data
+            source = find(data, request.data_dir)
+            for join in request.joins or self.joins:
+                experiment = Experiment(
+                    data=data,
+                    data_dir=request.data_dir,
+                    img_size=request.img_size,
+                    model=request.model,
+                    model_args=dict(request.model_args),
+                    join=join,
+                    pe=request.pe,  # pyright: ignore[reportArgumentType]  # None: the model's own
+                    seed=request.seed,
+                )
+                work = work_of(experiment, source)
+                work.module.to(launch(experiment).device)
+                pe = positions(work.module).scheme.embedding.name
+                yield _looking(join, work, experiment.settings() | {"pe": pe}, count)
+
+
+ANALYSES = {"decomposition": Decomposing(), "correlation": Correlating()}
+
+
+def _named(checkpoint: Path) -> str:
+    """Name a run's best weights by its folder, and another file by its path."""
+    path = checkpoint.resolve()
+    return str(path.parent if path.name == BEST else path)
+
+
+def _of_the_same_kind(own: Source, other: Source) -> Source:
+    """Return a model's own set with another's validation images; raises UsageError where they are nothing for it."""
+    asked, known = ((type(source), source.channels, source.size) for source in (other, own))
+    if asked[:2] != known[:2] or (asked[2] != known[2] and None not in (asked[2], known[2])):
+        raise UsageError(
+            f"The model looks at images like those of {own.name}, and {other.name} has others, in kind, colours or "
+            "size. Give --data a set of the same kind."
+        )
+    return replace(own, name=other.name, validation=other.validation)  # pyright: ignore[reportArgumentType]
+
+
+def _looking(name: str, work: Work, settings: Mapping[str, Any], count: int) -> Specimen:
+    """Return a model with some of its set's validation images, drawn once and for all, or all where there are fewer."""
+    source, model = work.source, work.module
+    count = min(count, len(source.validation))
+    if isinstance(work, ClassificationWork):
+        work.source = replace(work.source, validation=work.source.validation.some(count))
+        shares = pipeline.load(work.validation(), pipeline.Whole(count, BATCH), None, pin=False)
+        batches: Iterable[Tensor] = (images for images, *_ in shares)
+    else:  # what is around the transformer has no positions
+        model = transformer(model)[0]
+        batches = _cut(source, model, count)
+    shown = f"{count} validation images of {source.name}"
+    return Specimen(name, model, settings, shown, batches)
+
+
+def _cut(source: Any, model: Any, count: int) -> Iterator[Tensor]:
+    """Yield pictures for detection or segmentation, resized and cut at the centre to the size of the model's table."""
+    (rows, columns), (tall, wide) = positions(model).own_grid(), model.patch_embed.patch_size
+    chosen = replace(PHOTOGRAPHS, crop_pct=1.0)
+    see = pipeline.validation_transform(source, chosen, (rows * tall, columns * wide))
+    order = torch.randperm(len(source.validation), generator=torch.Generator().manual_seed(0))
+    for some in order[:count].sort().values.split(BATCH):
+        yield torch.stack([see(source.validation.picture(index)) for index in some.tolist()])
