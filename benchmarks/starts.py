@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from jsonargparse import auto_cli
 
-from lape.comparison import read
 from lape.experiment import Experiment
 from lape.parallel import Done, side_by_side
 from lape.provenance import provenance
 from lape.report import words
 from lape.statistics import Run, Sample, difference
+from lape.study import read
 
 SEEDS = range(5)
 PRETRAINED = Experiment(

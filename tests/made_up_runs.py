@@ -1,23 +1,25 @@
-"""Finished runs as files say them, with numbers of our own making: what comparison and report are tested on."""
+"""Finished runs as files say them, with numbers of our own making: what comparison, claims and report are tested on."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lape.comparison import Comparison, read
+from lape.analyses import Analysis
+from lape.analysis import Shape
 from lape.experiment import Experiment
-from lape.statistics import Combination
+from lape.statistics import Combination, Way
+from lape.study import Study, read
 
 BASE = Experiment(epochs=6, model_args={"embed_dim": 8, "depth": 2, "num_heads": 2})
-Curve = Callable[[str, str, int], Sequence[float]]
+Ways = Mapping[tuple[Way | str, str], Mapping[int, float]]  # a join's name stands for its usual way
 
 
 def write_run(
     folder: Path, combination: Combination, accuracies: Sequence[float], base: Experiment = BASE, **other: object
 ) -> None:
     """Write the result of a run whose validation accuracy after each epoch is given; an epoch has 10 steps."""
-    experiment = replace(base, join=combination.join, pe=combination.pe, seed=combination.seed)
+    experiment = replace(base, **combination.way._asdict(), pe=combination.pe, seed=combination.seed)
     curve = [
         {"epoch": epoch, "step": 10 * epoch, "lr": 1e-3, "train_loss": 1.0, "val_loss": 1.0, "val_accuracy": accuracy}
         for epoch, accuracy in enumerate(accuracies, start=1)
@@ -28,7 +30,7 @@ def write_run(
         "commit": "0123abc",
         "versions": {"lape": "0.1.0", "torch": "2.15.0"},
         "machine": "a machine, 2 cores",
-        "parameters": 1000 + 24 * (combination.join == "lape"),
+        "parameters": 1000 + 24 * (combination.way.join == "lape"),
         "steps": 10 * len(curve),
         "seconds_per_step": 0.0125,
         "score": "val_accuracy",
@@ -40,31 +42,39 @@ def write_run(
     (folder / "result.json").write_text(json.dumps(record | other), encoding="utf-8")
 
 
-def comparison_of(
+def study_of(
     folder: Path,
-    finals: Mapping[tuple[str, str], Mapping[int, float]],
+    finals: Ways,
     base: Experiment = BASE,
     failures: Mapping[Combination, Exception] | None = None,
     jobs: int = 2,
     curve: Callable[[float], Sequence[float]] = lambda final: [final - 50, final - 30, final - 10, final],
-) -> Comparison:
-    """Return a comparison whose accuracies by (join, table) and seed are given; each curve ends on the final one."""
+) -> Study:
+    """Return a study whose accuracies by (way, table) and seed are given; each curve ends on the final one."""
     results = {}
-    for (join, pe), by_seed in finals.items():
+    for (way, pe), by_seed in finals.items():
         for seed, final in by_seed.items():
-            combination = Combination(join, pe, seed)
+            combination = Combination(Way(way) if isinstance(way, str) else way, pe, seed)
             write_run(folder / str(combination), combination, curve(final), base)
             results[combination] = read(folder / str(combination))
-    failures = failures or {}
-    every = [*results, *failures]
-    return Comparison(
-        base=base,
-        images=(1198, 599),
-        joins=tuple(dict.fromkeys(join for join, _, _ in every)),
-        pes=tuple(dict.fromkeys(pe for _, pe, _ in every)),
-        seeds=tuple(sorted({seed for _, _, seed in every})),
-        jobs=jobs,
-        command="lape compare --data digits",
+    return Study(
         results=results,
-        failures=failures,
+        command="lape compare --data digits",
+        failures=failures or {},
+        images=(1198, 599),
+        jobs=jobs,
     )
+
+
+def analysis_of(
+    two_dimensionality: float = 0.5,
+    layer_difference: float = 0.1,
+    half_distance: Sequence[float] = (1.0, 2.0, 3.0),
+    lambda2: Sequence[float] | None = None,
+    width: int = 4,
+) -> Analysis:
+    """Return an analysis of as many layers as there are half distances."""
+    alike, apart = ((number,) * len(half_distance) for number in (two_dimensionality, layer_difference))
+    weights = None if lambda2 is None else tuple(tuple(some) for some in ([0.9] * len(lambda2), lambda2, lambda2))
+    shape = Shape(two_dimensionality, half_distance[0], layer_difference)
+    return Analysis(width, alike, tuple(half_distance), apart, shape, weights)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from made_up_runs import BASE, write_run
 
-from lape.comparison import Result, Watch, compare, plans, read, seeds_of, trained
+from lape.analyses import brought_back
+from lape.comparison import Asked, Watch, compare, plans, seeds_of
 from lape.errors import RunError, UsageError
-from lape.statistics import Combination, Point, Run, Sample, Verdict, difference, gaps, rows
+from lape.statistics import Combination, Point, Run, Sample, Verdict, Way, difference, gaps, rows
+from lape.study import Result, read
 
 T_2 = 4.302652729911275  # Student's 97.5 % point with 2 degrees of freedom, from a printed table
 
@@ -23,7 +25,7 @@ T_2 = 4.302652729911275  # Student's 97.5 % point with 2 degrees of freedom, fro
 def runs_of(join: str, pe: str, accuracies: dict[int, float]) -> list[Run]:
     return [
         Run(
-            Combination(join, pe, seed),
+            Combination(Way(join), pe, seed),
             "accuracy",
             value,
             (Point(1, 10, value / 2), Point(2, 20, value)),
@@ -110,7 +112,7 @@ def test_rows_pair_each_join_with_the_default_of_the_same_table():
             *runs_of("shared", "learnable", {0: 90.0, 1: 93.0}),
         ]
     )
-    assert [(row.pe, row.join) for row in found] == [
+    assert [(row.pe, row.way.join) for row in found] == [
         ("learnable", "default"),
         ("learnable", "lape"),
         ("learnable", "shared"),
@@ -133,7 +135,7 @@ def test_rows_without_the_baseline_have_no_difference():
 )
 def test_third_is_the_nearest_evaluation_and_the_earlier_of_two(steps, epoch):
     curve = tuple(Point(place, step, 50.0) for place, step in enumerate(steps, start=1))
-    assert Run(Combination("lape", "learnable", 0), "accuracy", 50.0, curve, 1, 1.0).third.epoch == epoch
+    assert Run(Combination(Way("lape"), "learnable", 0), "accuracy", 50.0, curve, 1, 1.0).third.epoch == epoch
 
 
 def test_gap_is_best_minus_worst_mean_over_the_tables():
@@ -149,7 +151,7 @@ def test_gap_is_best_minus_worst_mean_over_the_tables():
             ]
         )
     )
-    assert [(gap.join, gap.best, gap.worst, gap.points) for gap in found] == [
+    assert [(str(gap.way), gap.best, gap.worst, gap.points) for gap in found] == [
         ("default", "learnable", "none", 21.0),
         ("lape", "sinusoidal-1d", "learnable", 0.5),
     ]
@@ -169,58 +171,109 @@ def test_seeds_that_mean_nothing_are_refused(given):
         seeds_of(given)
 
 
+def planned(asked, out, base=BASE):
+    return plans(base, asked, out)[0]
+
+
 def test_runs_that_are_paired_are_trained_side_by_side(tmp_path):
-    made = plans(BASE, ["default", "lape"], ["learnable", "sinusoidal-1d"], [0, 1], tmp_path)
+    made = planned(Asked(["default", "lape"], ["learnable", "sinusoidal-1d"], [0, 1]), tmp_path)
     assert [tuple(plan.combination) for plan in made[:4]] == [
-        ("default", "learnable", 0),
-        ("lape", "learnable", 0),
-        ("default", "sinusoidal-1d", 0),
-        ("lape", "sinusoidal-1d", 0),
+        (Way("default"), "learnable", 0),
+        (Way("lape"), "learnable", 0),
+        (Way("default"), "sinusoidal-1d", 0),
+        (Way("lape"), "sinusoidal-1d", 0),
     ]
     assert len({plan.folder for plan in made}) == 8
 
 
+def test_a_plan_trains_what_its_combination_says(tmp_path):
+    asked = Asked(["default", "lape"], ["learnable"], [3], ["layernorm", "norm"], ["fresh", "preserve"])
+    for plan in planned(asked, tmp_path):
+        experiment = plan.experiment
+        way = Way(experiment.join, experiment.pe_norm, experiment.start)
+        assert plan.combination == Combination(way, experiment.pe, experiment.seed)
+
+
 def test_other_settings_have_another_folder_and_another_place_has_the_same(tmp_path):
-    asked = (["lape"], ["learnable"], [0], tmp_path)
-    folder = plans(BASE, *asked)[0].folder
-    assert plans(replace(BASE, lr=1.0), *asked)[0].folder != folder
-    assert plans(replace(BASE, workers=3, accelerator="cpu"), *asked)[0].folder == folder
+    asked = Asked(["lape"], ["learnable"], [0])
+    folder = planned(asked, tmp_path)[0].folder
+    assert planned(asked, tmp_path, replace(BASE, lr=1.0))[0].folder != folder
+    assert planned(asked, tmp_path, replace(BASE, workers=3, accelerator="cpu"))[0].folder == folder
 
 
-def test_a_stand_in_is_given_to_the_joins_that_have_pe_norms(tmp_path):
-    made = plans(replace(BASE, pe_norm="norm"), ["default", "lape"], ["learnable"], [0], tmp_path)
-    assert [plan.experiment.pe_norm for plan in made] == ["layernorm", "norm"]
+def test_a_folder_is_called_by_what_is_trained_and_the_usual_ones_as_ever(tmp_path):
+    asked = Asked(["default", "lape"], ["learnable"], [0], ["layernorm", "norm"], ["fresh", "preserve"])
+    names = [plan.folder.name for plan in planned(asked, tmp_path)]
+    assert [name.rpartition("-")[0] for name in names] == [
+        "default-learnable-seed0",
+        "lape-learnable-seed0",
+        "lape-norm-learnable-seed0",
+        "lape-preserve-learnable-seed0",
+        "lape-norm-preserve-learnable-seed0",
+    ]
+    kept = [replace(BASE, join=join, pe="learnable", seed=0).fingerprint()[:8] for join in ("default", "lape")]
+    assert [name.rpartition("-")[2] for name in names[:2]] == kept
+
+
+def test_stand_ins_are_given_to_the_joins_that_have_pe_norms_and_the_others_are_trained_once(tmp_path):
+    asked = Asked(["default", "lape-sharing", "lape"], ["learnable"], [0], ["scale-norm", "layernorm"])
+    assert [str(plan.combination.way) for plan in planned(asked, tmp_path)] == [
+        "default",
+        "lape-sharing with scale-norm",
+        "lape-sharing",
+        "lape with scale-norm",
+        "lape",
+    ]
+
+
+def test_what_means_nothing_is_left_out_and_told_while_every_name_is_used(tmp_path):
+    asked = Asked(["default", "unshared", "lape"], ["learnable", "sinusoidal-1d", "relative"], [0, 1])
+    made, left_out = plans(BASE, asked, tmp_path)
+    trained = {(plan.combination.way.join, plan.combination.pe) for plan in made}
+    missing = {(way.join, pe) for pairs in left_out.values() for way, pe in pairs}
+    assert missing == {("unshared", "sinusoidal-1d"), ("unshared", "relative"), ("lape", "relative")}
+    assert not missing & trained
+    assert len(missing | trained) == 9
+    (alike,) = [reason for reason, pairs in left_out.items() if (Way("unshared"), "sinusoidal-1d") in pairs]
+    assert "all would be alike" in alike
 
 
 @pytest.mark.parametrize(
-    ("joins", "pes", "told"),
+    ("asked", "told"),
     [
-        (["default", "lap"], ["learnable"], "Did you mean 'lape'"),
-        (["default"], ["learnabel"], "Did you mean 'learnable'"),
-        (["default", "unshared"], ["learnable", "sinusoidal-1d"], "all would be alike"),
-        (["lape", "lape"], ["learnable"], "none twice"),
-        ([], ["learnable"], "at least one"),
+        (Asked(["default", "lap"], ["learnable"], [0]), "Did you mean 'lape'"),
+        (Asked(["default"], ["learnabel"], [0]), "Did you mean 'learnable'"),
+        (Asked(["default"], ["learnable"], [0], ["nrom"]), "is not a PE norm"),
+        (Asked(["default"], ["learnable"], [0], starts=["presreve"]), "is not a start"),
+        (Asked(["default", "unshared"], ["sinusoidal-1d"], [0]), "all would be alike"),
+        (Asked(["shared", "lape"], ["learnable", "none"], [0]), "has no table"),
+        (Asked(["default"], ["learnable"], [0], ["layernorm", "norm"]), "stands in for a PE norm"),
+        (Asked(["shared"], ["learnable"], [0], starts=["preserve"]), "has no p_l"),
+        (Asked(["lape", "lape"], ["learnable"], [0]), "none twice"),
+        (Asked(["lape"], ["learnable"], [0], ["norm", "norm"]), "none twice"),
+        (Asked([], ["learnable"], [0]), "at least one"),
+        (Asked(["lape"], ["learnable"], [0], []), "at least one"),
     ],
 )
-def test_requests_that_mean_nothing_are_refused_before_anything_is_trained(joins, pes, told, tmp_path):
+def test_requests_that_mean_nothing_are_refused_before_anything_is_trained(asked, told, tmp_path):
     with pytest.raises(UsageError, match=told):
-        compare(BASE, joins, pes, [0], tmp_path / "out")
+        compare(BASE, asked, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("changed", [{"devices": 2}, {"nodes": 2}])
 def test_a_run_on_several_devices_is_refused(changed, tmp_path):
     with pytest.raises(UsageError, match="one device"):
-        compare(replace(BASE, **changed), ["lape"], ["learnable"], [0], tmp_path)
+        compare(replace(BASE, **changed), Asked(["lape"], ["learnable"], [0]), tmp_path)
 
 
 def test_no_jobs_are_refused(tmp_path):
     with pytest.raises(UsageError, match="0 was received"):
-        compare(BASE, ["lape"], ["learnable"], [0], tmp_path, jobs=0)
+        compare(BASE, Asked(["lape"], ["learnable"], [0]), tmp_path, jobs=0)
 
 
 def test_a_result_that_is_none_is_named(tmp_path):
-    write_run(tmp_path, Combination("lape", "learnable", 0), [50.0])
+    write_run(tmp_path, Combination(Way("lape"), "learnable", 0), [50.0])
     assert read(tmp_path).run.score == 50.0
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(RunError, match=r"result\.json is not the result of a finished run"):
@@ -253,33 +306,33 @@ class Heard(Watch):
 
 @pytest.mark.slow
 def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is_trained(tmp_path):
-    asked = (["default", "lape"], ["learnable"])
-    broken = plans(TINY, *asked, [0, 1], tmp_path)[3]
+    asked = Asked(["default", "lape"], ["learnable"], [0, 1])
+    broken = planned(asked, tmp_path, TINY)[3]
     broken.folder.parent.mkdir(parents=True)
     broken.folder.write_text("a file where the run's folder should be")
 
     first = Heard()
-    comparison = compare(TINY, *asked, [0, 1], tmp_path, jobs=2, watch=first)
+    study = compare(TINY, asked, tmp_path, jobs=2, watch=first)
     assert (first.kept, len(first.todo)) == ([], 4)
     assert {type(outcome) for outcome in first.ended.values()} == {Result, UsageError}
-    assert list(comparison.failures) == [Combination("lape", "learnable", 1)]
-    assert [row.score.count for row in comparison.rows] == [2, 1]
+    assert list(study.failures) == [Combination(Way("lape"), "learnable", 1)]
+    assert [row.score.count for row in study.rows] == [2, 1]
     with pytest.raises(UsageError, match="lape × learnable, seed 1"):
-        comparison.raise_failures()
+        study.raise_failures()
 
     broken.folder.unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
     second = Heard()
-    comparison = compare(TINY, *asked, [0, 1], tmp_path, jobs=2, watch=second)
-    assert (len(second.kept), second.todo) == (3, [Combination("lape", "learnable", 1)])
+    study = compare(TINY, asked, tmp_path, jobs=2, watch=second)
+    assert (len(second.kept), second.todo) == (3, [Combination(Way("lape"), "learnable", 1)])
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
-    assert comparison.failures == {}
-    assert [row.score.count for row in comparison.rows] == [2, 2]
-    assert comparison.images == (1198, 599)
-    comparison.raise_failures()
+    assert study.failures == {}
+    assert [row.score.count for row in study.rows] == [2, 2]
+    assert study.images == (1198, 599)
+    study.raise_failures()
 
-    result = comparison.of("lape", "learnable")[0]
-    model = trained(result)
+    result = study.of(Way("lape"), "learnable")[0]
+    model = brought_back(result).work.module
     stored = torch.load(result.folder / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
@@ -292,7 +345,7 @@ class Interrupted(Heard):
 @pytest.mark.slow
 def test_ctrl_c_while_news_is_shown_ends_the_processes_too(tmp_path):
     with pytest.raises(KeyboardInterrupt) as caught:
-        compare(replace(TINY, epochs=1000), ["lape"], ["learnable"], [0], tmp_path, jobs=1, watch=Interrupted())
+        compare(replace(TINY, epochs=1000), Asked(["lape"], ["learnable"], [0]), tmp_path, jobs=1, watch=Interrupted())
     assert caught.tb is not None  # while it is held, so is the frame that walked the processes' news
     assert multiprocessing.active_children() == []
     assert not list(tmp_path.rglob("result.json"))
@@ -301,15 +354,15 @@ def test_ctrl_c_while_news_is_shown_ends_the_processes_too(tmp_path):
 STOPPABLE = """
 import json, sys
 from pathlib import Path
-from lape.comparison import Watch, compare
+from lape.comparison import Asked, Watch, compare
 from lape.experiment import Experiment
 class Say(Watch):
     def moves(self, combination, progress):
-        print(combination.join, progress.step, flush=True)
+        print(combination.way.join, progress.step, flush=True)
 if __name__ == "__main__":
     base = Experiment.of(json.loads(sys.argv[1]))
-    comparison = compare(base, ["default", "lape"], ["learnable"], [0], Path(sys.argv[2]), jobs=2, watch=Say())
-    print("finished", len(comparison.results))
+    study = compare(base, Asked(["default", "lape"], ["learnable"], [0]), Path(sys.argv[2]), jobs=2, watch=Say())
+    print("finished", len(study.results))
 """
 
 

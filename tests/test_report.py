@@ -9,17 +9,20 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
-from made_up_runs import BASE, comparison_of
+from made_up_runs import BASE, analysis_of, study_of
 from rich.console import Console
 
-from lape import report
+from lape import paper, recipes, report
 from lape.analysis import Correlation
+from lape.claims import CLAIMS
 from lape.errors import RunError
-from lape.report import page, plots, progress, tables, words
-from lape.statistics import Combination
+from lape.method import POSITION_NORMS
+from lape.report import cost, page, plots, progress, tables, words
+from lape.statistics import Combination, Way
 from lape.training import Progress
 
 GAIN = {  # lape minus default: 4, 2, 3 with a half width of 4.303/√3 = 2.484; and 1, 1, 1
@@ -32,6 +35,15 @@ LOSS = {("default", "learnable"): {0: 95.0, 1: 96.0, 2: 97.0}, ("lape", "learnab
 TIE = {("default", "learnable"): {0: 95.0, 1: 96.0}, ("lape", "learnable"): {0: 95.0, 1: 96.0}}
 ONE_SEED = {("default", "learnable"): {0: 90.0}, ("lape", "learnable"): {0: 93.0}}
 THREE_JOINS = {**LOSS, ("shared", "learnable"): {0: 95.0, 1: 96.0, 2: 97.5}}
+STAND_INS = {
+    **GAIN,
+    **{
+        (Way("lape", norm), "learnable"): {0: 91.0, 1: 92.5, 2: 90.0 + place}
+        for place, norm in enumerate(POSITION_NORMS)
+        if norm != "layernorm"
+    },
+    (Way("lape", start="preserve"), "learnable"): {0: 90.0, 1: 92.0, 2: 94.0},
+}
 NO_DEFAULT = {("shared", "learnable"): {0: 95.0, 1: 96.0}, ("lape", "learnable"): {0: 95.0, 1: 96.0}}
 CASES = {
     "gain": GAIN,
@@ -40,25 +52,48 @@ CASES = {
     "one-seed": ONE_SEED,
     "three-joins": THREE_JOINS,
     "no-default": NO_DEFAULT,
+    "stand-ins": STAND_INS,
 }
 
 
-def made_up_maps(comparison, depth=3, grid=(3, 5)):
+def analysed(study, layers=3):
+    """The study with analyses of its own making; with the default join λ2 falls from layer to layer."""
+    falling = [1 / (1 + layer) for layer in range(layers)]
+    analyses = {
+        one: analysis_of(half_distance=[1.0] * layers, lambda2=falling if one.way.join == "default" else None)
+        for one in study.results
+    }
+    return replace(study, analyses=analyses)
+
+
+def sections(study, depth=3):
+    return [page.Section(analysed(study, depth), made_up_maps(study, depth))]
+
+
+def made_up_maps(study, depth=3, grid=(3, 5)):
     patches = grid[0] * grid[1]
     maps = torch.linspace(-1, 1, patches).outer(torch.linspace(-1, 1, patches)).double().expand(depth, -1, -1)
-    return {pe: plots.Maps(0, {join: Correlation(maps, grid) for join in comparison.joins}) for pe in comparison.pes}
+    return {
+        panel.title: plots.Maps(0, {str(way): Correlation(maps, grid) for way in panel.ways})
+        for panel in plots.panels(study)
+    }
 
 
-@pytest.fixture(params=CASES)
-def comparison(request, tmp_path):
-    return comparison_of(tmp_path, CASES[request.param])
+@pytest.fixture(params=CASES, scope="module")
+def study(request, tmp_path_factory):
+    return study_of(tmp_path_factory.mktemp("runs"), CASES[request.param])
+
+
+@pytest.fixture(scope="module")
+def shown(study):
+    return page.page(sections(study))
 
 
 # --- Words
 
 
 def test_a_gain_is_told_with_its_interval(tmp_path):
-    found = words.findings(comparison_of(tmp_path, GAIN))
+    found = words.findings(study_of(tmp_path, GAIN))
     assert found.main == (
         "With the table learnable, lape differs from default by +3.00 points (94.00 % against 91.00 %; 95 % interval "
         "+0.52 to +5.48, 3 pairs of runs): above zero.",
@@ -73,7 +108,7 @@ def test_a_gain_is_told_with_its_interval(tmp_path):
 
 def test_a_loss_is_told_in_the_same_words(tmp_path):
     """Differences -5, -4.5, -5: mean -29/6, s = 1/√12, half width 4.303/6."""
-    (sentence,) = words.findings(comparison_of(tmp_path, LOSS)).main
+    (sentence,) = words.findings(study_of(tmp_path, LOSS)).main
     assert sentence == (
         "With the table learnable, lape differs from default by −4.83 points (91.17 % against 96.00 %; 95 % interval "
         "−5.55 to −4.12, 3 pairs of runs): below zero."
@@ -81,40 +116,40 @@ def test_a_loss_is_told_in_the_same_words(tmp_path):
 
 
 def test_a_tie_is_not_decided(tmp_path):
-    (sentence,) = words.findings(comparison_of(tmp_path, TIE)).main
+    (sentence,) = words.findings(study_of(tmp_path, TIE)).main
     assert "by 0.00 points" in sentence
     assert sentence.endswith("95 % interval 0.00 to 0.00, 2 pairs of runs): not told from zero.")
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path):
-    found = words.findings(comparison_of(tmp_path, ONE_SEED))
+    found = words.findings(study_of(tmp_path, ONE_SEED))
     assert "95 % interval" not in found.main[0]
     assert "gives no interval and decides nothing" in found.main[0]
     assert any("One seed gives no spread and no interval" in remark for remark in found.remarks)
 
 
 def test_lape_stands_at_the_top_and_the_others_in_the_table(tmp_path):
-    comparison = comparison_of(tmp_path, THREE_JOINS)
-    assert [", lape differs" in sentence for sentence in words.findings(comparison).main] == [True]
-    assert "+0.17 | −0.55 to +0.88" in tables.markdown(comparison)  # shared: 0, 0, 0.5
+    study = study_of(tmp_path, THREE_JOINS)
+    assert [", lape differs" in sentence for sentence in words.findings(study).main] == [True]
+    assert "+0.17 | −0.55 to +0.88" in tables.markdown(study)  # shared: 0, 0, 0.5
 
 
 def test_without_the_default_join_nothing_is_differed(tmp_path):
-    found = words.findings(comparison_of(tmp_path, NO_DEFAULT))
+    found = words.findings(study_of(tmp_path, NO_DEFAULT))
     assert found.main == ()
     assert any("default was not trained" in remark for remark in found.remarks)
 
 
 def test_a_failed_run_is_named_and_its_pair_left_out(tmp_path):
     finals = {("default", "learnable"): {0: 90.0, 1: 91.0, 2: 92.0}, ("lape", "learnable"): {0: 91.0, 2: 93.5}}
-    failures = {Combination("lape", "learnable", 1): RunError("the loss is nan at step 7")}
-    comparison = comparison_of(tmp_path, finals, failures=failures)
-    remarks = " ".join(words.findings(comparison).remarks)
+    failures = {Combination(Way("lape"), "learnable", 1): RunError("the loss is nan at step 7")}
+    study = study_of(tmp_path, finals, failures=failures)
+    remarks = " ".join(words.findings(study).remarks)
     assert "lape × learnable, seed 1 (the loss is nan at step 7)" in remarks
     assert "paired with default without seed 1" in remarks
-    assert "2 pairs of runs" in words.findings(comparison).main[0]
+    assert "2 pairs of runs" in words.findings(study).main[0]
     with pytest.raises(RunError, match="1 of 6 runs failed"):
-        comparison.raise_failures()
+        study.raise_failures()
 
 
 @pytest.mark.parametrize(
@@ -128,17 +163,17 @@ def test_signs(points, text):
 
 
 def test_csv_holds_unrounded_numbers(tmp_path):
-    comparison = comparison_of(tmp_path, LOSS)
-    default, lape = csv.DictReader(io.StringIO(tables.as_csv(comparison)))
-    assert float(lape["difference_mean"]) == comparison.rows[1].difference.mean
-    assert float(lape["score_std"]) == comparison.rows[1].score.std
+    study = study_of(tmp_path, LOSS)
+    default, lape = csv.DictReader(io.StringIO(tables.as_csv(study)))
+    assert float(lape["difference_mean"]) == study.rows[1].difference.mean
+    assert float(lape["score_std"]) == study.rows[1].score.std
     assert default["difference_mean"] == default["verdict"] == ""
     assert lape["verdict"] == "below zero"
 
 
 def test_json_holds_numbers_settings_versions_and_command(tmp_path):
-    comparison = comparison_of(tmp_path, GAIN)
-    content = json.loads(tables.as_json(comparison))
+    study = study_of(tmp_path, GAIN)
+    content = json.loads(tables.as_json(study))
     assert content["rows"][1]["difference_by_seed"] == {"0": 4.0, "1": 2.0, "2": 3.0}
     assert len(content["runs"]) == 12
     assert content["settings"]["epochs"] == BASE.epochs
@@ -147,20 +182,20 @@ def test_json_holds_numbers_settings_versions_and_command(tmp_path):
     assert content["provenance"] == [
         {"commit": "0123abc", "versions": {"lape": "0.1.0", "torch": "2.15.0"}, "machine": "a machine, 2 cores"}
     ]
-    assert {gap["join"]: gap["points"] for gap in content["gaps"]} == {"default": 10.0, "lape": 12.0}
+    assert {gap["way"]: gap["points"] for gap in content["gaps"]} == {"default": 10.0, "lape": 12.0}
 
 
-def test_markdown_is_a_table_of_one_width(comparison):
-    lines = [line for line in tables.markdown(comparison).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(comparison.rows)
+def test_markdown_is_a_table_of_one_width(study):
+    lines = [line for line in tables.markdown(study).splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(study.rows)
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_the_terminals_table_fits_eighty_columns_with_every_number_whole(tmp_path):
-    comparison = comparison_of(tmp_path, GAIN)
+    study = study_of(tmp_path, GAIN)
     out = io.StringIO()
-    Console(file=out, width=80).print(tables.terminal(comparison))
-    for row in comparison.rows:
+    Console(file=out, width=80).print(tables.terminal(study))
+    for row in study.rows:
         for number in (words.percent(row.score), words.percent(row.third), f"{row.parameters:,}"):
             assert number.replace(" ± ", "±") in out.getvalue()
     assert "…" not in out.getvalue()
@@ -171,7 +206,7 @@ def test_the_terminals_table_fits_eighty_columns_with_every_number_whole(tmp_pat
 
 
 def test_curves_have_a_panel_per_table_a_line_per_join_and_a_mark_at_one_third(tmp_path):
-    figure = plots.learning_curves(comparison_of(tmp_path, GAIN))
+    figure = plots.learning_curves(study_of(tmp_path, GAIN))
     assert [panel.get_title(loc="left") for panel in figure.axes] == ["learnable", "sinusoidal-1d"]
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].get_lines()}
     assert lines["default"].tolist() == [[10, 41], [20, 61], [30, 81], [40, 91]]
@@ -183,7 +218,7 @@ def test_curves_have_a_panel_per_table_a_line_per_join_and_a_mark_at_one_third(t
 
 
 def test_one_colour_scale_serves_all_maps(tmp_path):
-    maps = made_up_maps(comparison_of(tmp_path, GAIN))["learnable"]
+    maps = made_up_maps(study_of(tmp_path, GAIN))["learnable"]
     figure = plots.correlation_maps(maps)
     images = [image for panel in figure.axes for image in panel.get_images()]
     assert len(images) == 2 * 2 * 3  # kinds of map, joins, layers
@@ -192,18 +227,50 @@ def test_one_colour_scale_serves_all_maps(tmp_path):
     assert {image.get_array().shape for image in images} == {(15, 15), (3, 5)}
 
 
-def test_every_join_has_a_colour_of_its_own():
-    joins = ("default", "shared", "unshared", "lape-sharing", "lape")
+def test_every_way_of_joining_has_a_colour_of_its_own(tmp_path):
+    joins = tuple(map(Way, ("default", "shared", "unshared", "lape-sharing", "lape")))
+    stand_ins = tuple(Way("lape", norm) for norm in POSITION_NORMS if norm != "layernorm")
     for theme in (plots.LIGHT, plots.DARK):
-        assert len(set(plots.hues(joins, theme).values())) == len(joins)
+        ways = (*joins, *stand_ins, Way("lape", start="preserve"))
+        assert len(set(plots.hues(ways, theme).values())) == len(ways)
+
+
+def test_stand_ins_have_a_panel_of_their_own_beside_default_and_lape(tmp_path):
+    found = plots.panels(study_of(tmp_path, STAND_INS))
+    assert [panel.title for panel in found] == ["learnable", "learnable, in place of LN", "sinusoidal-1d"]
+    assert [str(way) for way in found[0].ways] == ["default", "lape"]
+    assert [str(way) for way in found[1].ways[:3]] == ["default", "lape", "lape with identity"]
+    assert len(found[1].ways) == 2 + 7 + 1
+    assert all(line.get_label() in map(str, found[1].ways) for line in _lines(tmp_path / "2", 1))
+
+
+def _lines(folder, panel):
+    axes = plots.learning_curves(study_of(folder, STAND_INS)).axes[panel]
+    return [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+
+
+def test_runs_that_were_not_validated_as_often_are_drawn_all_the_same(tmp_path):
+    study = study_of(tmp_path, TIE)
+    short = replace(
+        study_of(tmp_path / "2", TIE, curve=lambda final: [final]).results[Combination(Way("lape"), "learnable", 0)]
+    )
+    figure = plots.learning_curves(replace(study, results={**study.results, short.run.combination: short}))
+    assert len(figure.axes) == 1
+
+
+def test_the_weights_of_equation_6_are_drawn_for_each_table_with_the_default_join(tmp_path):
+    figure = plots.weights_by_depth(analysed(study_of(tmp_path, GAIN)))
+    assert [panel.get_title(loc="left") for panel in figure.axes] == ["learnable", "sinusoidal-1d"]
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    assert list(lines["λ2, positions"]) == pytest.approx([1, 1 / 2, 1 / 3])
 
 
 # --- The run as it goes
 
 
-def watched(console, monkeypatch, comparison):
+def watched(console, monkeypatch, study):
     """A first run half way, then done; a second one failed; a minute later a third at one quarter."""
-    first, second, third = list(comparison.results)[:3]
+    first, second, third = list(study.results)[:3]
     now = iter(range(0, 10_000, 10))
     monkeypatch.setattr(progress, "monotonic", lambda: next(now))
 
@@ -216,7 +283,7 @@ def watched(console, monkeypatch, comparison):
         display.moves(second, at(10))
         if console.is_terminal:
             display.bars.refresh()
-        display.ends(first, comparison.results[first])
+        display.ends(first, study.results[first])
         display.ends(second, RunError("the disk is full"))
         for _ in range(5):
             display.moves(third, at(20))
@@ -224,7 +291,7 @@ def watched(console, monkeypatch, comparison):
 
 def test_elsewhere_than_in_a_terminal_a_run_is_told_in_plain_lines(tmp_path, monkeypatch):
     out = io.StringIO()
-    watched(Console(file=out, width=40), monkeypatch, comparison_of(tmp_path, GAIN))
+    watched(Console(file=out, width=40), monkeypatch, study_of(tmp_path, GAIN))
     assert "\x1b" not in out.getvalue()
     lines = out.getvalue().splitlines()
     assert lines[0] == "3 runs to train, up to 2 at once."
@@ -237,7 +304,7 @@ def test_elsewhere_than_in_a_terminal_a_run_is_told_in_plain_lines(tmp_path, mon
 def test_in_a_terminal_every_run_at_work_has_a_line(tmp_path, monkeypatch):
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, color_system=None)
-    watched(console, monkeypatch, comparison_of(tmp_path, GAIN))
+    watched(console, monkeypatch, study_of(tmp_path, GAIN))
     assert "default × learnable, seed 0" in out.getvalue()
     assert "epoch 2 of 4, accuracy 91.2 %" in out.getvalue()
     assert "0 of 3 done, about" in out.getvalue()
@@ -272,38 +339,37 @@ class Seen(HTMLParser):
         self.text.append(data)
 
 
-def test_the_page_refers_to_nothing_outside_itself(comparison):
-    text = page.page(comparison, made_up_maps(comparison))
-    seen = Seen(text)
+def test_the_page_refers_to_nothing_outside_itself(shown):
+    seen = Seen(shown)
     assert seen.references
-    assert all(reference.startswith("data:image/png;base64,") for reference in seen.references)
+    assert all(reference.startswith(("data:image/png;base64,", "#study-")) for reference in seen.references)
     assert all(seen.alts)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(seen.tags)
-    style = text[text.index("<style>") : text.index("</style>")]
+    style = shown[shown.index("<style>") : shown.index("</style>")]
     assert "url(" not in style
     assert "@import" not in style
 
 
-def test_the_page_says_every_number_and_sentence(comparison):
-    said = " ".join("".join(Seen(page.page(comparison, made_up_maps(comparison))).text).split())
-    found = words.findings(comparison)
-    for sentence in (words.question(comparison), *found.main, *found.remarks, comparison.command):
+def test_the_page_says_every_number_and_sentence(study, shown):
+    said = " ".join("".join(Seen(shown).text).split())
+    found = words.findings(study)
+    for sentence in (words.question(study), *found.main, *found.remarks, study.command):
         assert sentence in said
-    for row in tables.cells(comparison)[1]:
+    for row in tables.cells(study)[1]:
         assert " ".join(row) in " ".join(said.split()) or all(cell in said for cell in row)
 
 
 def test_the_first_thing_said_is_what_was_compared_then_what_was_found(tmp_path):
-    comparison = comparison_of(tmp_path, LOSS)
-    text = page.page(comparison, {})
+    study = study_of(tmp_path, LOSS)
+    text = page.page([page.Section(study)])
     body = " ".join("".join(Seen(text[text.index("<main>") : text.index("</main>") + 7]).text).split())
-    assert body.startswith(f"{words.question(comparison)} {words.findings(comparison).main[0]}")
+    assert body.startswith(f"{words.question(study)} {words.findings(study).main[0]}")
 
 
 def test_names_given_by_people_are_escaped(tmp_path):
     bad = replace(BASE, data="<script>alert(1)</script>&", model='"><img src=x>', model_args={"</td><b>": "<i>"})
-    comparison = replace(comparison_of(tmp_path, LOSS, base=bad), command="lape <compare> && x")
-    text = page.page(comparison, {})
+    study = replace(study_of(tmp_path, LOSS, base=bad), command="lape <compare> && x")
+    text = page.page([page.Section(study)])
     seen = Seen(text)
     assert not {"script", "b", "i"} & set(seen.tags)
     assert len(seen.alts) == 2
@@ -312,8 +378,8 @@ def test_names_given_by_people_are_escaped(tmp_path):
 
 
 def test_everything_is_written_into_the_folder(tmp_path):
-    comparison = comparison_of(tmp_path / "runs", GAIN)
-    where = report.write(comparison, made_up_maps(comparison), tmp_path / "out")
+    study = study_of(tmp_path / "runs", GAIN)
+    where = report.write(study, made_up_maps(study), tmp_path / "out")
     assert where == tmp_path / "out" / "index.html"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "table.md",
@@ -330,36 +396,198 @@ def test_everything_is_written_into_the_folder(tmp_path):
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 MEASURE = "<script>document.title = [document.documentElement.scrollWidth, innerWidth, document.images.length,\
- [...document.images].filter(i => i.naturalWidth > 0).length].join(' ')</script></body>"
+ [...document.images].filter(i => i.naturalWidth > 0).length,\
+ performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length].join(' ')</script></body>"
 
 
-@pytest.mark.parametrize("width", [390, 1200], ids=lambda width: f"{width}px-{'chromium' if BROWSER else 'NO-BROWSER'}")
-def test_in_a_browser_the_page_is_no_wider_than_the_screen(width, tmp_path):
+def filed_cost(folder):
+    contenders = [
+        {
+            "name": name,
+            "parameters": 1000,
+            "flops": 10**9,
+            "training_bytes": 2**20,
+            "training": [1.0, 1.1],
+            "inference": [0.5, 0.5],
+        }
+        for name in ("untouched", "and again", "lape")
+    ]
+    (folder / "cost.json").write_text(json.dumps({"explanation": "tiny, 2 rounds", "costs": contenders}))
+    return cost.filed(folder / "cost.json")
+
+
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory):
+    """Everything that a page can hold: two studies, stand-ins, deep maps, long names, costs, and what was left out."""
+    folder = tmp_path_factory.mktemp("studies")
+    long_name = replace(BASE, model="a_model_with_a_name_" * 6)
+    (stand_ins,) = sections(study_of(folder / "1", STAND_INS, long_name))
+    (deep,) = sections(study_of(folder / "2", LOSS, replace(long_name, lr=1.0)), depth=12)
+    return page.page(
+        [stand_ins, deep], [filed_cost(folder)], {folder / ("a_folder_" * 12): "its result.json is broken"}
+    )
+
+
+@pytest.mark.parametrize("width", [380, 1200], ids=lambda width: f"{width}px-{'chromium' if BROWSER else 'NO-BROWSER'}")
+def test_in_a_browser_the_page_is_no_wider_than_the_screen_and_asks_for_nothing(width, whole_page, tmp_path):
     """The page is shown in a frame of that width: headless windows cannot be as narrow as a phone."""
     if BROWSER is None:
         assert not os.environ.get("CI"), "No chromium or chrome on PATH, and CI must measure the page in one."
         pytest.xfail("no chromium or chrome on PATH: the page was not measured")
-    comparison = comparison_of(tmp_path / "runs", GAIN, base=replace(BASE, model="a_model_with_a_name_" * 6))
-    text = page.page(comparison, made_up_maps(comparison, depth=12)).replace("</body>", MEASURE)
-    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    (tmp_path / "page.html").write_text(whole_page.replace("</body>", MEASURE), encoding="utf-8")
     (tmp_path / "frame.html").write_text(
         f'<iframe src="page.html" style="width: {width}px; height: 800px; border: 0" onload="'
         'document.title = this.contentDocument.title"></iframe>'
     )
-    said = subprocess.run(
+    told = subprocess.run(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"),
             *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"),
-            (tmp_path / "frame.html").as_uri(),
+            *("--enable-logging=stderr", (tmp_path / "frame.html").as_uri()),
         ],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
-    ).stdout
-    title = re.search(r"<title>(\d+) (\d+) (\d+) (\d+)</title>", said)
-    assert title, said[-2000:]
-    scroll, inner, images, loaded = map(int, title.groups())
+    )
+    title = re.search(r"<title>(\d+) (\d+) (\d+) (\d+) (\d+)</title>", told.stdout)
+    assert title, told.stdout[-2000:]
+    scroll, inner, images, loaded, requests = map(int, title.groups())
     assert inner == width
     assert scroll <= width
-    assert images == loaded == 4
+    assert images == loaded == 6 + 4  # differences, curves and weights of each, and the maps of each panel
+    assert requests == 0
+    assert "CONSOLE" not in told.stderr
+
+
+# --- A page of several studies
+
+
+def test_each_study_has_a_section_that_says_what_sets_it_apart(tmp_path):
+    studies = [study_of(tmp_path / str(lr), LOSS, replace(BASE, lr=lr)) for lr in (0.5, 0.25)]
+    said = " ".join("".join(Seen(page.page(list(map(page.Section, studies)))).text).split())
+    assert "12 finished runs in 2 studies" in said
+    assert "Unlike the other studies: lr 0.5." in said
+    assert "Unlike the other studies: lr 0.25." in said
+
+
+def test_one_study_is_set_apart_from_nothing(tmp_path):
+    study = study_of(tmp_path, STAND_INS)
+    assert words.apart([study]) == [""]
+    assert "Unlike" not in page.page([page.Section(study)])
+
+
+def test_what_was_left_out_and_what_was_not_analysed_is_said(tmp_path):
+    pair = (Way("default"), "learnable")
+    study = replace(
+        study_of(tmp_path, LOSS),
+        left_out={"all would be alike.": [(Way("unshared"), "sinusoidal-1d")]},
+        not_analysed={"last.pt cannot be read.": [pair]},
+    )
+    said = " ".join("".join(Seen(page.page([page.Section(study)], (), {tmp_path: "is no result"})).text).split())
+    assert "Left out: unshared × sinusoidal-1d. all would be alike." in said
+    assert "Not analysed: default × learnable. last.pt cannot be read." in said
+    assert f"{tmp_path}: is no result" in said
+
+
+def test_filed_costs_are_a_table_and_a_broken_file_is_said(tmp_path):
+    said = " ".join(Seen(page.page([page.Section(study_of(tmp_path / "runs", LOSS))], [filed_cost(tmp_path)])).text)
+    assert all(cell in said for line in cost.cells(filed_cost(tmp_path).costs) for cell in line)
+    assert "tiny, 2 rounds" in said
+    for broken in ("{", "[]", '{"explanation": "", "costs": []}', '{"explanation": "", "costs": [{"name": 1}]}'):
+        (tmp_path / "cost.json").write_text(broken)
+        with pytest.raises(RunError, match="is no cost"):
+            cost.filed(tmp_path / "cost.json")
+
+
+# --- Beside the paper
+
+
+def test_every_row_of_tables_7_and_8_is_found_by_its_way_and_table():
+    """Against the paper's numbers themselves, which the recipes are tested on, too."""
+    numbers = json.loads((Path(__file__).parent / "paper_results.json").read_text())
+    expected = {
+        **{(Way(join), pe): top1 for _, pe, join, _, top1 in numbers["table7_joining_methods"]["rows"]},
+        **{
+            (Way("default") if norm == "default" else Way("lape", norm), "learnable"): top1
+            for _, norm, top1 in numbers["table8_ln_decomposition"]["rows"]
+        },
+    }
+    assert paper.joining() == expected
+
+
+def beside(study):
+    headings, rows = tables.cells(study)
+    place = next(place for place, heading in enumerate(headings) if "paper" in heading)
+    return headings[place], {row[0]: row[place] for row in rows if row[1] == "learnable"}
+
+
+def test_runs_of_no_recipe_stand_beside_deit_tiny_and_its_differences(tmp_path):
+    heading, numbers = beside(study_of(tmp_path, STAND_INS))
+    assert heading == "paper’s DeiT-Ti, %"
+    assert numbers["default"] == "71.54"
+    assert numbers["lape"] == "73.11 (+1.57)"
+    assert numbers["lape with identity"] == "70.67 (−0.87)"
+    assert numbers["lape, preserve"] == "–"  # not the paper's
+
+
+def test_runs_of_a_recipe_stand_beside_its_own_numbers_unless_something_was_changed(tmp_path):
+    cct = recipes.load("cifar100/cct_7_3x1_32").experiment()
+    heading, numbers = beside(study_of(tmp_path / "1", LOSS, cct))
+    assert heading == "paper, %"
+    assert numbers == {"default": "80.928", "lape": "81.986 (+1.06)"}
+    heading, _ = beside(study_of(tmp_path / "2", LOSS, replace(cct, epochs=2)))
+    assert heading == "paper’s DeiT-Ti, %"
+
+
+def test_other_tables_and_measures_have_no_number_of_the_papers(tmp_path):
+    none = {(join, "none"): {0: 1.0} for join in ("default",)}
+    assert not any("paper" in heading for heading in tables.cells(study_of(tmp_path, none))[0])
+
+
+# --- Claims, in the page and in the terminal
+
+
+def test_the_page_shows_the_claims_that_are_tested_and_lists_the_others(tmp_path):
+    study = analysed(study_of(tmp_path, GAIN))
+    text = page.page([page.Section(study)])
+    said = " ".join("".join(Seen(text).text).split())
+    judgement = words.judgement(study)
+    assert judgement.tested
+    assert judgement.untested
+    for found in judgement.tested:
+        assert " ".join(words.claim_cells(found)[0].split()) in said
+    assert f"Not tested by these runs: {len(judgement.untested)} claims" in said
+    assert judgement.summary in said
+    assert '<tr class="holds"><td>LaPE is above the default join (learnable)</td><td>holds</td>' in text
+
+
+def test_a_claim_is_counted_once(tmp_path):
+    judgement = words.judgement(analysed(study_of(tmp_path, STAND_INS)))
+    assert len(judgement.tested) + len(judgement.untested) == len(CLAIMS)
+    counted = sum(map(int, re.findall(r"(\d+) (?:found|undecided)", judgement.summary)))
+    assert counted == len(judgement.tested)
+
+
+def test_without_a_claim_tested_this_is_said(tmp_path):
+    study = study_of(tmp_path, {("shared", "none"): {0: 1.0}})
+    assert words.judgement(study).summary == f"These runs test none of {len(CLAIMS)} claims of the paper."
+    assert "in these runs" not in page.page([page.Section(study)])
+
+
+def test_the_claims_fit_eighty_columns(tmp_path):
+    out = io.StringIO()
+    Console(file=out, width=80).print(tables.claims([analysed(study_of(tmp_path, STAND_INS))]))
+    assert "LaPE is above the default join (learnable)" in " ".join(out.getvalue().split())
+    assert "+0.52 to +5.48" in out.getvalue()
+    assert "…" not in out.getvalue()
+
+
+def test_stand_ins_fit_eighty_columns(tmp_path):
+    study = study_of(tmp_path, STAND_INS)
+    out = io.StringIO()
+    Console(file=out, width=80).print(tables.terminal(study))
+    assert "…" not in out.getvalue()
+    for row in study.rows:
+        assert words.percent(row.score).replace(" ± ", "±") in out.getvalue()
+        assert str(row.way).split()[-1] in out.getvalue()

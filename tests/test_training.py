@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from lape import checkpoints, comparison
+from lape import checkpoints
+from lape.analyses import brought_back
 from lape.assembly import optimizer_of
-from lape.comparison import trained
 from lape.errors import RunError, UsageError
 from lape.evaluation import evaluate_checkpoint
 from lape.experiment import Experiment, Place
 from lape.interruption import Stopped
+from lape.study import read
 from lape.training import Run, _synchronised, launch, train
 
 TINY = Experiment(
@@ -221,7 +222,7 @@ def test_the_weights_themselves_are_judged_and_kept_beside_an_average(tmp_path):
     assert not torch.equal(last["ema"]["norm.weight"], last["model"]["norm.weight"])
     loss = last["state"]["curve"][-1]["val_loss"]
     assert evaluate_checkpoint(tmp_path / "a" / "last.pt").metrics["val_loss"] == pytest.approx(loss)
-    judged = trained(comparison.read(tmp_path / "a"))
+    judged = brought_back(read(tmp_path / "a")).work.module
     assert_equal_weights(judged.state_dict(), last["model"])
 
 

@@ -12,13 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lape import __version__
 from lape.errors import RunError, UsageError
 from lape.experiment import SECTIONS, Experiment
+
+if TYPE_CHECKING:
+    from lape.study import Study
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses
 
@@ -128,6 +131,8 @@ def compare(
     experiment: Experiment,
     joins: list[str] = ["default", "lape"],  # noqa: B006 (only read)
     pe: list[str] = ["learnable", "sinusoidal-1d"],  # noqa: B006
+    pe_norm: list[str] = ["layernorm"],  # noqa: B006
+    start: list[str] = ["fresh"],  # noqa: B006
     seeds: list[int] = [3],  # noqa: B006
     out: Path = Path("runs/compare"),
     jobs: int | None = None,
@@ -137,22 +142,60 @@ def compare(
     Args:
         joins: Ways of joining, among default, shared, unshared, lape-sharing, lape.
         pe: Position tables, among learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm.
+        pe_norm: What normalises positions in the joins that do: layernorm, and its stand-ins (Table 8).
+        start: Starts of the joins that normalise positions, among fresh, preserve.
         seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves.
         out: Folder of the report and the runs; finished runs in it are kept.
         jobs: Runs at once; nothing: one a core, or one on a GPU.
     """
     from lape import report
-    from lape.comparison import compare, seeds_of
+    from lape.comparison import Asked, compare, seeds_of
     from lape.report import tables
     from lape.report.progress import Display
 
     with Display(console(stderr=True)) as display:
-        found = compare(experiment, joins, pe, seeds_of(seeds), out, jobs, display)
+        found = compare(experiment, Asked(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
     if found.results:
+        (found,) = _analysed([found])
         page = report.write(found, report.maps(found), out)
         console().print(tables.terminal(found))
         say(f"Report: {page}")
     found.raise_failures()
+
+
+def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
+    """This command
+
+    Args:
+        runs: Folders to look for finished runs in, and for what lape cost has filed.
+        out: The page; nothing: report.html in the first folder.
+    """
+    from lape import report
+    from lape.report import tables
+    from lape.study import gather
+
+    found = gather(runs)
+    for folder, reason in found.left_out.items():
+        say(f"left out: {folder}: {reason}", error=True)
+    if not found.studies:
+        raise RunError(f"Of {len(found.left_out)} runs none can be read. Mend one, or name another folder.")
+    studies = _analysed(found.studies)
+    page = out or runs[0] / "report.html"
+    costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
+    report.write_page(studies, found.left_out, costs, page)
+    console().print(tables.claims(studies))
+    say(f"Report: {page}")
+
+
+def _analysed(studies: "Sequence[Study]") -> "list[Study]":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from lape.analyses import analysed
+
+    shown = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=sum(len(study.results) for study in studies))
+        return [analysed(study, lambda: bar.advance(task)) for study in studies]
 
 
 def cost(
@@ -361,6 +404,12 @@ COMMANDS: Mapping[str, Command] = {
         "train several ways of joining side by side and report how they differ",
         "lape compare --data digits --joins default,lape --pe learnable,sinusoidal-1d --seeds 3",
         without=("join", "seed"),
+    ),
+    "report": Command(
+        gather,
+        "put finished runs beside one another and beside the paper's claims, as one page",
+        "lape report runs --out report.html",
+        bare=("runs",),
     ),
     "train": Command(
         train,

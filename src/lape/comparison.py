@@ -1,27 +1,23 @@
-"""Every combination of join, position table and seed, trained side by side, each at most once per folder."""
+"""Every combination of way of joining, position table and seed, trained side by side, each at most once per folder."""
 
-import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lape.checkpoints import RESULT
-from lape.errors import RunError, UsageError
+from lape.errors import UsageError, choose
 from lape.experiment import Experiment
-from lape.measures import TITLES
 from lape.parallel import Done, side_by_side
-from lape.statistics import Combination, Gap, Point, Row, Run, gaps, rows
+from lape.statistics import BASELINE, LAPE, Combination, Way
+from lape.study import LeftOut, Result, Study, read
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lape.training import Progress
 
 
@@ -32,15 +28,6 @@ class Plan:
     combination: Combination
     experiment: Experiment
     folder: Path
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its numbers, its folder, and all that `result.json` says."""
-
-    run: Run
-    folder: Path
-    record: Mapping[str, Any]
 
 
 class Watch:
@@ -56,56 +43,6 @@ class Watch:
         """A run is finished, or has failed."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What was asked for and what came of it."""
-
-    base: Experiment
-    images: tuple[int, int]  # for training, for validation
-    joins: tuple[str, ...]
-    pes: tuple[str, ...]
-    seeds: tuple[int, ...]
-    jobs: int
-    command: str
-    results: Mapping[Combination, Result]  # tables outside, then joins, then seeds
-    failures: Mapping[Combination, Exception]
-
-    @cached_property
-    def rows(self) -> tuple[Row, ...]:
-        """One row for each join and table of which a run is finished."""
-        return rows(result.run for result in self.results.values())
-
-    @cached_property
-    def gaps(self) -> tuple[Gap, ...]:
-        """The distance between the tables under each join."""
-        return gaps(self.rows)
-
-    @property
-    def measure(self) -> str:
-        """What the runs are scored by."""
-        return self.rows[0].measure
-
-    def of(self, join: str, pe: str) -> list[Result]:
-        """Return the finished runs of one join with one table, by seed."""
-        return [result for (j, p, _), result in self.results.items() if (j, p) == (join, pe)]
-
-    def provenances(self) -> list[dict[str, Any]]:
-        """Return the distinct commits, versions and machines of the runs: more than one where runs were kept."""
-        records = [
-            {key: result.record[key] for key in ("commit", "versions", "machine")} for result in self.results.values()
-        ]
-        return [record for place, record in enumerate(records) if record not in records[:place]]
-
-    def raise_failures(self) -> None:
-        """Raise one error for all failed runs: UsageError where every one of them was a wrong request."""
-        if not self.failures:
-            return
-        told = "\n".join(f"{combination}: {error}" for combination, error in self.failures.items())
-        usage = all(isinstance(error, UsageError) for error in self.failures.values())
-        asked = len(self.results) + len(self.failures)
-        raise (UsageError if usage else RunError)(f"{len(self.failures)} of {asked} runs failed.\n{told}")
-
-
 def seeds_of(given: Sequence[int]) -> tuple[int, ...]:
     """Read `--seeds`: one number counts (5 is 0, 1, 2, 3, 4), several are the seeds themselves."""
     if len(given) == 1 and given[0] > 0:
@@ -118,41 +55,86 @@ def seeds_of(given: Sequence[int]) -> tuple[int, ...]:
     )
 
 
-def plans(
-    base: Experiment, joins: Sequence[str], pes: Sequence[str], seeds: Sequence[int], out: Path
-) -> tuple[Plan, ...]:
-    """Return the runs, seeds outside and joins inside, so that runs which are paired are trained side by side.
+@dataclass(frozen=True)
+class Asked:
+    """What a comparison varies: every sound combination of these names is trained."""
 
-    `pe_norm` and `start` are given to the joins that have PE norms. Raises UsageError for a name twice, a misspelt name
-    and a combination that means nothing, before anything is trained.
+    joins: Sequence[str]
+    pes: Sequence[str]
+    seeds: Sequence[int]
+    pe_norms: Sequence[str] = (LAPE.pe_norm,)
+    starts: Sequence[str] = (LAPE.start,)
+
+    def ways(self) -> tuple[Way, ...]:
+        """Return the ways of joining: those without PE norms once, the others with every stand-in and start.
+
+        Raises UsageError for a name twice, and for a misspelt one.
+        """
+        from lape.method import JOINS, POSITION_EMBEDDINGS, POSITION_NORMS, STARTS
+
+        lists = (
+            ("joins", self.joins, JOINS, "a join"),
+            ("pe", self.pes, POSITION_EMBEDDINGS, "a position embedding (pe)"),
+            ("pe_norm", self.pe_norms, POSITION_NORMS, "a PE norm (pe_norm)"),
+            ("start", self.starts, STARTS, "a start"),
+        )
+        for what, names, there_are, kind in lists:
+            if len(set(names)) < len(names) or not names:
+                given = " ".join(names) or "nothing"
+                raise UsageError(f"{what} lists names, at least one and none twice; {given} was received.")
+            for name in names:
+                choose(there_are, name, kind)
+        return tuple(
+            Way(join, norm, start)
+            for join in self.joins
+            for start, norm in (product(self.starts, self.pe_norms) if JOINS[join].normed else [BASELINE[:0:-1]])
+        )
+
+
+def plans(base: Experiment, asked: Asked, out: Path) -> tuple[list[Plan], LeftOut]:
+    """Return the runs, and the combinations that mean nothing, by the reason.
+
+    Seeds are outside and ways inside, so that runs which are paired are trained side by side. Raises UsageError as
+    `ways` does, and for a name of which nothing sound is left, before anything is trained.
     """
-    from lape.method import JOINS, scheme
+    from lape.method import scheme
 
-    for what, names in (("joins", joins), ("pe", pes)):
-        if len(set(names)) < len(names) or not names:
-            given = " ".join(names) or "nothing"
-            raise UsageError(f"{what} lists names, at least one and none twice; {given} was received.")
-    made = []
-    for seed, pe, join in product(seeds, pes, joins):
-        normed = join not in JOINS or JOINS[join].normed
-        norm, start = (base.pe_norm, base.start) if normed else ("layernorm", "fresh")
-        scheme(join, pe, norm, start)
-        experiment = replace(base, join=join, pe=pe, pe_norm=norm, start=start, seed=seed, devices=1)
+    made: list[Plan] = []
+    left_out: dict[str, dict[tuple[Way, str], None]] = {}
+    for seed, pe, way in product(asked.seeds, asked.pes, asked.ways()):
+        try:
+            scheme(way.join, pe, way.pe_norm, way.start)
+        except UsageError as error:
+            left_out.setdefault(str(error), {})[way, pe] = None
+            continue
+        experiment = replace(base, **way._asdict(), pe=pe, seed=seed, devices=1)
         # The folder's name holds what the result depends on: other settings are another run and lose nothing.
-        folder = out / "runs" / f"{join}-{pe}-seed{seed}-{experiment.fingerprint()[:8]}"
-        made.append(Plan(Combination(join, pe, seed), experiment, folder))
-    return tuple(made)
+        names = (way.join, *way.other_than_usual, pe, f"seed{seed}", experiment.fingerprint()[:8])
+        made.append(Plan(Combination(way, pe, seed), experiment, out / "runs" / "-".join(names)))
+    _refuse_idle(asked, made, left_out)
+    return made, {reason: tuple(pairs) for reason, pairs in left_out.items()}
+
+
+def _refuse_idle(asked: Asked, made: Sequence[Plan], left_out: Mapping[str, Iterable[tuple[Way, str]]]) -> None:
+    """Raise UsageError where a name that was given is in no run."""
+    from lape.method import scheme
+
+    used = {name for plan in made for name in (*plan.combination.way, plan.combination.pe)} | {*LAPE[1:]}
+    for name in (*asked.joins, *asked.pes):
+        if name not in used:
+            raise UsageError(next(why for why, pairs in left_out.items() for way, pe in pairs if name in (*way, pe)))
+    for norm, start in product(asked.pe_norms, asked.starts):
+        if not {norm, start} <= used:  # of the joins, none has PE norms
+            scheme(made[0].combination.way.join, made[0].combination.pe, norm, start)
 
 
 def compare(
     base: Experiment,
-    joins: Sequence[str],
-    pes: Sequence[str],
-    seeds: Sequence[int],
+    asked: Asked,
     out: Path,
     jobs: int | None = None,
     watch: Watch = Watch(),  # noqa: B008 (it holds nothing)
-) -> Comparison:
+) -> Study:
     """Train what is not finished yet under `out`/runs, going on where a run was cut off, and return all results.
 
     `jobs` runs go on at once, by default one for every core, or one alone where there is CUDA. A run that fails is
@@ -162,7 +144,7 @@ def compare(
     """
     from lape.data import sources
 
-    todo = plans(base, joins, pes, seeds, out)
+    todo, left_out = plans(base, asked, out)
     if base.devices not in (1, "auto") or base.nodes != 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             f"compare trains each run on one device, several runs at once; devices={base.devices}, nodes={base.nodes} "
@@ -171,11 +153,11 @@ def compare(
     source = sources.of(base)  # once, before several processes would download the same files
     results = {plan.combination: _kept(plan) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}
-    todo = tuple(plan for plan in todo if plan.combination not in results)
+    todo = [plan for plan in todo if plan.combination not in results]
     jobs, threads = _share(jobs, base)
     watch.begins(list(results), [plan.combination for plan in todo], jobs)
     # Ctrl-C may be heard in `watch` too: the processes end at once, not when the iterator is collected.
-    with closing(side_by_side(train_one, todo, jobs, threads)) as events:
+    with closing(side_by_side(_train, todo, jobs, threads)) as events:
         for event in events:
             combination = event.task.combination
             if not isinstance(event, Done):
@@ -186,17 +168,14 @@ def compare(
             else:
                 outcome = failures[combination] = event.error
             watch.ends(combination, outcome)
-    order = [Combination(join, pe, seed) for pe, join, seed in product(pes, joins, seeds)]
-    return Comparison(
-        base=base,
-        images=(len(source.train), len(source.validation)),
-        joins=tuple(joins),
-        pes=tuple(pes),
-        seeds=tuple(seeds),
-        jobs=jobs,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    order = [Combination(way, pe, seed) for pe, way, seed in product(asked.pes, asked.ways(), asked.seeds)]
+    return Study(
         results={combination: results[combination] for combination in order if combination in results},
+        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         failures={combination: failures[combination] for combination in order if combination in failures},
+        left_out=left_out,
+        images=(len(source.train), len(source.validation)),
+        jobs=jobs,
     )
 
 
@@ -206,43 +185,6 @@ def _kept(plan: Plan) -> Result:
     result = read(plan.folder)
     refuse_other(plan.folder / RESULT, result.record["experiment"], plan.experiment)
     return result
-
-
-def read(folder: Path) -> Result:
-    """Read the `result.json` of a finished run; raise RunError where it is not what a run writes."""
-    path = folder / RESULT
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        asked, score = record["experiment"], record["score"]
-        run = Run(
-            Combination(asked["join"], asked["pe"], asked["seed"]),
-            measure=TITLES[score],
-            score=record["final"][score],
-            curve=tuple(Point(row["epoch"], row["step"], row[score]) for row in record["curve"]),
-            parameters=record["parameters"],
-            seconds_per_step=record["seconds_per_step"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is not the result of a finished run ({type(error).__name__}: {error}). "
-            "Move its folder away, and the same command trains this run again."
-        ) from None
-    return Result(run, folder, record)
-
-
-def trained(result: Result) -> "nn.Module":
-    """Return the model of a finished run as its last score was taken: the weights, or their average (EMA)."""
-    from lape import checkpoints
-    from lape.data.sources import find
-    from lape.evaluation import judged_weights
-    from lape.work import work_of
-
-    experiment = Experiment.of(result.record["experiment"])
-    model = work_of(experiment, find(experiment.data, experiment.data_dir)).module
-    path = result.folder / checkpoints.LAST
-    saved = checkpoints.read(path)
-    checkpoints.load(model, judged_weights(saved), path)
-    return model.eval()
 
 
 def _share(jobs: int | None, base: Experiment) -> tuple[int, int]:
@@ -257,8 +199,7 @@ def _share(jobs: int | None, base: Experiment) -> tuple[int, int]:
     return jobs, max(1, cores // jobs)
 
 
-def train_one(plan: Plan, tell: Callable[["Progress"], None]) -> None:
-    """Train one run to its end, or go on with it where it was cut off."""
+def _train(plan: Plan, tell: Callable[["Progress"], None]) -> None:
     from lape.training import train
 
     train(plan.experiment, plan.folder, resume=True, report=tell)

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lape import comparison, recipes
-from lape.checkpoints import RESULT
-from lape.errors import RunError, UsageError
+from lape import recipes, study
+from lape.errors import UsageError
 from lape.experiment import Experiment
 from lape.measures import TITLES
 from lape.recipes import Recipe
@@ -42,15 +41,11 @@ def find(folders: Sequence[Path]) -> Results:
 
     Raises UsageError where there is none, or two of the same experiment; RunError for one that cannot be read.
     """
-    files = sorted({file for folder in folders for file in folder.rglob(RESULT)})
-    if not files:
-        looked = ", ".join(map(str, folders))
-        raise UsageError(f"No finished run ({RESULT}) below {looked}. Train one, or name the folder of your runs.")
     groups: dict[str, list[tuple[Experiment, Mapping[str, Any], Path]]] = {}
     others: list[Path] = []
-    for file in files:
-        record = comparison.read(file.parent).record
-        experiment = _experiment(record, file)
+    for file in study.files(folders):
+        result = study.read(file.parent)
+        record, experiment = result.record, result.experiment
         if experiment.recipe is None:
             others.append(file)
             continue
@@ -59,13 +54,6 @@ def find(folders: Sequence[Path]) -> Results:
         groups.setdefault(key, []).append((experiment, record, file))
     rows = [row for runs in groups.values() for row in _rows(runs)]
     return Results(tuple(sorted(rows, key=_place)), tuple(others))
-
-
-def _experiment(record: Mapping[str, Any], file: Path) -> Experiment:
-    try:
-        return Experiment.of(record["experiment"])
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{file} names settings that this version does not know ({error}). Move it away.") from error
 
 
 def _rows(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> list[Row]:

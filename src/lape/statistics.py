@@ -7,7 +7,25 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-BASELINE = "default"
+
+class Way(NamedTuple):
+    """A way of joining positions with tokens: the join, what normalises them (Table 8), and the start."""
+
+    join: str
+    pe_norm: str = "layernorm"
+    start: str = "fresh"
+
+    @property
+    def other_than_usual(self) -> tuple[str, ...]:
+        """The names of a stand-in for LN_ω, and of a start other than from nothing, where there are."""
+        return tuple(name for name, usual in zip(self[1:], LAPE[1:], strict=True) if name != usual)
+
+    def __str__(self) -> str:
+        stand_in = "" if self.pe_norm == LAPE.pe_norm else f" with {self.pe_norm}"
+        return f"{self.join}{stand_in}" + ("" if self.start == LAPE.start else f", {self.start}")
+
+
+BASELINE, LAPE = Way("default"), Way("lape")
 
 
 class Point(NamedTuple):
@@ -19,14 +37,14 @@ class Point(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """What a comparison varies: the join, the position table, the seed."""
+    """What a comparison varies: the way of joining, the position table, the seed."""
 
-    join: str
+    way: Way
     pe: str
     seed: int
 
     def __str__(self) -> str:
-        return f"{self.join} × {self.pe}, seed {self.seed}"
+        return f"{self.way} × {self.pe}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -104,9 +122,9 @@ def difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Di
 
 @dataclass(frozen=True)
 class Row:
-    """One join with one table, over its seeds."""
+    """One way of joining with one table, over its seeds."""
 
-    join: str
+    way: Way
     pe: str
     measure: str
     score: Sample
@@ -118,32 +136,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far apart the tables are under one join: the best mean score minus the worst."""
+    """How far apart the tables are under one way of joining: the best mean score minus the worst."""
 
-    join: str
+    way: Way
     best: str
     worst: str
     points: float
 
 
 def rows(runs: Iterable[Run]) -> tuple[Row, ...]:
-    """Summarise runs by join and table, in the order in which these first occur, tables outside, joins inside."""
-    groups: dict[str, dict[str, list[Run]]] = {}
+    """Summarise runs by way and table, in the order in which these first occur, tables outside, ways inside."""
+    groups: dict[str, dict[Way, list[Run]]] = {}
     for run in runs:
-        groups.setdefault(run.combination.pe, {}).setdefault(run.combination.join, []).append(run)
+        groups.setdefault(run.combination.pe, {}).setdefault(run.combination.way, []).append(run)
     return tuple(
         Row(
-            join,
+            way,
             pe,
             measure=members[0].measure,
             score=Sample.of([run.score for run in members]),
             third=Sample.of([run.third.score for run in members]),
             parameters=members[0].parameters,
             seconds_per_step=descriptive.median(run.seconds_per_step for run in members),
-            difference=None if join == BASELINE else difference(_by_seed(members), _by_seed(joins.get(BASELINE, []))),
+            difference=None if way == BASELINE else difference(_by_seed(members), _by_seed(ways.get(BASELINE, []))),
         )
-        for pe, joins in groups.items()
-        for join, members in joins.items()
+        for pe, ways in groups.items()
+        for way, members in ways.items()
     )
 
 
@@ -152,11 +170,11 @@ def _by_seed(runs: Iterable[Run]) -> dict[int, float]:
 
 
 def gaps(rows: Sequence[Row]) -> tuple[Gap, ...]:
-    """Return, for each join with two tables or more, the range of its mean scores over the tables."""
+    """Return, for each way of joining with two tables or more, the range of its mean scores over the tables."""
     found = []
-    for join in dict.fromkeys(row.join for row in rows):
-        own = sorted((row for row in rows if row.join == join), key=lambda row: row.score.mean)
+    for way in dict.fromkeys(row.way for row in rows):
+        own = sorted((row for row in rows if row.way == way), key=lambda row: row.score.mean)
         if len(own) > 1:
             points = own[-1].score.mean - own[0].score.mean
-            found.append(Gap(join, best=own[-1].pe, worst=own[0].pe, points=points))
+            found.append(Gap(way, best=own[-1].pe, worst=own[0].pe, points=points))
     return tuple(found)

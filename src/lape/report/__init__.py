@@ -1,65 +1,82 @@
-"""A comparison for people: tables, pictures and one page, written into a folder."""
+"""Studies for people: tables, pictures and pages, written into a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lape.comparison import Comparison
     from lape.report.plots import Maps
+    from lape.study import Study
 
 
-def maps(comparison: "Comparison") -> "dict[str, Maps]":
-    """Return the position correlations of trained models by table, with the first seed that all joins have.
+def maps(study: "Study") -> "dict[str, Maps]":
+    """Return the position correlations of trained models by panel, with the first seed that all ways of it have.
 
-    Joins and models that position correlation is not defined for are left out.
+    Ways and models that position correlation is not defined for are left out.
     """
-    from lape.analysis import correlation
-    from lape.comparison import trained
-    from lape.errors import UsageError
+    from lape.analyses import correlation_of
+    from lape.errors import RunError, UsageError
     from lape.method import POSITION_EMBEDDINGS
-    from lape.report.plots import Maps
+    from lape.report.plots import Maps, panels
 
     found = {}
-    for pe in comparison.pes:
-        by_join = {join: comparison.of(join, pe) for join in comparison.joins}
-        seeds = [{result.run.combination.seed for result in results} for results in by_join.values() if results]
-        common = [seed for seed in comparison.seeds if seeds and all(seed in some for some in seeds)]
-        if POSITION_EMBEDDINGS[pe].table is None or not common:
+    for panel in panels(study):
+        by_way = {way: study.of(way, panel.pe) for way in panel.ways}
+        common = [seed for seed in study.seeds if all(seed in some for some in by_way.values())]
+        if POSITION_EMBEDDINGS[panel.pe].table is None or not common:
             continue
         shown = {}
-        for join, results in by_join.items():
-            for result in results:
-                if result.run.combination.seed == common[0]:
-                    with suppress(UsageError):
-                        shown[join] = correlation(trained(result))
+        for way, by_seed in by_way.items():
+            with suppress(UsageError, RunError):  # told in `study.not_analysed`
+                shown[str(way)] = correlation_of(by_seed[common[0]])
         if shown:
-            found[pe] = Maps(common[0], shown)
+            found[panel.title] = Maps(common[0], shown)
     return found
 
 
-def write(comparison: "Comparison", maps: "Mapping[str, Maps]", folder: Path) -> Path:
+def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
     """Write table.md, .csv and .json, the pictures and index.html into a folder; return the page's path.
 
-    `maps` are by table. Raises RunError where the disk refuses.
+    `maps` are by panel. Raises RunError where the disk refuses.
     """
     from lape import checkpoints
     from lape.report import page, plots, tables
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {
-        "table.md": tables.markdown(comparison),
-        "table.csv": tables.as_csv(comparison),
-        "table.json": tables.as_json(comparison),
-        "index.html": page.page(comparison, maps),
+        "table.md": tables.markdown(study),
+        "table.csv": tables.as_csv(study),
+        "table.json": tables.as_json(study),
+        "index.html": page.page([page.Section(study, maps)]),
     }.items():
         checkpoints.write_text(folder / name, text)
-    figures = {"learning-curves.png": plots.learning_curves(comparison)}
-    if any(row.difference for row in comparison.rows):
-        figures["differences.png"] = plots.differences(comparison)
-    for pe, some in maps.items():
-        figures[f"correlation-{pe}.png"] = plots.correlation_maps(some)
+    figures = {"learning-curves.png": plots.learning_curves(study)}
+    if any(row.difference for row in study.rows):
+        figures["differences.png"] = plots.differences(study)
+    for title, some in maps.items():
+        figures[f"correlation-{title.replace(', ', '-').replace(' ', '-')}.png"] = plots.correlation_maps(some)
     for name, figure in figures.items():
         checkpoints.write(folder / name, lambda file, figure=figure: file.write(plots.png(figure)))
     return folder / "index.html"
+
+
+def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: Sequence[Path], path: Path) -> None:
+    """Write studies, the `cost.json` of `costs`, and why runs are in no study, as one page.
+
+    Raises RunError where the disk refuses.
+    """
+    from lape import checkpoints
+    from lape.errors import RunError
+    from lape.report import page
+    from lape.report.cost import filed
+
+    tables, missing = [], dict(left_out)
+    for file in costs:
+        try:
+            tables.append(filed(file))
+        except RunError as error:
+            missing[file] = str(error)
+    text = page.page([page.Section(study, maps(study)) for study in studies], tables, missing)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write_text(path, text)

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
 from lape.cost import Cost, Ratio, ratio
+from lape.errors import RunError
 from lape.provenance import provenance
 from lape.report.words import duration
 
@@ -84,3 +86,25 @@ def as_json(costs: Sequence[Cost], said: str) -> str:
     """Return every time of every round, and what they were measured with."""
     content = {"explanation": said, **provenance(), "costs": [asdict(cost) for cost in costs]}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A cost that `lape cost --out` has filed."""
+
+    path: Path
+    explanation: str
+    costs: Sequence[Cost]
+
+
+def filed(path: Path) -> Filed:
+    """Read what `as_json` wrote; raises RunError for a file that is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = Filed(path, str(content["explanation"]), [Cost(**cost) for cost in content["costs"]])
+        cells(found.costs)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
+        raise RunError(
+            f"{path} is no cost of lape cost's ({type(error).__name__}: {error}). Measure it again."
+        ) from None
+    return found

@@ -1,21 +1,32 @@
-"""A comparison as one HTML page that holds all it shows: no network, no other file, no script."""
+"""Studies as one HTML page that holds all it shows: no network, no other file, no script."""
 
 import json
 from base64 import b64encode
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.comparison import Comparison
-from lape.report import plots, tables, words
+from lape.analyses import IMAGES
+from lape.report import cost, plots, tables, words
 from lape.statistics import BASELINE
+from lape.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[[plots.Theme], "Figure"]
 NARROW, DARK = "(max-width: 640px)", "(prefers-color-scheme: dark)"
+DOTS = 130  # an inch; maps are coarse, and there are many
+
+
+@dataclass(frozen=True)
+class Section:
+    """A study, and the position correlation of its models by panel."""
+
+    study: Study
+    maps: Mapping[str, plots.Maps] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,40 +44,69 @@ def picture(wide: Draw, narrow: Draw | None = None) -> Picture:
 
 
 def _uri(figure: "Figure") -> str:
-    return f"data:image/png;base64,{b64encode(plots.png(figure)).decode()}"
+    return f"data:image/png;base64,{b64encode(plots.png(figure, DOTS)).decode()}"
 
 
-def page(comparison: Comparison, maps: Mapping[str, plots.Maps]) -> str:
-    """Return the page; `maps` are by table."""
+def page(
+    sections: Sequence[Section], costs: Sequence[cost.Filed] = (), left_out: Mapping[Path, str] | None = None
+) -> str:
+    """Return the page of studies, filed costs, and of runs in no study with the reason."""
     from jinja2 import Environment, StrictUndefined
 
     source = files("lape.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    headings, rows = tables.cells(comparison)
-    content: dict[str, Any] = {
-        "comparison": comparison,
+    runs = sum(len(section.study.results) for section in sections)
+    content = {
+        "title": words.question(sections[0].study) if len(sections) == 1 else words.several(len(sections), runs),
+        "studies": list(map(_content, sections, words.apart([section.study for section in sections]))),
         "baseline": BASELINE,
-        "question": words.question(comparison),
-        "findings": words.findings(comparison),
-        "headings": headings,
-        "rows": rows,
-        "third": words.third_epoch(comparison),
-        "differences": picture(lambda theme: plots.differences(comparison, theme)) if _paired(comparison) else None,
-        "curves": picture(
-            lambda theme: plots.learning_curves(comparison, theme),
-            lambda theme: plots.learning_curves(comparison, theme, columns=1),
-        ),
-        "maps": {
-            pe: (some.seed, picture(lambda theme, some=some: plots.correlation_maps(some, theme)))
-            for pe, some in maps.items()
-        },
-        "settings": {
-            name: json.dumps(value, ensure_ascii=False) for name, value in tables.settings(comparison).items()
-        },
-        "provenances": comparison.provenances(),
+        "images": IMAGES,
+        "claim_headings": words.CLAIM_HEADINGS,
+        "costs": [(each.path, cost.HEADINGS, cost.cells(each.costs), each.explanation) for each in costs],
+        "left_out": left_out or {},
     }
     return environment.from_string(source).render(content)
 
 
-def _paired(comparison: Comparison) -> bool:
-    return any(row.difference is not None for row in comparison.rows)
+def _content(section: Section, apart: str) -> dict[str, Any]:
+    study = section.study
+    judgement = words.judgement(study)
+    decomposed = tables.weights(study)
+    return {
+        "question": words.question(study),
+        "apart": apart,
+        "findings": words.findings(study),
+        "measure": study.measure,
+        "accuracy": tables.cells(study),
+        "beside_other": tables.OTHER_MODEL in tables.beside_the_paper(study),
+        "third": words.third_epoch(study),
+        "differences": picture(lambda theme: plots.differences(study, theme)) if _paired(study) else None,
+        "curves": picture(
+            lambda theme: plots.learning_curves(study, theme),
+            lambda theme: plots.learning_curves(study, theme, columns=1),
+        ),
+        "judgement": judgement,
+        "claims": list(map(words.claim_cells, judgement.tested)),
+        "outcomes": [found.outcome.name.lower() for found in judgement.tested],
+        "shapes": tables.shapes(study),
+        "maps": {
+            title: (some.seed, picture(lambda theme, some=some: plots.correlation_maps(some, theme)))
+            for title, some in section.maps.items()
+        },
+        "weights": decomposed,
+        "weights_drawn": picture(
+            lambda theme: plots.weights_by_depth(study, theme),
+            lambda theme: plots.weights_by_depth(study, theme, columns=1),
+        )
+        if decomposed[1]
+        else None,
+        "not_analysed": words.left_out(study.not_analysed, "Not analysed:"),
+        "command": study.command,
+        "seeds": study.seeds,
+        "settings": {name: json.dumps(value, ensure_ascii=False) for name, value in tables.settings(study).items()},
+        "provenances": study.provenances(),
+    }
+
+
+def _paired(study: Study) -> bool:
+    return any(row.difference is not None for row in study.rows)

@@ -1,14 +1,15 @@
 """The pictures: learning curves, maps of position correlation, and the weights of equation 6 over the layers."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lape.analysis import Correlation, Decomposition
-from lape.comparison import Comparison
-from lape.statistics import BASELINE
+from lape.statistics import BASELINE, LAPE, Run, Way
+from lape.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 HUES = {"lape": "#D55E00", "lape-sharing": "#CC79A7", "shared": "#0072B2", "unshared": "#009E73"}
 SPARE = ("#E69F00", "#56B4E9")
 WEIGHTS = {"λ₁, tokens": "#0072B2", "λ₂, positions": "#D55E00", "λ₃, bias": "#009E73"}
+# Of LN_ω's stand-ins those without Norm are yellow to brown, those with it blue; the stroke tells the gain.
+STAND_INS = {
+    **{"identity": "#E8C500", "scalar": "#CFA000", "scale": "#B08040", "affine": "#94604A"},
+    **{"norm": "#80C8F0", "scalar-norm": "#3A9BDC", "scale-norm": "#2070C0"},
+}
+STROKES = {"scalar": "--", "scalar-norm": "--", "scale": "-.", "scale-norm": "-.", "affine": ":"}
 SIDE, HEAD = 0.92, 0.5  # inches: a map, and the titles above a block of maps
 
 
@@ -44,58 +51,95 @@ LIGHT = Theme("light", ink="#1d1f21", faint="#d5d8dc", paper="#ffffff", baseline
 DARK = Theme("dark", ink="#e6e6e3", faint="#3c4043", paper="#16181a", baseline="#a4a9ae")
 
 
-def learning_curves(comparison: Comparison, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":
-    """Draw the validation score over the steps, a panel per table, a line per join: mean, band from worst to best seed.
+@dataclass(frozen=True)
+class Panel:
+    """What is looked at together: ways of joining with one table."""
 
-    A mark stands at one third of training. `columns` is how many panels stand side by side, by default all.
+    title: str
+    pe: str
+    ways: tuple[Way, ...]
+
+
+def panels(study: Study) -> list[Panel]:
+    """Return a panel for each table, and one more where LN_ω has stand-ins or the start is another one."""
+    found = []
+    for pe in study.pes:
+        ways = tuple(row.way for row in study.rows if row.pe == pe)
+        usual = tuple(way for way in ways if not way.other_than_usual)
+        if usual:
+            found.append(Panel(pe, pe, usual))
+        if len(usual) < len(ways):
+            beside = tuple(way for way in ways if way.other_than_usual or way in (BASELINE, LAPE))
+            found.append(Panel(f"{pe}, in place of LN", pe, beside))
+    return found
+
+
+def learning_curves(study: Study, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":
+    """Draw the validation score over the steps, a line per way of joining: mean, band from worst to best seed.
+
+    A mark stands at one third of training. `columns` is how many panels stand side by side, by default three at most.
     """
-    pes = [pe for pe in comparison.pes if any(comparison.of(join, pe) for join in comparison.joins)]
-    columns = min(columns or len(pes), len(pes))
-    deep = -(-len(pes) // columns)
-    figure = _figure(theme, max(3.4 * columns + 0.4, 4.6), 2.75 * deep + 0.55)
-    panels = figure.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
-    for panel in panels[len(pes) :]:
-        panel.remove()
-    del panels[len(pes) :]
-    for place, (panel, pe) in enumerate(zip(panels, pes, strict=True)):
-        _style(panel, theme)
-        panel.set_title(pe, loc="left", fontsize=10, color=theme.ink)
-        panel.grid(axis="y", color=theme.faint, linewidth=0.6)
-        for join, hue in hues(comparison.joins, theme).items():
-            _curve(panel, comparison, join, pe, hue, theme)
-        panel.set_xlim(left=0)
-        _mark_third(panel, next(iter(comparison.results.values())).run.third.step, theme)
+    shown = panels(study)
+    columns = min(columns or (3 if len(shown) != 4 else 2), len(shown))
+    deep = -(-len(shown) // columns)
+    palette = hues(study.ways, theme)
+    beside = _beside(max(3.4 * columns + 0.4, 4.6), palette)
+    figure = _figure(theme, max(3.4 * columns + 0.4, 4.6), 2.75 * deep + 0.4 + 0.17 * -(-len(palette) // beside))
+    axes = figure.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    for spare in axes[len(shown) :]:
+        spare.remove()
+    for place, (axis, panel) in enumerate(zip(axes, shown, strict=False)):
+        _style(axis, theme)
+        axis.set_title(panel.title, loc="left", fontsize=10, color=theme.ink)
+        axis.grid(axis="y", color=theme.faint, linewidth=0.6)
+        for way in panel.ways:
+            runs = [result.run for result in study.of(way, panel.pe).values()]
+            _curve(axis, runs, way, palette[way], theme, band=min(0.2, 0.6 / len(panel.ways)))
+        axis.set_xlim(left=0)
+        _mark_third(axis, next(iter(study.results.values())).run.third.step, theme)
         if place % columns == 0:
-            panel.set_ylabel(f"validation {comparison.measure}, %")
-        if place + columns >= len(pes):
-            panel.set_xlabel("training step")
-            panel.tick_params(labelbottom=True)
-    shown = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    beside = int(figure.get_figwidth() / 1.35)
-    labels = [join for join in comparison.joins if join in shown]
-    lines = [shown[label] for label in labels]
-    figure.legend(lines, labels, loc="outside upper left", ncols=beside, frameon=False, labelcolor=theme.ink)
+            axis.set_ylabel(f"validation {study.measure}, %")
+        if place + columns >= len(shown):
+            axis.set_xlabel("training step")
+            axis.tick_params(labelbottom=True)
+    drawn = axes[: len(shown)]
+    lines = {label: line for axis in drawn for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    labels = [str(way) for way in study.ways if str(way) in lines]
+    figure.legend(
+        *([lines[label] for label in labels], labels), loc="outside upper left", ncols=beside, frameon=False,
+        labelcolor=theme.ink, fontsize=9,
+    )  # fmt: skip
     return figure
 
 
-def hues(joins: tuple[str, ...], theme: Theme) -> dict[str, str]:
-    """Give every join its colour, the same in every picture."""
+def _beside(width: float, ways: Iterable[Way]) -> int:
+    """How many entries of a legend stand side by side in so many inches."""
+    return max(1, int(width / (0.65 + 0.075 * max(len(str(way)) for way in ways))))
+
+
+def hues(ways: tuple[Way, ...], theme: Theme) -> dict[Way, str]:
+    """Give every way of joining its colour, the same in every picture."""
     spare = cycle(SPARE)
-    return {join: theme.baseline if join == BASELINE else HUES.get(join) or next(spare) for join in joins}
+    return {
+        way: theme.baseline if way == BASELINE else STAND_INS.get(way.pe_norm) or HUES.get(str(way)) or next(spare)
+        for way in ways
+    }
 
 
-def _curve(panel: "Axes", comparison: Comparison, join: str, pe: str, hue: str, theme: Theme) -> None:
-    runs = [result.run for result in comparison.of(join, pe)]
-    if not runs:
-        return
-    by_step = list(zip(*(run.curve for run in runs), strict=True))
-    steps = [points[0].step for points in by_step]
-    scores = [[point.score for point in points] for points in by_step]
-    means = [sum(values) / len(values) for values in scores]
-    panel.fill_between(steps, [min(v) for v in scores], [max(v) for v in scores], color=hue, alpha=0.2, lw=0)
-    panel.plot(steps, means, color=hue, linewidth=1.8, linestyle="--" if join == BASELINE else "-", label=join)
+def _stroke(way: Way) -> str:
+    return "--" if way == BASELINE else STROKES.get(way.pe_norm, "-")
+
+
+def _curve(axis: "Axes", runs: list[Run], way: Way, hue: str, theme: Theme, band: float) -> None:
+    by_step: dict[int, list[float]] = {}
+    for point in (point for run in runs for point in run.curve):
+        by_step.setdefault(point.step, []).append(point.score)
+    steps = sorted(by_step)
+    lowest, means, highest = ([of(by_step[step]) for step in steps] for of in (min, fmean, max))
+    axis.fill_between(steps, lowest, highest, color=hue, alpha=band, lw=0)
+    axis.plot(steps, means, color=hue, linewidth=1.8, linestyle=_stroke(way), label=str(way))
     third = steps.index(runs[0].third.step)
-    panel.plot(steps[third], means[third], "o", color=hue, markersize=6, markeredgecolor=theme.paper)
+    axis.plot(steps[third], means[third], "o", color=hue, markersize=6, markeredgecolor=theme.paper)
 
 
 def _mark_third(panel: "Axes", step: int, theme: Theme) -> None:
@@ -105,27 +149,60 @@ def _mark_third(panel: "Axes", step: int, theme: Theme) -> None:
     panel.annotate("⅓ of training", (step, 0), (4, 4), fontsize=8, color=theme.ink, bbox=clear, **at)
 
 
-def differences(comparison: Comparison, theme: Theme = LIGHT) -> "Figure":
+def differences(study: Study, theme: Theme = LIGHT) -> "Figure":
     """Draw the score minus the baseline's: a stroke for the mean, a line for its 95 % interval, dots for the seeds."""
-    rows = [row for row in comparison.rows if row.difference is not None]
-    figure = _figure(theme, 4.6, 0.9 + 0.42 * len(rows))
+    rows = [row for row in study.rows if row.difference is not None]
+    labels = [f"{row.way}, {row.pe}" for row in rows]
+    figure = _figure(theme, 3.3 + 0.072 * max(map(len, labels)), 0.9 + 0.36 * len(rows))
     panel = figure.subplots()
     _style(panel, theme)
     panel.axvline(0, color=theme.ink, linewidth=0.8)
-    palette = hues(comparison.joins, theme)
+    palette = hues(study.ways, theme)
     for place, row in enumerate(rows):
         assert row.difference is not None
-        hue, points = palette[row.join], list(row.difference.by_seed.values())
+        hue, points = palette[row.way], list(row.difference.by_seed.values())
         if row.difference.interval is not None:
             panel.plot(row.difference.interval, (place, place), color=hue, linewidth=2, solid_capstyle="butt")
         panel.plot(points, [place + 0.24] * len(points), "o", color=hue, markersize=4.5, alpha=0.6, markeredgewidth=0)
         panel.plot(row.difference.mean, place, "|", color=hue, markersize=15, markeredgewidth=2.5)
-    panel.set_yticks(range(len(rows)), [f"{row.join}, {row.pe}" for row in rows])
+    panel.set_yticks(range(len(rows)), labels)
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.tick_params(axis="y", length=0, labelsize=9)
     panel.grid(axis="x", color=theme.faint, linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.set_xlabel(f"{comparison.measure} minus {BASELINE}, points")
+    panel.set_xlabel(f"{study.measure} minus {BASELINE}, points")
+    return figure
+
+
+def weights_by_depth(study: Study, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":
+    """Draw λ1, λ2, λ3 over the layers of models with the default join, a panel per table, as `learning_curves` does."""
+    by_table: dict[str, list[Sequence[Sequence[float]]]] = {}
+    for (way, pe, _), analysis in study.analyses.items():
+        if way == BASELINE and analysis.weights is not None:
+            by_table.setdefault(pe, []).append(analysis.weights)
+    columns = min(columns or 3, len(by_table))
+    deep = -(-len(by_table) // columns)
+    figure = _figure(theme, max(3.4 * columns + 0.4, 4.6), 2.4 * deep + 0.45)
+    axes = figure.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    for spare in axes[len(by_table) :]:
+        spare.remove()
+    for place, (axis, (pe, seeds)) in enumerate(zip(axes, by_table.items(), strict=False)):
+        _style(axis, theme)
+        axis.set_title(pe, loc="left", fontsize=10, color=theme.ink)
+        axis.grid(axis="y", color=theme.faint, linewidth=0.6)
+        layers = range(1, len(seeds[0][0]) + 1)
+        for label, hue, of_seeds in zip(WEIGHTS, WEIGHTS.values(), zip(*seeds, strict=True), strict=True):
+            lowest, means, highest = ([of(layer) for layer in zip(*of_seeds, strict=True)] for of in (min, fmean, max))
+            axis.fill_between(layers, lowest, highest, color=hue, alpha=0.2, lw=0)
+            axis.plot(layers, means, color=hue, linewidth=1.8, marker="o", markersize=3.5, label=label)
+        axis.set_xticks(layers)
+        if place % columns == 0:
+            axis.set_ylabel("weight in equation 6")
+        if place + columns >= len(by_table):
+            axis.set_xlabel("layer")
+            axis.tick_params(labelbottom=True)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper left", ncols=3, frameon=False, labelcolor=theme.ink, fontsize=9)
     return figure
 
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Self
 
-from lape.comparison import Result, Watch
+from lape.comparison import Watch
 from lape.statistics import Combination
+from lape.study import Result
 
 if TYPE_CHECKING:
     from rich.console import Console

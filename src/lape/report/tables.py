@@ -1,33 +1,39 @@
-"""A comparison as a table: for the terminal, for Markdown, and with full precision as CSV and JSON."""
+"""A study as a table: for the terminal, for Markdown, and with full precision as CSV and JSON."""
 
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from lape.comparison import Comparison
+from lape import paper
+from lape.claims import Finding, judged
 from lape.report import words
-from lape.statistics import BASELINE, Row
+from lape.statistics import BASELINE, Row, Way
+from lape.study import VARIED, Study
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-VARIED = ("join", "pe", "pe_norm", "seed")
+    from lape.analyses import Analysis, Numbers
 
 
-def columns(comparison: Comparison) -> dict[str, Callable[[Row], str]]:
+Columns = dict[str, Callable[[Row], str]]
+
+
+def columns(study: Study) -> Columns:
     """Return what a table for people shows of a row, by heading; names first, numbers after."""
     return {
-        "join": lambda row: row.join,
+        "join": lambda row: str(row.way),
         "table": lambda row: row.pe,
         "seeds": lambda row: str(row.score.count),
-        f"{comparison.measure}, %": lambda row: words.percent(row.score),
+        f"{study.measure}, %": lambda row: words.percent(row.score),
         f"minus {BASELINE}": _difference,
         "95 % interval": lambda row: words.interval(row.difference) if row.difference else "–",
-        f"at {words.third_epoch(comparison)}, %": lambda row: words.percent(row.third),
+        f"at {words.third_epoch(study)}, %": lambda row: words.percent(row.third),
         "parameters": lambda row: f"{row.parameters:,}",
         "time per step": lambda row: words.duration(row.seconds_per_step),
     }
@@ -36,56 +42,135 @@ def columns(comparison: Comparison) -> dict[str, Callable[[Row], str]]:
 def _difference(row: Row) -> str:
     if row.difference is not None:
         return words.signed(row.difference.mean)
-    return "–" if row.join == BASELINE else "no pair"
+    return "–" if row.way == BASELINE else "no pair"
 
 
-def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of text."""
-    shown = columns(comparison)
-    return list(shown), [[cell(row) for cell in shown.values()] for row in comparison.rows]
+OF_RECIPE, OTHER_MODEL = "paper, %", "paper’s DeiT-Ti, %"
 
 
-def terminal(comparison: Comparison) -> "Group":
+def beside_the_paper(study: Study) -> Columns:
+    """Return the paper's numbers for the same ways and tables: of the recipe that was run, else of Tables 7 and 8."""
+    own = paper.of_recipe(study)
+    if not own and study.measure != "accuracy":
+        return {}
+    expected = own or paper.joining()
+
+    def number(row: Row) -> str:
+        here, base = expected.get((row.way, row.pe)), expected.get((BASELINE, row.pe))
+        if here is None:
+            return "–"
+        return f"{here:g}" if base is None or row.way == BASELINE else f"{here:g} ({words.signed(here - base)})"
+
+    if all(number(row) == "–" for row in study.rows):
+        return {}
+    return {OF_RECIPE if own else OTHER_MODEL: number}
+
+
+def cells(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of text; the paper's numbers stand behind the runs'."""
+    *names, parameters, time = columns(study).items()
+    shown = dict([*names, *beside_the_paper(study).items(), parameters, time])
+    return list(shown), [[cell(row) for cell in shown.values()] for row in study.rows]
+
+
+def terminal(study: Study) -> "Group":
     """Return question, table, findings and remarks for rich; a position table's name stands above its joins."""
+    from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = columns(study)
+    for heading in ("join", "table", "seeds"):
+        del shown[heading]
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("")  # a long name is broken rather than a number
+    texts = {heading: [cell(row).replace(" ± ", "±") for row in study.rows] for heading, cell in shown.items()}
+    for heading, column in texts.items():
+        width = max(map(len, column + heading.split()))  # a heading is broken where it is wider than its numbers
+        table.add_column(Text(fill(heading, width), justify="right"), justify="right", vertical="bottom", no_wrap=True)
+    above = None
+    for row, line in zip(study.rows, zip(*texts.values(), strict=True), strict=True):
+        if row.pe != above:
+            table.add_row(Text(row.pe, style="bold"))
+            above = row.pe
+        table.add_row(Padding(str(row.way), (0, 0, 0, 1)), *map(Text, line))
+    found = words.findings(study)
+    sentences = [*found.main, *filter(None, [found.gap]), *found.remarks]
+    return Group(Text(f"\n{words.question(study)}\n"), table, Text(), *map(Text, sentences), Text())
+
+
+def shapes(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the analysis: the means over seeds, for each way and table that has them."""
+    headings = ["join", "table", "seeds", "two-dimensionality", "half distance", "layer difference"]
+    groups: dict[tuple[Way, str], list[Analysis]] = {}
+    for (way, pe, _), analysis in study.analyses.items():
+        groups.setdefault((way, pe), []).append(analysis)
+    return headings, [
+        [
+            *(str(way), pe, str(len(some))),
+            words.number(fmean(one.shape.two_dimensionality for one in some), 2),
+            words.number(fmean(one.shape.half_distance for one in some), 1),
+            words.number(fmean(one.shape.layer_difference for one in some), 3),
+        ]
+        for (way, pe), some in groups.items()
+    ]
+
+
+def weights(study: Study) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of λ1, λ2, λ3 by layer, the means over seeds, for each table with the default join."""
+    by_table: dict[str, list[tuple[Numbers, ...]]] = {}
+    for (way, pe, _), analysis in study.analyses.items():
+        if way == BASELINE and analysis.weights is not None:
+            by_table.setdefault(pe, []).append(analysis.weights)
+    layers = max((len(one[0]) for some in by_table.values() for one in some), default=0)
+    return ["table", "weight", *(f"layer {layer}" for layer in range(1, layers + 1))], [
+        [pe, name, *(words.number(fmean(values), 3) for values in zip(*of_seeds, strict=True))]
+        for pe, seeds in by_table.items()
+        for name, of_seeds in zip(("λ1", "λ2", "λ3"), zip(*seeds, strict=True), strict=True)
+    ]
+
+
+def claims(studies: Sequence[Study]) -> "Group":
+    """Return for each study what it is, the claims that it tests and how they went, for rich."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    shown = columns(comparison)
-    for heading in ("join", "table", "seeds"):
-        del shown[heading]
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("", no_wrap=True, overflow="fold")
-    texts = {heading: [cell(row).replace(" ± ", "±") for row in comparison.rows] for heading, cell in shown.items()}
-    for heading, column in texts.items():
-        width = max(map(len, column + heading.split()))  # a heading is broken where it is wider than its numbers
-        table.add_column(Text(fill(heading, width), justify="right"), justify="right", vertical="bottom")
-    above = None
-    for row, line in zip(comparison.rows, zip(*texts.values(), strict=True), strict=True):
-        if row.pe != above:
-            table.add_row(Text(row.pe, style="bold"))
-            above = row.pe
-        table.add_row(Text(f" {row.join}"), *map(Text, line))
-    found = words.findings(comparison)
-    sentences = [*found.main, *filter(None, [found.gap]), *found.remarks]
-    return Group(Text(f"\n{words.question(comparison)}\n"), table, Text(), *map(Text, sentences), Text())
+    shown: list[Any] = []
+    for study in studies:
+        found = words.judgement(study)
+        shown.append(Text(f"\n{words.question(study)}\n"))
+        if found.tested:
+            table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+            table.add_column("claim of the paper")
+            table.add_column("here", vertical="bottom")
+            table.add_column("difference", justify="right", vertical="bottom", no_wrap=True)
+            table.add_column("95 % interval", justify="right", vertical="bottom", no_wrap=True)
+            for one in found.tested:
+                sentence, outcome, mean, interval, *_ = words.claim_cells(one)
+                table.add_row(*map(Text, (sentence, outcome, mean, interval)))
+            shown += [table, Text()]
+        shown.append(Text(found.summary))
+    return Group(*shown, Text())
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(study: Study) -> str:
     """Return question, findings, table and remarks as Markdown."""
-    found = words.findings(comparison)
-    headings, rows = cells(comparison)
+    found = words.findings(study)
+    headings, rows = cells(study)
     lines = [headings, ["---" if place < 2 else "---:" for place in range(len(headings))], *rows]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     facts = "\n".join(f"- {sentence}" for sentence in (*found.main, *filter(None, [found.gap]), *found.remarks))
-    return f"{words.question(comparison)}\n\n{facts}\n\n{table}\n\n    {comparison.command}\n"
+    return f"{words.question(study)}\n\n{facts}\n\n{table}\n\n    {study.command}\n"
 
 
-def as_csv(comparison: Comparison) -> str:
+def as_csv(study: Study) -> str:
     """Return one line for each join and table, numbers unrounded, empty where there is none."""
     out = io.StringIO()
-    records = [_record(row) for row in comparison.rows]
+    records = [_record(row) for row in study.rows]
     writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
@@ -96,7 +181,8 @@ def _record(row: Row) -> dict[str, Any]:
     found = row.difference
     low, high = (found.interval if found else None) or (None, None)
     return {
-        "join": row.join,
+        "way": str(row.way),
+        **row.way._asdict(),
         "pe": row.pe,
         "seeds": row.score.count,
         "measure": row.measure,
@@ -114,40 +200,55 @@ def _record(row: Row) -> dict[str, Any]:
     }
 
 
-def settings(comparison: Comparison) -> dict[str, Any]:
+def settings(study: Study) -> dict[str, Any]:
     """Return what all runs have in common."""
-    record = next(iter(comparison.results.values())).record["experiment"]
-    return {name: value for name, value in record.items() if name not in VARIED}
+    return {name: value for name, value in study.experiment.settings().items() if name not in VARIED}
 
 
-def as_json(comparison: Comparison) -> str:
+def _claim(found: Finding) -> dict[str, Any]:
+    seen = found.difference
+    return {
+        "claim": found.claim.sentence,
+        "place": found.claim.place,
+        "outcome": found.outcome.value,
+        "unit": found.claim.unit.name,
+        "difference_mean": seen and seen.mean,
+        "difference_interval": seen and seen.interval,
+        "difference_by_seed": seen and dict(seen.by_seed),
+    }
+
+
+def as_json(study: Study) -> str:
     """Return rows, gaps, single runs, settings and provenance as JSON, with full precision."""
-    found = words.findings(comparison)
+    found = words.findings(study)
     content = {
-        "question": words.question(comparison),
+        "question": words.question(study),
         "findings": [*found.main, *filter(None, [found.gap])],
         "remarks": found.remarks,
         "rows": [
-            _record(row) | {"difference_by_seed": row.difference and dict(row.difference.by_seed)}
-            for row in comparison.rows
+            _record(row) | {"difference_by_seed": row.difference and dict(row.difference.by_seed)} for row in study.rows
         ],
-        "gaps": [asdict(gap) for gap in comparison.gaps],
+        "gaps": [{**asdict(gap), "way": str(gap.way)} for gap in study.gaps],
+        "claims": [_claim(found) for found in judged(study)],
         "runs": [
             {
-                **combination._asdict(),
+                "way": str(combination.way),
+                **combination.way._asdict(),
+                "pe": combination.pe,
+                "seed": combination.seed,
                 "score": result.run.score,
                 "third": result.run.third._asdict(),
                 "parameters": result.run.parameters,
                 "seconds_per_step": result.run.seconds_per_step,
                 "folder": result.folder.name,
             }
-            for combination, result in comparison.results.items()
+            for combination, result in study.results.items()
         ],
-        "failures": {str(combination): str(error) for combination, error in comparison.failures.items()},
-        "asked": {"joins": comparison.joins, "pe": comparison.pes, "seeds": comparison.seeds},
-        "settings": settings(comparison),
-        "command": comparison.command,
-        "jobs": comparison.jobs,
-        "provenance": comparison.provenances(),
+        "failures": {str(combination): str(error) for combination, error in study.failures.items()},
+        "left_out": words.left_out(study.left_out, "Left out:"),
+        "settings": settings(study),
+        "command": study.command,
+        "jobs": study.jobs,
+        "provenance": study.provenances(),
     }
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

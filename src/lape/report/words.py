@@ -1,16 +1,22 @@
-"""What a comparison found, in sentences and cells; the same words whichever way a result goes."""
+"""What a study found, in sentences and cells; the same words whichever way a result goes."""
 
+import json
+import math
 import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lape.comparison import Comparison
+from lape.claims import Finding, Outcome, judged
 from lape.experiment import Experiment
-from lape.statistics import BASELINE, Difference, Row, Run, Sample, Verdict
+from lape.statistics import BASELINE, LAPE, Difference, Row, Run, Sample, Verdict
+from lape.study import VARIED, LeftOut, Study
 
 
-def listed(names: tuple[str, ...] | list[str]) -> str:
+def listed(names: Iterable[object]) -> str:
     """Join names as prose does: "a", "a and b", "a, b and c"."""
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    *others, last = map(str, names)
+    return " and ".join(filter(None, [", ".join(others), last]))
 
 
 def percent(sample: Sample) -> str:
@@ -18,16 +24,24 @@ def percent(sample: Sample) -> str:
     return f"{sample.mean:.2f}" if sample.std is None else f"{sample.mean:.2f} ± {sample.std:.2f}"
 
 
-def signed(points: float) -> str:
+def signed(points: float, decimals: int = 2) -> str:
     """Write "+0.31", "−0.31" or "0.00"."""
-    return "0.00" if f"{abs(points):.2f}" == "0.00" else f"{points:+.2f}".replace("-", "−")
+    nothing = f"{0:.{decimals}f}"
+    return nothing if f"{abs(points):.{decimals}f}" == nothing else f"{points:+.{decimals}f}".replace("-", "−")
 
 
-def interval(difference: Difference) -> str:
+def interval(difference: Difference, decimals: int = 2) -> str:
     """Write "+0.10 to +0.52", or "no interval" for one pair."""
     if difference.interval is None:
         return "no interval"
-    return " to ".join(map(signed, difference.interval))
+    return " to ".join(signed(end, decimals) for end in difference.interval)
+
+
+def number(value: float, decimals: int) -> str:
+    """Write a number; "∞" for one without bound, "–" for one that is not defined."""
+    if math.isnan(value):
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:.{decimals}f}".replace("-", "−")
 
 
 def duration(seconds: float) -> str:
@@ -35,39 +49,70 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def third_epoch(comparison: Comparison) -> str:
+def third_epoch(study: Study) -> str:
     """Name the epoch that stands for one third of training: "epoch 10 of 30"."""
-    runs = [result.run for result in comparison.results.values()]
-    return listed(list(dict.fromkeys(f"epoch {run.third.epoch} of {_epochs(run)}" for run in runs)))
+    runs = [result.run for result in study.results.values()]
+    return listed(dict.fromkeys(f"epoch {run.third.epoch} of {_epochs(run)}" for run in runs))
 
 
 def _epochs(run: Run) -> int:
     return run.curve[-1].epoch
 
 
-def question(comparison: Comparison) -> str:
+MANY = 6  # names that a sentence does not list
+
+
+def question(study: Study) -> str:
     """Say in one sentence what was compared on what data."""
-    base, (train, validation), seeds = comparison.base, comparison.images, len(comparison.seeds)
+    base, seeds = study.experiment, len(study.seeds)
+    ways, tables = _counted("Join", study.ways, "ways of joining"), _counted("position table", study.pes)
     return (
-        f"{_counted('Join', comparison.joins)} compared on {base.data} ({train:,} training and {validation:,} "
-        f"validation images): {base.model} with the {_counted('position table', comparison.pes)}, "
+        f"{ways} compared on {base.data}{_images(study)}: {base.model} with the {tables}, "
         f"{_length(base)}, {seeds} {'seeds' if seeds > 1 else 'seed'}."
     )
+
+
+def several(studies: int, runs: int) -> str:
+    """Name a page of several studies."""
+    return f"{runs} finished runs in {studies} studies"
+
+
+def _images(study: Study) -> str:
+    if study.images:
+        return f" ({study.images[0]:,} training and {study.images[1]:,} validation images)"
+    some = study.experiment.train_images
+    return f" ({some:,} training images)" if some else ""
 
 
 def _length(base: Experiment) -> str:
     return f"{base.steps:,} steps" if base.steps else f"{base.all_steps(1)} epochs"
 
 
-def _counted(noun: str, names: tuple[str, ...]) -> str:
+def _counted(noun: str, names: Sequence[object], many: str = "") -> str:
+    if many and len(names) > MANY:
+        return f"{len(names)} {many}"
     return f"{noun}{'s' if len(names) > 1 else ''} {listed(names)}"
+
+
+def apart(studies: Sequence[Study]) -> list[str]:
+    """Say for each study what sets it apart: the settings that the studies do not have in common."""
+    identities = [study.experiment.identity() for study in studies]
+    differing = [
+        name
+        for name in identities[0]
+        if name not in VARIED and any(identity[name] != identities[0][name] for identity in identities)
+    ]
+    return [
+        ", ".join(f"{name} {json.dumps(identity[name], ensure_ascii=False)}" for name in differing)
+        for identity in identities
+    ]
 
 
 def finding(row: Row, baseline: Row) -> str:
     """Say how a row differs from the baseline of the same table, how sure that is, and in how many pairs."""
     found = row.difference
     assert found is not None
-    lead = f"With the table {row.pe}, {row.join} differs from {BASELINE} by {signed(found.mean)} points"
+    lead = f"With the table {row.pe}, {row.way} differs from {BASELINE} by {signed(found.mean)} points"
     levels = f"{row.score.mean:.2f} % against {baseline.score.mean:.2f} %"
     if found.verdict is Verdict.ONE_PAIR:
         return f"{lead} ({levels}): {Verdict.ONE_PAIR.value} and decides nothing."
@@ -86,49 +131,111 @@ class Findings:
     remarks: tuple[str, ...]
 
 
-def findings(comparison: Comparison) -> Findings:
-    """Return the findings of `lape`, or of the last join where it was not compared, and all reservations."""
-    rows = comparison.rows
-    baselines = {row.pe: row for row in rows if row.join == BASELINE}
+def findings(study: Study) -> Findings:
+    """Return the findings of `lape`, or of the last way where it was not compared, and all reservations."""
+    rows = study.rows
+    baselines = {row.pe: row for row in rows if row.way == BASELINE}
     compared = [row for row in rows if row.difference is not None]
-    joins = [row.join for row in compared]
-    chosen = "lape" if "lape" in joins else joins[-1] if joins else None
-    main = tuple(finding(row, baselines[row.pe]) for row in compared if row.join == chosen)
+    ways = [row.way for row in compared]
+    chosen = LAPE if LAPE in ways else ways[-1] if ways else None
+    main = tuple(finding(row, baselines[row.pe]) for row in compared if row.way == chosen)
     gap = None
-    if comparison.gaps:
-        spans = [f"{gap.points:.2f} points for {gap.join} ({gap.worst} to {gap.best})" for gap in comparison.gaps]
-        gap = f"From the worst table to the best, mean {comparison.measure} rises by {listed(spans)}."
-    return Findings(main, gap, tuple(_remarks(comparison)))
+    if study.gaps:
+        spans = [f"{gap.points:.2f} points for {gap.way} ({gap.worst} to {gap.best})" for gap in study.gaps]
+        gap = f"From the worst table to the best, mean {study.measure} rises by {listed(spans)}."
+    return Findings(main, gap, tuple(_remarks(study)))
 
 
-def _remarks(comparison: Comparison) -> list[str]:
-    rows, seeds = comparison.rows, comparison.seeds
-    said = []
+def left_out(some: LeftOut, what: str) -> list[str]:
+    """Say of which ways and tables something is missing, and why."""
+    return [f"{what} {listed(f'{way} × {pe}' for way, pe in pairs)}. {reason}" for reason, pairs in some.items()]
+
+
+def _remarks(study: Study) -> list[str]:
+    rows, seeds = study.rows, study.seeds
+    said = left_out(study.left_out, "Left out:")
     if len(seeds) == 1:
         more = shlex.join(["--seeds", "5"])
         said.append(
             f"One seed gives no spread and no interval, so that nothing is decided here; {more} would tell more."
         )
-    if BASELINE not in comparison.joins:
+    if BASELINE not in study.ways:
         said.append(f"The join {BASELINE} was not trained, so there is nothing to take a difference to.")
-    for combination, error in comparison.failures.items():
+    for combination, error in study.failures.items():
         said.append(f"Failed and missing: {combination} ({error}).")
     for row in rows:
         if row.difference is not None and row.difference.unpaired:
-            lost = listed([str(seed) for seed in row.difference.unpaired])
+            lost = listed(row.difference.unpaired)
             said.append(
-                f"{row.join} × {row.pe} is paired with {BASELINE} without seed {lost}, which only one of them has."
+                f"{row.way} × {row.pe} is paired with {BASELINE} without seed {lost}, which only one of them has."
             )
-        elif row.difference is None and row.join != BASELINE and BASELINE in comparison.joins:
-            said.append(f"{row.join} × {row.pe} has no run of {BASELINE} with the same table and seed: no difference.")
+        elif row.difference is None and row.way != BASELINE and BASELINE in study.ways:
+            said.append(f"{row.way} × {row.pe} has no run of {BASELINE} with the same table and seed: no difference.")
     told = [row.difference for row in rows if row.difference is not None and row.difference.interval is not None]
     if len(told) > 1:
         said.append(f"Each of the {len(told)} intervals holds for itself at 95 %, not all of them together.")
-    if comparison.jobs > 1:
+    if study.jobs is None:
+        said.append("Times per step are the runs' own, perhaps taken side by side: measure cost with lape cost.")
+    elif study.jobs > 1:
         said.append(
-            f"Times per step were taken with up to {comparison.jobs} runs side by side: compare them roughly, and "
+            f"Times per step were taken with up to {study.jobs} runs side by side: compare them roughly, and "
             "measure cost with lape cost."
         )
-    if len(comparison.provenances()) > 1:
-        said.append("Some runs were kept from an earlier call with another commit, version or machine: see below.")
+    if len(study.provenances()) > 1:
+        said.append("The runs were not all made with one commit, version and machine: see below.")
     return said
+
+
+# --- Claims -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The paper's claims beside a study: those that it tests, the sentences of the others, and how it went."""
+
+    tested: tuple[Finding, ...]
+    untested: tuple[Finding, ...]
+    summary: str
+
+
+def judgement(study: Study) -> Judgement:
+    """Judge all claims, and count the outcomes."""
+    found = judged(study)
+    tested = tuple(one for one in found if one.outcome is not Outcome.UNTESTED)
+    untested = tuple(one for one in found if one.outcome is Outcome.UNTESTED)
+    if not tested:
+        return Judgement(tested, untested, f"These runs test none of {len(found)} claims of the paper.")
+    counts = Counter(one.outcome for one in tested)
+    told = listed(f"{counts[outcome]} {verb}" for outcome, verb in OUTCOMES.items() if counts[outcome])
+    summary = f"Of {len(found)} claims of the paper these runs test {len(tested)}: {told}."
+    if len(tested) > 1:
+        summary += (
+            f" {len(tested)} claims at 95 % are {len(tested)} claims: each verdict stands for itself, and of many some "
+            "go wrong by chance."
+        )
+    return Judgement(tested, untested, summary)
+
+
+OUTCOMES = {
+    Outcome.HOLDS: "found to hold",
+    Outcome.FAILS: "found not to hold",
+    Outcome.UNDECIDED: "undecided at this number of seeds",
+}
+
+
+def claim_cells(found: Finding) -> tuple[str, ...]:
+    """Write a tested claim: sentence, verdict, mean difference with its interval, unit, pairs, place."""
+    assert found.difference is not None
+    mean, unit = found.difference.mean, found.claim.unit
+    return (
+        found.claim.sentence,
+        found.outcome.value,
+        signed(mean, unit.decimals),
+        interval(found.difference, unit.decimals),
+        unit.name,
+        str(len(found.difference.by_seed)),
+        found.claim.place,
+    )
+
+
+CLAIM_HEADINGS = ("claim", "in these runs", "difference", "95 % interval", "in", "pairs", "in the paper")

@@ -1,0 +1,164 @@
+"""The analysis of finished runs in numbers: computed once for each, and kept in its folder."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from lape import __version__
+from lape.analysis import Correlation, Shape, correlation, decomposition, entering
+from lape.checkpoints import LAST, write_json
+from lape.data import pipeline
+from lape.data.pipeline import Whole
+from lape.data.sources import find
+from lape.errors import RunError, UsageError
+from lape.evaluation import Trained, trained
+from lape.experiment import Experiment
+from lape.statistics import Way
+from lape.study import Result, Study
+from lape.work import ClassificationWork, Source
+
+ANALYSIS = "analysis.json"
+IMAGES = 64  # of the validation set, drawn once and for all, for the decomposition
+
+Numbers = tuple[float, ...]  # (layers,)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What one trained model's attention is told of positions, layer by layer (see `lape.analysis`)."""
+
+    width: int  # D
+    two_dimensionality: Numbers
+    half_distance: Numbers
+    layer_difference: Numbers
+    shape: Shape  # the three as one number each
+    weights: tuple[Numbers, ...] | None  # λ1, λ2, λ3 (3, layers), where the join has them and its images were there
+
+
+def brought_back(result: Result, source_of: Callable[[Experiment, Source], Source] = lambda _, own: own) -> Trained:
+    """Bring back the model of a finished run as its last score was taken: the weights, or their average (EMA)."""
+    return trained(result.folder / LAST, source_of, accelerator="cpu", devices=1, nodes=1)
+
+
+def correlation_of(result: Result) -> Correlation:
+    """Return the position correlation of a finished run's model; raises UsageError where it is not defined."""
+    return correlation(brought_back(result).work.module)
+
+
+def analysed(study: Study, tell: Callable[[], None] = lambda: None) -> Study:
+    """Return the study with the analysis of each run; `tell` hears of every run that is done.
+
+    What is kept in `analysis.json` of a run is computed again where its checkpoint has changed. What cannot be had is
+    told in `not_analysed`, and costs nothing else.
+    """
+    found: dict[Any, Analysis] = {}
+    reasons: dict[str, dict[tuple[Way, str], None]] = {}
+    images = _Images()
+    for one, result in study.results.items():
+        try:
+            found[one] = analysis = _kept(result) or _analysis(result)
+            if analysis.weights is None and not _normed(one.way):
+                found[one] = _keep(result, replace(analysis, weights=_weights(result, images)))
+        except (UsageError, RunError) as error:
+            reasons.setdefault(str(error), {})[one.way, one.pe] = None
+        tell()
+    return replace(study, analyses=found, not_analysed={why: tuple(some) for why, some in reasons.items()})
+
+
+def _normed(way: Way) -> bool:
+    from lape.method import JOINS
+
+    return JOINS[way.join].normed
+
+
+def _analysis(result: Result) -> Analysis:
+    model = brought_back(result).work.module
+    found = correlation(model)
+    two_dimensionality, half_distance, layer_difference = map(
+        _numbers, (found.two_dimensionality, found.half_distance, found.layer_difference)
+    )
+    width = entering(model).shape[-1]
+    return _keep(result, Analysis(width, two_dimensionality, half_distance, layer_difference, found.shape, None))
+
+
+class _Images:
+    """The images of one study's set, read once; or why there are none."""
+
+    def __init__(self) -> None:
+        self.source: Source | None = None
+        self.missing: UsageError | RunError | None = None
+
+    def __call__(self, experiment: Experiment, own: Source) -> Source:
+        if self.missing is not None:
+            raise self.missing
+        try:
+            self.source = self.source or find(experiment.data, experiment.data_dir)
+        except (UsageError, RunError) as error:
+            self.missing = RunError(f"The decomposition needs images of {experiment.data}. {error}")
+            raise self.missing from None
+        return self.source
+
+
+def _weights(result: Result, source_of: Callable[[Experiment, Source], Source]) -> tuple[Numbers, ...]:
+    work = brought_back(result, source_of).work
+    if not isinstance(work, ClassificationWork):
+        raise UsageError("The decomposition takes images of one size, as classifiers do.")
+    count = min(IMAGES, len(work.source.validation))
+    work.source = replace(work.source, validation=work.source.validation.some(count))
+    with closing(pipeline.load(work.validation(), Whole(count, IMAGES, 0, 1), workers=0, pin=False)) as batches:
+        images = [batch[0] for batch in batches]
+    return tuple(map(_numbers, decomposition(work.module, images).mean))
+
+
+def _numbers(values: Tensor) -> Numbers:
+    return tuple(values.tolist())
+
+
+def _key(result: Result) -> dict[str, Any]:
+    """What an analysis depends on, as it is seen without reading the checkpoint."""
+    path = result.folder / LAST
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}); without it there is no analysis.") from None
+    return {"lape": __version__, "bytes": seen.st_size, "changed": seen.st_mtime_ns}
+
+
+def _keep(result: Result, analysis: Analysis) -> Analysis:
+    """Write an analysis beside its checkpoint, where that may be written to."""
+    content = {"checkpoint": _key(result), **asdict(analysis)}
+    with suppress(RunError):  # somebody else's folder: it is computed again the next time
+        write_json(result.folder / ANALYSIS, _plain(content))
+    return analysis
+
+
+def _kept(result: Result) -> Analysis | None:
+    path, key = result.folder / ANALYSIS, _key(result)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("checkpoint") != key:
+            return None
+        lists = {name: _back(content[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
+        shape = Shape(**{name: float(value) for name, value in content["shape"].items()})
+        weights = None if content["weights"] is None else tuple(map(_back, content["weights"]))
+        return Analysis(int(content["width"]), shape=shape, weights=weights, **lists)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Write inf and nan as words, which JSON has no numbers for; `float` reads them."""
+    if isinstance(value, dict):
+        return {name: _plain(some) for name, some in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(some) for some in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _back(values: Sequence[Any]) -> Numbers:
+    return tuple(map(float, values))

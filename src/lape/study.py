@@ -1,0 +1,209 @@
+"""Finished runs that differ in way of joining, table and seed alone: read from their folders, and put together."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lape.checkpoints import RESULT
+from lape.errors import RunError, UsageError
+from lape.experiment import Experiment
+from lape.measures import TITLES
+from lape.statistics import LAPE, Combination, Gap, Point, Row, Run, Way, gaps, rows
+
+if TYPE_CHECKING:
+    from lape.analyses import Analysis
+
+LeftOut = Mapping[str, Sequence[tuple[Way, str]]]  # ways and tables, by the reason
+VARIED = ("join", "pe", "pe_norm", "start", "seed")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its numbers, its folder, and all that `result.json` says."""
+
+    run: Run
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def experiment(self) -> Experiment:
+        """What was asked for."""
+        return Experiment.of(self.record["experiment"])
+
+
+def combination(experiment: Experiment) -> Combination:
+    """Return what a comparison varies of an experiment."""
+    way = Way(experiment.join, experiment.pe_norm, experiment.start)
+    return Combination(way, experiment.pe, experiment.seed)
+
+
+def read(folder: Path) -> Result:
+    """Read the `result.json` of a finished run; raise RunError where it is not what a run writes."""
+    path = folder / RESULT
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        score = record["score"]
+        run = Run(
+            combination(Experiment.of(record["experiment"])),
+            measure=TITLES[score],
+            score=_finite(record["final"][score]),
+            curve=tuple(Point(int(row["epoch"]), int(row["step"]), _finite(row[score])) for row in record["curve"]),
+            parameters=int(record["parameters"]),
+            seconds_per_step=_finite(record["seconds_per_step"]),
+        )
+        if not run.curve:
+            raise ValueError("its curve has no point")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path} is not the result of a finished run ({type(error).__name__}: {error}). "
+            "Move its folder away, and the same command trains this run again."
+        ) from None
+    return Result(run, folder, record)
+
+
+def _finite(number: Any) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no score or time")
+    return number
+
+
+@dataclass(frozen=True)
+class Study:
+    """Finished runs that differ in way of joining, table and seed alone, and what is known of how they came about."""
+
+    results: Mapping[Combination, Result]  # tables outside, then ways, then seeds
+    command: str
+    failures: Mapping[Combination, Exception] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=dict)  # combinations of what was asked for that mean nothing
+    images: tuple[int, int] | None = None  # for training, for validation
+    jobs: int | None = None  # runs side by side; None where that is not known
+    analyses: "Mapping[Combination, Analysis]" = field(default_factory=dict)
+    not_analysed: LeftOut = field(default_factory=dict)
+
+    @property
+    def experiment(self) -> Experiment:
+        """The settings of one of the runs."""
+        return next(iter(self.results.values())).experiment
+
+    @cached_property
+    def asked(self) -> tuple[Combination, ...]:
+        """The finished runs and the failed ones."""
+        return (*self.results, *self.failures)
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """The ways of joining."""
+        return tuple(dict.fromkeys(one.way for one in self.asked))
+
+    @property
+    def pes(self) -> tuple[str, ...]:
+        """The tables."""
+        return tuple(dict.fromkeys(one.pe for one in self.asked))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds."""
+        return tuple(dict.fromkeys(one.seed for one in self.asked))
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """One row for each way and table of which a run is finished."""
+        return rows(result.run for result in self.results.values())
+
+    @cached_property
+    def gaps(self) -> tuple[Gap, ...]:
+        """The distance between the tables under each way of joining."""
+        return gaps(self.rows)
+
+    @property
+    def measure(self) -> str:
+        """What the runs are scored by."""
+        return self.rows[0].measure
+
+    def of(self, way: Way, pe: str) -> dict[int, Result]:
+        """Return the finished runs of one way with one table, by seed."""
+        return {one.seed: result for one, result in self.results.items() if (one.way, one.pe) == (way, pe)}
+
+    def provenances(self) -> list[dict[str, Any]]:
+        """Return the distinct commits, versions and machines of the runs: more than one where runs were kept."""
+        records = [
+            {key: result.record.get(key, usual) for key, usual in PROVENANCE.items()}
+            for result in self.results.values()
+        ]
+        return [record for place, record in enumerate(records) if record not in records[:place]]
+
+    def raise_failures(self) -> None:
+        """Raise one error for all failed runs: UsageError where every one of them was a wrong request."""
+        if not self.failures:
+            return
+        told = "\n".join(f"{combination}: {error}" for combination, error in self.failures.items())
+        usage = all(isinstance(error, UsageError) for error in self.failures.values())
+        raise (UsageError if usage else RunError)(f"{len(self.failures)} of {len(self.asked)} runs failed.\n{told}")
+
+
+PROVENANCE: Mapping[str, Any] = {"commit": None, "versions": {}, "machine": "an unknown machine"}
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What lies below some folders: studies, and for each run that is in none of them why."""
+
+    studies: tuple[Study, ...]
+    left_out: Mapping[Path, str]
+
+
+def files(folders: Iterable[Path]) -> list[Path]:
+    """Return every `result.json` below the folders; raises UsageError where there is none."""
+    folders = list(folders)
+    found = sorted({file for folder in folders for file in folder.rglob(RESULT)})
+    if not found:
+        looked = ", ".join(map(str, folders))
+        raise UsageError(f"No finished run ({RESULT}) below {looked}. Train one, or name the folder of your runs.")
+    return found
+
+
+def gather(folders: Iterable[Path]) -> Gathered:
+    """Put every `result.json` below the folders into the study that it belongs to.
+
+    One that cannot be read, names what there is not, or is there twice is left out, and said. Raises UsageError where
+    there is none.
+    """
+    groups: dict[str, dict[Combination, Result]] = {}
+    left_out: dict[Path, str] = {}
+    for file in files(folders):
+        try:
+            result = read(file.parent)
+            _sound(result.run.combination)
+        except (RunError, UsageError) as error:
+            left_out[file.parent] = str(error)
+            continue
+        common = {name: value for name, value in result.experiment.identity().items() if name not in VARIED}
+        group = groups.setdefault(json.dumps(common, sort_keys=True), {})
+        first = group.setdefault(result.run.combination, result)
+        if first is not result:
+            left_out[file.parent] = f"{result.run.combination} is there twice; {first.folder} stands for both."
+    return Gathered(tuple(map(_study, groups.values())), left_out)
+
+
+def _sound(one: Combination) -> None:
+    from lape.method import scheme
+
+    scheme(one.way.join, one.pe, one.way.pe_norm, one.way.start)
+
+
+def _study(results: Mapping[Combination, Result]) -> Study:
+    from lape.method import JOINS, POSITION_EMBEDDINGS, POSITION_NORMS, STARTS
+
+    pes, joins, norms, starts = map(list, (POSITION_EMBEDDINGS, JOINS, POSITION_NORMS, STARTS))
+    norms = [LAPE.pe_norm, *norms]
+
+    def place(one: Combination) -> tuple[int, ...]:
+        way = one.way
+        return pes.index(one.pe), starts.index(way.start), norms.index(way.pe_norm), joins.index(way.join), one.seed
+
+    commands = dict.fromkeys(str(result.record.get("command", "")) for result in results.values())
+    return Study({one: results[one] for one in sorted(results, key=place)}, "\n".join(filter(None, commands)))
