@@ -342,7 +342,7 @@ class Seen(HTMLParser):
 def test_the_page_refers_to_nothing_outside_itself(shown):
     seen = Seen(shown)
     assert seen.references
-    assert all(reference.startswith(("data:image/png;base64,", "#study-")) for reference in seen.references)
+    assert all(reference.startswith(("data:image/webp;base64,", "#study-")) for reference in seen.references)
     assert all(seen.alts)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(seen.tags)
     style = shown[shown.index("<style>") : shown.index("</style>")]

@@ -44,7 +44,7 @@ def picture(wide: Draw, narrow: Draw | None = None) -> Picture:
 
 
 def _uri(figure: "Figure") -> str:
-    return f"data:image/png;base64,{b64encode(plots.png(figure, DOTS)).decode()}"
+    return f"data:image/webp;base64,{b64encode(plots.webp(figure, DOTS)).decode()}"
 
 
 def page(

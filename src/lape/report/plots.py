@@ -308,6 +308,13 @@ def png(figure: "Figure", dots_per_inch: int = 200) -> bytes:
     return out.getvalue()
 
 
+def webp(figure: "Figure", dots_per_inch: int) -> bytes:
+    """Return the figure as a WebP, for browsers: maps of many colours take a quarter of a PNG's bytes."""
+    out = io.BytesIO()
+    figure.savefig(out, format="webp", dpi=dots_per_inch, pil_kwargs={"quality": 90})
+    return out.getvalue()
+
+
 def _figure(theme: Theme, width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
