@@ -47,14 +47,13 @@ def test_every_equation_of_the_paper_has_its_function() -> None:
     assert all(f"({number})" in page for number in range(2, 13))
 
 
-def test_the_numbers_of_the_readme_are_those_filed() -> None:
-    """Each row of README's tables has the cells of the row with its name in the table that a command wrote."""
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_numbers_of_a_page_are_those_filed(page: str) -> None:
+    """Each row of a page's tables has the cells of the row with its name in the table that a command wrote."""
     filed = [
         _cells(line) for path in (ROOT / "benchmarks/results").rglob("*.md") for line in path.read_text().split("\n")
     ]
-    rows = [
-        _cells(line) for line in (ROOT / "README.md").read_text().split("\n") if re.search(r"\d ?[±M%]|\d\.\d", line)
-    ]
+    rows = [_cells(line) for line in (ROOT / page).read_text().split("\n") if re.search(r"\d ?[±M%]|\d\.\d", line)]
     rows = [row for row in rows if len(row) > 1]
     assert len(rows) >= 4
     for row in rows:
