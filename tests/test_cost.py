@@ -1,11 +1,16 @@
 """Laws of measuring cost: exact counts, and times beside a base that is timed twice in the same rounds."""
 
+import json
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 from lape.cost import Cost, measure, ratio
 from lape.errors import UsageError
+from lape.paper import COSTS
+from lape.report.cost import explanation
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,20 @@ def test_in_a_dense_model_the_transformer_inside_is_measured_and_the_whole_count
     assert found["lape"].flops == found["untouched"].flops > 0
     assert found["lape"].training_bytes > found["untouched"].training_bytes
     assert len(found["lape"].training) == len(found["lape, folded"].inference) == 2
+
+
+def test_the_papers_cost_stands_beside_that_of_its_models() -> None:
+    paper = json.loads((Path(__file__).parent / "paper_results.json").read_text())
+    names = {"DeiT-Ti": "deit_tiny_patch16_224", "DeiT-S": "deit_small_patch16_224", "DeiT-B": "deit_base_patch16_224"}
+    parameters = {names[name]: (default, lape) for name, default, lape, *_ in paper["table5_parameters"]["rows"]}
+    cost = {names[name]: ((m, more), (s, longer)) for name, m, more, s, longer in paper["table6_training_cost"]["rows"]}
+    assert {model: tuple(row) for model, row in COSTS.items()} == {m: (parameters[m], *cost[m]) for m in names.values()}
+    said = explanation("deit_tiny_patch16_224", 16, 20)
+    assert said.endswith(
+        "The paper, on V100: 5.717 and 5.722 million parameters (default and lape), 1.0021 of the memory, 1.0049 of "
+        "the time of an epoch."
+    )
+    assert "V100" not in explanation("cct_7_3x1_32", 16, 20)
 
 
 def test_low_precision_and_compilation_are_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,26 @@
-"""What the paper's Tables 7 and 8 report of DeiT-Ti on ImageNet, from the recipes of their rows."""
+"""What the paper's Tables 5 to 8 report of DeiT on ImageNet; Tables 7 and 8 from the recipes of their rows."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from lape import recipes
 from lape.statistics import Way
 from lape.study import Study, combination
+
+
+class TrainingCost(NamedTuple):
+    """A row of Tables 5 and 6: the default join's, then LaPE's."""
+
+    parameters: tuple[float, float]  # millions
+    memory: tuple[int, int]  # MB on each of 4 or 8 V100
+    seconds: tuple[int, int]  # an epoch
+
+
+COSTS = {
+    "deit_tiny_patch16_224": TrainingCost((5.717, 5.722), (10799, 10822), (410, 412)),
+    "deit_small_patch16_224": TrainingCost((22.051, 22.06), (18051, 18073), (511, 516)),
+    "deit_base_patch16_224": TrainingCost((86.568, 86.586), (19489, 19537), (588, 590)),
+}
 
 
 def joining() -> Mapping[tuple[Way, str], float]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lape.cost import Cost, Ratio, ratio
 from lape.errors import RunError
+from lape.paper import COSTS
 from lape.provenance import provenance
 from lape.report.words import duration
 
@@ -51,6 +52,17 @@ def explanation(model: str, batch_size: int, rounds: int, precision: str = "32-t
         "one image, an addition and a multiplication counted as two. memory: at the peak of a training step, with "
         "AdamW. beside: the time over that of the untouched model in the same round, the median over rounds, ± half "
         "the width of their middle half; the second line is the same model timed again, so what differs there is noise."
+    ) + _paper(model)
+
+
+def _paper(model: str) -> str:
+    """Say what the paper has of a model in Tables 5 and 6."""
+    if model not in COSTS:
+        return ""
+    parameters, memory, seconds = COSTS[model]
+    return (
+        f" The paper, on V100: {parameters[0]} and {parameters[1]} million parameters (default and lape), "
+        f"{memory[1] / memory[0]:.4f} of the memory, {seconds[1] / seconds[0]:.4f} of the time of an epoch."
     )
 
 
