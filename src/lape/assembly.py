@@ -33,8 +33,27 @@ def launch(experiment: Experiment) -> Fabric:
         )
     except (ValueError, RuntimeError, TypeError) as error:
         raise UsageError(f"Fabric does not take these settings: {error}") from error
+    _meet_anew(fabric)
     fabric.launch()
     return fabric
+
+
+def _meet_anew(fabric: Fabric) -> None:
+    """Connect the processes that torchrun has started again, which Fabric then finds connected.
+
+    The store in which they look each other up is that of the processes before, with their addresses in it: whoever is
+    there first waits for one that has ended. Of several machines each counts its own starts; there it stays so.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ["GROUP_WORLD_SIZE"] != "1":
+        return
+    met: Any = torch.distributed  # it keeps the names of its stores to itself
+    met.init_process_group(
+        "nccl" if fabric.device.type == "cuda" else "gloo",
+        store=met.PrefixStore(attempt, met.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def optimizer_of(experiment: Experiment, model: nn.Module) -> Optimizer:

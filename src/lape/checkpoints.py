@@ -9,7 +9,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from lape.errors import RunError, UsageError
+from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
 from lape.weights import opened
 
@@ -62,7 +62,19 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint of a training run of this version: it names no experiment or no set. Give one of "
             "lape train's."
         )
+    experiment_of(state["experiment"], path)
+    for weights in (state["model"], state.get("ema") or {}):
+        if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+            raise RunError(f"{path} is no checkpoint of a training run: its weights are no tensors. Give another.")
     return state
+
+
+def experiment_of(stored: Any, path: Path) -> Experiment:
+    """Return the experiment that a file tells of; raises RunError, naming the file, where it tells of none."""
+    try:
+        return Experiment.of(stored)
+    except UsageError as error:
+        raise RunError(f"{path} names settings that this version does not know ({error}). Move it away.") from error
 
 
 def load(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -73,19 +85,33 @@ def load(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> 
         if here != there:
             told = f"{name} is {there or 'missing'} in the file and {here or 'missing'} in the model"
             raise RunError(f"{path} is of another model: {told}. Name the model that it was saved from.")
-    module.load_state_dict(weights)
+    try:
+        broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+        module.load_state_dict(weights)
+    except RuntimeError as error:  # tensors of another kind, as sparse ones
+        raise RunError(f"{path} does not fit the model ({first_line(error)}). Give another file.") from error
+    if broken:
+        raise RunError(f"{path} is damaged: {broken} is not finite in it. Give another file.")
 
 
-def differences(stored: Mapping[str, Any], asked: Experiment) -> list[str]:
-    """Say which settings of a stored experiment are others than what is asked for."""
-    mine = asked.identity()
-    theirs = Experiment.of({name: value for name, value in stored.items() if name in mine}).identity()
-    return [f"{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]]
+def kept_settings(path: Path) -> Any:
+    """Return what a run wrote of its settings; raises RunError, naming the file, where that is none."""
+    try:
+        stored = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read as JSON ({error}). Give another --out.") from error
+    experiment_of(stored, path)
+    return stored
 
 
-def refuse_other(path: Path, stored: Mapping[str, Any], asked: Experiment) -> None:
+def refuse_other(path: Path, stored: Any, asked: Experiment) -> None:
     """Raise UsageError where a file belongs to another experiment, saying in what they differ."""
-    if different := differences(stored, asked):
+    mine = asked.identity()
+    known = {name: value for name, value in stored.items() if name in mine} if isinstance(stored, dict) else stored
+    theirs = experiment_of(known, path).identity()
+    if different := [
+        f"{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]
+    ]:
         raise UsageError(
             f"{path} belongs to another experiment ({'; '.join(different)}). Ask for the same, or give another --out."
         )
@@ -98,11 +124,7 @@ def claim(folder: Path, asked: Experiment, resume: bool) -> None:
         raise UsageError(f"{folder} is a file, and a run needs a folder. Give another --out.")
     if not settings.exists():
         return
-    try:
-        stored = json.loads(settings.read_text())
-    except ValueError as error:
-        raise RunError(f"{settings} cannot be read as JSON ({error}). Give another --out.") from error
-    refuse_other(settings, stored, asked)
+    refuse_other(settings, kept_settings(settings), asked)
     if not resume:
         state = "a finished" if (folder / RESULT).exists() else "an unfinished"
         raise UsageError(f"{folder} holds {state} run of this experiment. Add --resume to go on, or another --out.")

@@ -522,7 +522,9 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
     try:
         chosen = parser.instantiate(parser.parse_args(words))
     except ArgumentError as error:
-        raise UsageError(f"{' '.join(str(error).split())} (lape {name} --help says more)") from error
+        files = "".join(f" or in {word.partition('=')[2]}" for word in words if word.startswith("--config="))
+        place = f"typed{files}: " if files else ""
+        raise UsageError(f"{place}{' '.join(str(error).split())} (lape {name} --help says more)") from error
     given = {key: value for key, value in vars(chosen[name]).items() if key != "config"}
     return COMMANDS[name], _arguments(COMMANDS[name], given)
 
@@ -638,9 +640,26 @@ def _with_kept_settings(words: list[str]) -> list[str]:
     own.add_argument("--config")
     own.add_argument("--resume", default="false")
     seen, _ = own.parse_known_args(words)
-    if seen.out and seen.resume == "true" and not seen.config and (kept := seen.out / "experiment.json").exists():
+    if seen.config:
+        _refuse_monsters(Path(seen.config))
+    elif seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
+        from lape.checkpoints import kept_settings
+
+        kept_settings(kept)
         return [f"--config={kept}", *words]
     return words
+
+
+def _refuse_monsters(config: Path) -> None:
+    """Raise UsageError for a file of settings that could not be read in time; what else it is, is told later."""
+    import yaml
+
+    from lape.recipes import refuse_monsters
+
+    try:
+        refuse_monsters(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{config} cannot be read as settings ({' '.join(str(error).split())}).") from error
 
 
 def _with_recipe(name: str, words: list[str]) -> list[str]:

@@ -5,8 +5,10 @@ import io
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import time
+from typing import Any
 
-from lape.checkpoints import write_text
+from lape.checkpoints import write, write_text
 
 CSV, TENSORBOARD = "curve.csv", "tensorboard"
 
@@ -14,38 +16,44 @@ Row = Mapping[str, float]
 
 
 class Curves:
-    """Both files of a run. They are made anew from the rows of the checkpoint, so a run that was cut off has no gap."""
+    """Both files of a run. They are made anew from the rows of the checkpoint, so a run that was cut off has no gap.
+
+    TensorBoard's own writer is a thread: where the disk is full it prints a traceback, and the run goes on.
+    """
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = folder / CSV
-        shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
-        self.board = SummaryWriter(str(folder / TENSORBOARD))
+        self.path, board = folder / CSV, folder / TENSORBOARD
+        shutil.rmtree(board, ignore_errors=True)
+        board.mkdir()
+        self.board = board / f"events.out.tfevents.{int(time())}.lape"
+        self.events = io.BytesIO()  # all that `board` holds
+        self._append(file_version="brain.Event:2")
         for row in rows:
             self._draw(row)
-        self.write(rows)
+        self._write(rows)
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Replace the table."""
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write both with one more row, the last."""
+        self._draw(rows[-1])
+        self._write(rows)
+
+    def _draw(self, row: Row) -> None:
+        drawn = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+        values = [{"tag": name, "simple_value": value} for name, value in drawn.items()]
+        self._append(step=int(row["step"]), summary={"value": values})
+
+    def _append(self, **what: Any) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event: Any = event_pb2.Event(wall_time=time(), **what)  # pyright: ignore[reportAttributeAccessIssue]
+        RecordWriter(self.events).write(event.SerializeToString())
+
+    def _write(self, rows: Sequence[Row]) -> None:
         text = io.StringIO()
         if rows:
             table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
         write_text(self.path, text.getvalue())
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Write the table, and draw its last row."""
-        self.write(rows)
-        self._draw(rows[-1])
-        self.board.flush()
-
-    def _draw(self, row: Row) -> None:
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                self.board.add_scalar(name, value, int(row["step"]))
-
-    def close(self) -> None:
-        """End TensorBoard's file."""
-        self.board.close()
+        write(self.board, lambda file: file.write(self.events.getvalue()))

@@ -15,7 +15,7 @@ from lape.checkpoints import BEST, load, read
 from lape.data import pipeline
 from lape.data.pipeline import Batches, Whole
 from lape.data.sources import find
-from lape.errors import UsageError
+from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.work import Source, Task, Work, without_pictures, work_of
 
@@ -66,9 +66,16 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
     experiment = Experiment.of(saved["experiment"])
     experiment = replace(experiment, **{name: value for name, value in changed.items() if value is not None})  # pyright: ignore
     experiment = replace(experiment, teacher=None, teacher_weights=None)  # it has taught
-    source = source_of(experiment, without_pictures(saved["set"]))
-    fabric = launch(experiment)
-    work = work_of(experiment, source)
+    try:
+        own = without_pictures(saved["set"])
+    except UsageError as error:
+        raise RunError(f"{path} does not tell of the set that it was trained on ({error}). Give another.") from error
+    try:
+        source = source_of(experiment, own)
+        fabric = launch(experiment)
+        work = work_of(experiment, source)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     load(work.module, judged_weights(saved), path)
     work.module = fabric.strategy.precision.convert_module(work.module.to(fabric.device)).eval()
     return Trained(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})

@@ -3,12 +3,59 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from reprlib import repr as brief
+from types import UnionType
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 from lape.errors import UsageError
+
+Told = TypeVar("Told")
+
+
+def told(kind: type[Told], facts: Any, **others: Any) -> Told:
+    """Return a dataclass from what a file tells of it, and others; raises UsageError for what it cannot hold."""
+    hints: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # pyright: ignore
+    if not isinstance(facts, Mapping):
+        raise UsageError(f"names with their values are expected, not {brief(facts)}")
+    for name, value in facts.items():
+        if name not in hints:
+            raise UsageError(f"there is no {brief(name)}")
+        if not _holds(hints[name], value):
+            raise UsageError(f"{name} takes {getattr(hints[name], '__name__', hints[name])}, not {brief(value)}")
+    if missing := [name for name in _required(kind) if name not in {*facts, *others}]:
+        raise UsageError(f"{missing[0]} is missing")
+    return kind(**facts, **others)
+
+
+def _required(kind: Any) -> list[str]:
+    nothing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(kind) if f.default is nothing and f.default_factory is nothing]
+
+
+def _holds(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type."""
+    kind: Any
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if hint is Any:
+        return True
+    if kind is UnionType:
+        return any(_holds(one, value) for one in inner)
+    if kind is float:
+        return type(value) in (int, float)
+    if kind is int:
+        return type(value) is int
+    if not isinstance(value, kind):
+        return False
+    if kind is tuple:
+        inner = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        return len(inner) == len(value) and all(map(_holds, inner, value))
+    if kind is list:
+        return all(_holds(inner[0], item) for item in value)
+    return not inner or all(_holds(inner[0], key) and _holds(inner[1], value[key]) for key in value)
 
 
 @dataclass(frozen=True)
@@ -226,6 +273,7 @@ class Subject:
 
 
 LEAST = {
+    "seed": 0,
     "epochs": 1,
     "steps": 1,
     "cooldown_epochs": 0,
@@ -259,9 +307,11 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
     """One training run; the defaults were found for the digits, with the default join and a learnable table."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if any(isinstance(number, float) and not math.isfinite(number) for number in _several(value)):
+                raise UsageError(f"{name} is finite, not {value}.")
         for name, least in LEAST.items():
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else [value]:
+            for number in _several(getattr(self, name)):
                 if number is not None and number < least:
                     raise UsageError(f"{name} must be at least {least}, not {number}.")
         if self.steps and self.cooldown_epochs:
@@ -281,11 +331,13 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Self:
-        """The experiment of `settings()`, or of a part of it."""
+        """The experiment of `settings()`, or of a part of it; raises UsageError for what is no setting."""
+        if not isinstance(settings, Mapping):
+            raise UsageError(f"settings are names with their values, not {brief(settings)}")
         lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
         path_fields = [f.name for f in dataclasses.fields(cls) if f.type == Path | None]
-        paths = {name: Path(settings[name]) for name in path_fields if settings.get(name)}
-        return cls(**{**settings, **lists, **paths})
+        paths = {name: Path(value) for name in path_fields if isinstance(value := settings.get(name), str)}
+        return told(cls, {**settings, **lists, **paths})
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: two runs with equal identities are the same experiment."""
@@ -297,6 +349,10 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
         usual = type(self)().identity()
         chosen = {name: value for name, value in self.identity().items() if value != usual[name]}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 SECTIONS = (Subject, Augmentation, Dense, Optimisation, Place)

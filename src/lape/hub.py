@@ -133,7 +133,7 @@ def made(config: Mapping[str, Any], where: str, **model_args: Any) -> nn.Module:
         args["pretrained_cfg"] = cfg | {"architecture": name}
         make = create_model if "join" in args else timm.create_model
         return make(name, **args)
-    except (UsageError, KeyError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{where} describes a model that cannot be made here: {told}") from error
 
@@ -237,13 +237,11 @@ def _config(path: Path) -> Any:
 
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+        if HEADER in header:
+            return json.loads(header[HEADER])
     except Exception as error:  # of the disk, of JSON, of safetensors
         raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
-    if HEADER not in header:
-        raise RunError(
-            f"{path} holds weights and no configuration. Create the model, then lape.load_weights(model, path)."
-        )
-    return json.loads(header[HEADER])
+    raise RunError(f"{path} holds weights and no configuration. Create the model, then lape.load_weights(model, path).")
 
 
 def push_to_hub(

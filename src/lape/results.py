@@ -64,7 +64,10 @@ def _rows(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> list[Ro
         places = ", ".join(str(file) for experiment, _, file in runs if experiment.seed == twice)
         raise UsageError(f"Seed {twice} of one experiment is there twice, and would count twice: {places}. Leave one.")
     experiment = runs[0][0]
-    recipe = recipes.load(experiment.recipe or "")
+    try:
+        recipe = recipes.load(experiment.recipe or "")
+    except UsageError as error:
+        raise UsageError(f"{runs[0][2]}: {error}") from error
     changed = recipe.changed(experiment)
     finals = [record["final"] for _, record, _ in runs]
     kept = {TITLES[name]: name for name in finals[0] if name in TITLES}

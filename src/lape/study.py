@@ -57,6 +57,8 @@ def read(folder: Path) -> Result:
         )
         if not run.curve:
             raise ValueError("its curve has no point")
+        if foreign := [name for name, value in record["final"].items() if type(value) not in (int, float)]:
+            raise ValueError(f"the final {foreign[0]} is no number")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} is not the result of a finished run ({type(error).__name__}: {error}). "

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.errors import UsageError, choose
+from lape.errors import UsageError, choose, first_line
 from lape.hosts import RECORD, Host, block_row, find, grid_of, lacks, parts, read, table_of
 from lape.method import (
     JOINS,
@@ -302,8 +302,11 @@ def create_model(
     joined = {"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}
     try:
         model = timm.create_model(name, **options | joined if known in MODELS else options)
-    except TypeError as error:
-        raise UsageError(f"{name} does not take these options: {error}. Leave them out, or name a ViT.") from error
+    except UsageError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, OSError) as error:
+        told = first_line(error)
+        raise UsageError(f"{name} does not take these options: {told}. Leave them out, or name a ViT.") from error
     return model if known in MODELS else apply(model, **joined)
 
 

@@ -25,9 +25,9 @@ from lape.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, re
 from lape.curves import Curves
 from lape.data import pipeline, sources
 from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
-from lape.errors import RunError, UsageError
+from lape.errors import RunError, UsageError, first_line
 from lape.evaluation import evaluate
-from lape.experiment import Experiment
+from lape.experiment import Experiment, told
 from lape.interruption import Stopped, signals
 from lape.measures import TITLES
 from lape.provenance import provenance
@@ -179,7 +179,6 @@ class Run:
                     place = f"step {step + 1} of {self.steps} is kept in {self.folder / LAST}"
                     raise Stopped(heard[0] if heard else signal.SIGTERM, f"Stopped: {place}. Go on with --resume.")
         if self.curves:
-            self.curves.close()
             write_json(self.folder / RESULT, self._result())
 
     def _step(self, step: int, batches: Iterator[Batch], stop: bool) -> Tensor:
@@ -288,11 +287,16 @@ class Run:
         saved = read(path)
         refuse_other(path, saved["experiment"], self.experiment)
         load(self.module, saved["model"], path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.fabric.strategy.precision.load_state_dict(saved["precision"])
         if self.ema:
-            load(self.ema.module, saved["ema"], path)
-        self.state = State(**saved["state"])
+            load(self.ema.module, saved.get("ema") or {}, path)
+        try:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.fabric.strategy.precision.load_state_dict(saved["precision"])
+            self.state = told(State, saved["state"])
+            if not 0 < self.state.step <= self.steps:
+                raise UsageError(f"step {self.state.step} is none of {self.steps}")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise RunError(f"{path} cannot be gone on from ({first_line(error)}). Remove it to begin anew.") from error
 
     def _open_folder(self) -> Curves | None:
         """Claim the folder, once everything that could be refused has been made; None beside the first process."""

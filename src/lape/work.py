@@ -22,7 +22,7 @@ from lape.data.pipeline import Normalise, reseed, seed_of
 from lape.data.preparation import Finishing, Preparation
 from lape.data.sources import MODES, ImageSource
 from lape.errors import RunError, UsageError, choose, first_line
-from lape.experiment import Augmentation, Dense, Experiment
+from lape.experiment import Augmentation, Dense, Experiment, told
 from lape.models import DETECTORS, SEGMENTERS
 from lape.tasks.classification import Classification, Distillation, Named
 from lape.tasks.detection import Detection, Found
@@ -261,11 +261,18 @@ def described(source: Source) -> dict[str, Any]:
 
 
 def without_pictures(described: Mapping[str, Any]) -> Source:
-    """Return a set as `described` tells of it: enough to create its model and to ask that something."""
-    facts: dict[str, Any] = {**described, "augmentation": Augmentation(**described["augmentation"])}
-    if "dense" in facts:
-        facts["dense"] = Dense(**facts["dense"])
-    return KINDS[facts.pop("kind")].source(**facts, train=(), validation=())
+    """Return a set as `described` tells of it: enough to create its model and to ask that something.
+
+    Raises UsageError where that is no set.
+    """
+    if not isinstance(described, Mapping):
+        raise UsageError("a set is told of by names with their values")
+    facts = dict(described)
+    kind = choose(KINDS, str(facts.pop("kind", None)), "a kind of set")
+    for name, section in (("augmentation", Augmentation), ("dense", Dense)):
+        if name in facts:
+            facts[name] = told(section, facts[name])
+    return told(kind.source, facts, train=(), validation=())
 
 
 def filled(experiment: Experiment, source: InstanceSource | MapSource) -> tuple[Augmentation, Dense]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Read = TypeVar("Read")
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+# Whatever else Pillow opens is no picture of a set: PostScript, for one, is a program, which it hands to Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 CACHE = Path.home() / ".cache" / "lape"
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
@@ -54,7 +56,7 @@ DIGITS = replace(OBJECTS, shift=0, hflip=0.0)
 def opened(path: Path) -> Generator[Image.Image, None, None]:
     """Open an image file; raises RunError naming one that cannot be read, whether at once or when its pixels are."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RunError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error

@@ -5,6 +5,7 @@ it takes first.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from typing import Any
 import yaml
 
 from lape.errors import UsageError, choose
-from lape.experiment import Experiment
+from lape.experiment import Experiment, told
 from lape.measures import TITLES
 
 HERE = Path(__file__).parent
 SHARED = "families"  # parts of recipes, no rows
 PARTS = ("extends", "paper", "expected", "at_epoch_100", "command", "hardware", "open", "settings")
 
+DEEPEST = 50  # parts of YAML within each other
 YOURS = ("join", "seed", "weights", "accumulate", "grad_checkpointing", "compile")  # it stays the same experiment
 
 
@@ -79,21 +81,52 @@ def load(name: str, below: tuple[str, ...] = ()) -> Recipe:
 
 def _recipe(name: str, parts: dict[str, Any], path: Path, below: tuple[str, ...]) -> Recipe:
     """Join a file's parts with what it extends: settings under its own, open choices before its own."""
-    above = load(parts.pop("extends"), (*below, name)) if "extends" in parts else Recipe("", {})
+    above = Recipe("", {})
+    if "extends" in parts:
+        try:
+            above = load(parts.pop("extends"), (*below, name))
+        except UsageError as error:
+            raise UsageError(f"{path} extends another: {error}") from error
     settings = {**above.settings, **parts.pop("settings", {})}
     options = {option.name for option in dataclasses.fields(Experiment)} - {"recipe"}
     for setting in settings:
         if setting not in options:
-            near = get_close_matches(setting, options, n=1)
+            near = get_close_matches(str(setting), options, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UsageError(f"{path}: there is no setting {setting!r}{hint}. `lape train --help` lists them.")
+    try:
+        Experiment.of(settings)
+        json.dumps([settings, parts])
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {error} Write it as the shipped recipes do.") from error
     chosen = tuple(" ".join(text.split()) for text in parts.pop("open", []))
-    return Recipe(name, settings, open=(*above.open, *chosen), **parts)
+    try:
+        recipe = told(Recipe, parts, name=name, settings=settings, open=(*above.open, *chosen))
+        if not isinstance(recipe.table, int | float):
+            raise UsageError(f"the table of its paper is a number, not {recipe.table!r}")
+        return recipe
+    except UsageError as error:
+        raise UsageError(f"{path} is no recipe: {error}.") from error
+
+
+def refuse_monsters(text: str) -> None:
+    """Raise YAMLError for YAML of a few lines that would take more time or memory than there is.
+
+    A part may stand for others (an alias), and those for others; and parts within parts are read in quadratic time.
+    """
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            what = f"more than {DEEPEST} parts within each other" if depth > DEEPEST else f"an alias, *{event.anchor}"
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {what}; write out what is meant")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        parts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        refuse_monsters(text)
+        parts = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path} cannot be read as a recipe ({reason}). It is a YAML file.") from error

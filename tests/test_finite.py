@@ -1,0 +1,99 @@
+"""What is not finite stops a run and says where; in half precision every join and table stays finite."""
+
+import json
+import math
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lape import checkpoints
+from lape.errors import RunError, UsageError
+from lape.experiment import Experiment
+from lape.method import JOINS, POSITION_EMBEDDINGS, scheme
+from lape.training import Run, launch, train
+
+
+@pytest.fixture
+def pets(tmp_path) -> Path:
+    for part, name, index in product(("train", "val"), ("cat", "dog"), range(4)):
+        path = tmp_path / "pets" / part / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 30 * index, np.uint8)).save(path)
+    return tmp_path / "pets"
+
+
+@pytest.mark.parametrize("broken", ["loss", "weights"])
+@pytest.mark.parametrize("step", [0, 5], ids=["first step", "second epoch"])
+def test_a_run_of_files_names_the_step_its_files_and_the_last_good_checkpoint(pets, monkeypatch, broken, step):
+    """A weight becomes infinite before the step that is told, where the loss sees it, or after it."""
+    experiment = Experiment(
+        data=str(pets), model="vit_nano_patch4_32", model_args={"embed_dim": 8, "depth": 1, "num_heads": 2},
+        img_size=16, epochs=2, batch_size=2, workers=0, accelerator="cpu",
+    )  # fmt: skip
+    whole = Run._step
+
+    def breaks(self: Run, number: int, batches: Iterator[Any], stop: bool) -> torch.Tensor:
+        if broken == "weights":
+            news = whole(self, number, batches, stop)
+        if number == step:
+            with torch.no_grad():
+                self.module.head.weight.fill_(math.inf)
+        return news if broken == "weights" else whole(self, number, batches, stop)
+
+    # The weights are looked at where they are kept: after every step.
+    monkeypatch.setattr(Run, "_step", breaks)
+    folder = pets.parent / "run"
+    with pytest.raises(RunError) as caught:
+        train(experiment if broken == "loss" else Experiment(**vars(experiment) | {"checkpoint_seconds": 0.0}), folder)
+    epoch, place = divmod(step, 4)
+    what = r"The weights are no longer finite" if broken == "weights" else "The loss is nan"
+    kept = f"the last good checkpoint is {folder}/last.pt" if step else "there is no checkpoint before it"
+    assert str(caught.value).startswith(f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Its images are ")
+    listed = json.loads((folder / "broken-batch.json").read_text())
+    assert (listed["epoch"], listed["step"]) == (epoch + 1, step + 1)
+    expected = Run(experiment, folder, launch(experiment)).order.epoch(epoch)[place].flatten()
+    files = sorted(pets.glob("train/*/*.png"))
+    assert listed["images"] == [str(files[index]) for index in expected.tolist()]
+    assert all(path in str(caught.value) for path in listed["images"])
+    if step:
+        saved = checkpoints.read(folder / "last.pt")
+        assert saved["state"]["step"] in (4, 5)
+        assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    assert not (folder / "result.json").exists()
+
+
+def _schemes() -> Iterator[dict[str, str]]:
+    for join, pe in product(JOINS, POSITION_EMBEDDINGS):
+        try:
+            scheme(join, pe)
+        except UsageError:
+            continue
+        if pe != "none" and "+" not in pe:  # a table with a bias is both
+            yield {"join": join, "pe": pe}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", list(_schemes()), ids=lambda names: "-".join(names.values()))
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_200_steps_at_depth_12_stay_finite(tmp_path, names, precision):
+    """Weights too are of 16 bits: the mixed forms round less."""
+    experiment = Experiment(
+        **names, precision=precision, model="vit_nano_patch4_32", img_size=8, batch_size=4, steps=200, lr=1e-3,
+        model_args={"embed_dim": 16, "depth": 12, "num_heads": 2}, drop_path=0.0, accelerator="cpu", workers=0,
+    )  # fmt: skip
+    run = Run(experiment, tmp_path, launch(experiment))
+    batches = run._training_batches()
+    prepared = run.preparation.ahead(batches, run.fabric.to_device)
+    losses = [run._step(step, prepared, stop=False)[0].item() for step in range(200)]
+    batches.close()
+    assert all(map(math.isfinite, losses))
+    assert all(parameter.isfinite().all() for parameter in run.module.parameters())
+    moments = [value for state in run.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    assert moments
+    assert all(moment.isfinite().all() for moment in moments)
