@@ -185,10 +185,14 @@ def test_json_holds_numbers_settings_versions_and_command(tmp_path):
     assert {gap["way"]: gap["points"] for gap in content["gaps"]} == {"default": 10.0, "lape": 12.0}
 
 
-def test_markdown_is_a_table_of_one_width(study):
-    lines = [line for line in tables.markdown(study).splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(study.rows)
-    assert len({line.count("|") for line in lines}) == 1
+def test_markdown_has_tables_of_one_width_for_rows_claims_and_analysis(study):
+    seen = [part.splitlines() for part in tables.markdown(study).split("\n\n") if part.startswith("|")]
+    judgement = words.judgement(study)
+    expected = [len(study.rows), len(judgement.tested), len(tables.shapes(study)[1]), len(tables.weights(study)[1])]
+    assert [len(lines) - 2 for lines in seen] == [length for length in expected if length]
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in seen)
+    if judgement.tested:
+        assert judgement.summary in tables.markdown(study)
 
 
 def test_the_terminals_table_fits_eighty_columns_with_every_number_whole(tmp_path):

@@ -227,9 +227,14 @@ def test_report_writes_one_page_and_says_claims_and_path(runs, lape):
 def test_report_out_is_where_the_page_goes(runs, lape):
     assert lape("report", "runs/lape", "--out", "pages/one.html")[0] == 0
     assert re.search("<h1>.*lape.*</h1>", Path("pages/one.html").read_text(encoding="utf-8"))
+    assert "| lape | learnable | 1 |" in Path("pages/one.md").read_text(encoding="utf-8")
 
 
 def test_report_of_nothing_is_refused_in_words(lape, tmp_path):
+    assert lape("report", "runs", "--out", "page.md")[::2] == (
+        2,
+        "lape: The page is HTML, and page.md is no such name. Give --out page.html.\n",
+    )
     assert lape("report", "nowhere")[0] == 2
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "result.json").write_text("{")

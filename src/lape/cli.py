@@ -168,19 +168,21 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
 
     Args:
         runs: Folders to look for finished runs in, and for what lape cost has filed.
-        out: The page; nothing: report.html in the first folder.
+        out: The page, beside which its tables stand as .md; nothing: report.html in the first folder.
     """
     from lape import report
     from lape.report import tables
     from lape.study import gather
 
+    page = out or runs[0] / "report.html"
+    if page.suffix != ".html":
+        raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
     found = gather(runs)
     for folder, reason in found.left_out.items():
         say(f"left out: {folder}: {reason}", error=True)
     if not found.studies:
         raise RunError(f"Of {len(found.left_out)} runs none can be read. Mend one, or name another folder.")
     studies = _analysed(found.studies)
-    page = out or runs[0] / "report.html"
     costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
     report.write_page(studies, found.left_out, costs, page)
     console().print(tables.claims(studies))

@@ -62,21 +62,22 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
 
 
 def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: Sequence[Path], path: Path) -> None:
-    """Write studies, the `cost.json` of `costs`, and why runs are in no study, as one page.
+    """Write studies, the `cost.json` of `costs`, and why runs are in no study, as one page; tables beside it, in a .md.
 
     Raises RunError where the disk refuses.
     """
     from lape import checkpoints
     from lape.errors import RunError
-    from lape.report import page
+    from lape.report import page, tables
     from lape.report.cost import filed
 
-    tables, missing = [], dict(left_out)
+    measured, missing = [], dict(left_out)
     for file in costs:
         try:
-            tables.append(filed(file))
+            measured.append(filed(file))
         except RunError as error:
             missing[file] = str(error)
-    text = page.page([page.Section(study, maps(study)) for study in studies], tables, missing)
+    text = page.page([page.Section(study, maps(study)) for study in studies], measured, missing)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_text(path, text)
+    checkpoints.write_text(path.with_suffix(".md"), "\n".join(map(tables.markdown, studies)))

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from textwrap import fill
@@ -158,13 +158,21 @@ def claims(studies: Sequence[Study]) -> "Group":
 
 
 def markdown(study: Study) -> str:
-    """Return question, findings, table and remarks as Markdown."""
-    found = words.findings(study)
-    headings, rows = cells(study)
-    lines = [headings, ["---" if place < 2 else "---:" for place in range(len(headings))], *rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """Return question, findings, remarks and every table as Markdown: scores, claims, and what the analysis found."""
+    found, judgement = words.findings(study), words.judgement(study)
     facts = "\n".join(f"- {sentence}" for sentence in (*found.main, *filter(None, [found.gap]), *found.remarks))
-    return f"{words.question(study)}\n\n{facts}\n\n{table}\n\n    {study.command}\n"
+    parts = [words.question(study), facts, _markdown(*cells(study))]
+    if judgement.tested:
+        parts += [_markdown(words.CLAIM_HEADINGS, map(words.claim_cells, judgement.tested)), judgement.summary]
+    parts += [_markdown(headings, rows) for headings, rows in (shapes(study), weights(study)) if rows]
+    return "\n\n".join([*parts, f"    {study.command}"]) + "\n"
+
+
+def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---" if place < 2 else "---:" for place in range(len(headings))]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in (headings, rule, *rows)
+    )
 
 
 def as_csv(study: Study) -> str:
