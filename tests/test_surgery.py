@@ -10,7 +10,7 @@ from tiny_hosts import EVERY_HOST, EVERY_SCHEME, TINY, host, images, shaken
 from torch import Tensor, nn
 
 import lape
-from lape.errors import UsageError
+from lape.errors import RunError, UsageError
 from lape.hosts import HOSTS, TIMM, TRANSFORMERS_4, class_names
 from lape.surgery import positions
 
@@ -279,6 +279,11 @@ def test_a_host_without_a_table_is_given_one_by_name() -> None:
     lape.apply(model, pe="learnable")
     assert model.pos_embed.shape == (1, 9, 32)
     assert lape.remove(model).pos_embed is None
+
+
+def test_weights_that_cannot_be_had_are_no_wrong_option() -> None:
+    with pytest.raises(RunError, match=r"The weights of vit_tiny_patch16_224 cannot be had \(FileNotFoundError"):
+        lape.create_model("vit_tiny_patch16_224", checkpoint_path="nowhere.pth")
 
 
 def test_create_model_is_timms_with_a_join() -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.errors import UsageError, choose, first_line
+from lape.errors import RunError, UsageError, choose, first_line
 from lape.hosts import RECORD, Host, block_row, find, grid_of, lacks, parts, read, table_of
 from lape.method import (
     JOINS,
@@ -290,7 +290,7 @@ def create_model(
     """Create a model of timm's registry, ours included, and apply a join to it; `options` are timm's.
 
     Raises UsageError for a name that timm does not know, with the nearest that it does, for options that the model does
-    not take, and as `apply` does.
+    not take, and as `apply` does; RunError where pretrained weights cannot be had.
     """
     import timm
 
@@ -302,9 +302,11 @@ def create_model(
     joined = {"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}
     try:
         model = timm.create_model(name, **options | joined if known in MODELS else options)
-    except UsageError:
+    except (UsageError, RunError):
         raise
-    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError, OSError) as error:
+    except OSError as error:  # of the disk, of the network
+        raise RunError(f"The weights of {name} cannot be had ({first_line(error)}). Create it without them.") from error
+    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
         told = first_line(error)
         raise UsageError(f"{name} does not take these options: {told}. Leave them out, or name a ViT.") from error
     return model if known in MODELS else apply(model, **joined)
