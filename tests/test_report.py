@@ -266,7 +266,7 @@ def test_the_weights_of_equation_6_are_drawn_for_each_table_with_the_default_joi
     figure = plots.weights_by_depth(analysed(study_of(tmp_path, GAIN)))
     assert [panel.get_title(loc="left") for panel in figure.axes] == ["learnable", "sinusoidal-1d"]
     lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
-    assert list(lines["λ2, positions"]) == pytest.approx([1, 1 / 2, 1 / 3])
+    assert list(lines["λ₂, positions"]) == pytest.approx([1, 1 / 2, 1 / 3])
 
 
 # --- The run as it goes

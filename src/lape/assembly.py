@@ -71,6 +71,8 @@ def optimizer_of(experiment: Experiment, model: nn.Module) -> Optimizer:
     accepted = inspect.signature(optim.get_optimizer_class(experiment.optimizer, bind_defaults=False)).parameters
     if "fused" in accepted and not (experiment.clip_grad and experiment.precision == "16-mixed"):
         options["fused"] = True
+    if "eps" in accepted and experiment.precision == "16-true":
+        options["eps"] = 1e-4  # of float16's numbers the usual 1e-8 is zero, as is the square of a gradient below 2e-4
     groups = _groups(experiment, model)
     lr = experiment.lr * _scale(experiment)
     try:
