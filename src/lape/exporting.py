@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import lape
-from lape import hub, onnx_graph
+from lape import hub
 from lape.checkpoints import load
 from lape.errors import RunError, UsageError, first_line
 from lape.models.mask_rcnn import MaskRCNN
@@ -57,7 +57,6 @@ def _write_onnx(program: ExportedProgram, config: str, path: Path) -> None:
     written: Any = torch.onnx.export(
         program, dynamo=True, input_names=["images"], output_names=names, verbose=False, external_data=False
     )
-    onnx_graph.fuse(written.model.graph)
     written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
     written.model.metadata_props[hub.HEADER] = config
     written.save(path)
