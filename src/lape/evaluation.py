@@ -73,9 +73,12 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
     try:
         source = source_of(experiment, own)
         fabric = launch(experiment)
-        work = work_of(experiment, source)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+    try:
+        work = work_of(experiment, source)
+    except (UsageError, RunError) as error:
+        raise type(error)(f"{path}: {error}") from error
     load(work.module, judged_weights(saved), path)
     work.module = fabric.strategy.precision.convert_module(work.module.to(fabric.device)).eval()
     return Trained(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})
