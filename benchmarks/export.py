@@ -77,8 +77,7 @@ def main(
         base = seconds[f"{batch}, default"]
         for name in sessions:
             own = seconds[f"{batch}, {name}"]
-            found = ratio(own, base)
-            beside = "1" if own is base else f"{found.median:.3f}±{(found.high - found.low) / 2:.3f}"
+            beside = "1" if own is base else str(ratio(own, base))
             told = f"{nodes[name]} | {sizes[name] / 1e6:.1f} | {1e3 * median(own):.2f} | {beside}"
             lines.append(f"| {batch} | {name} | {told} |")
     record = provenance()

@@ -40,7 +40,7 @@ def cells(costs: dict[str, Cost]) -> list[str]:
     """The ratios of one model in one manner, and that of memory."""
     found = [ratio(getattr(costs[one], times), getattr(costs[base], times)) for one, base, times in SHOWN.values()]
     memory = (costs["lape"].training_bytes or 0) / (costs["default"].training_bytes or 1)
-    return [*(f"{each.median:.3f}±{(each.high - each.low) / 2:.3f}" for each in found), f"{memory:.4f}"]
+    return [*map(str, found), f"{memory:.4f}"]
 
 
 def main(

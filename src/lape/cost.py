@@ -42,6 +42,9 @@ class Ratio:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.3f}±{(self.high - self.low) / 2:.3f}"
+
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
     """Return what one contender's times are to the base's, round by round; both (rounds,), at least 2."""

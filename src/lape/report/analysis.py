@@ -16,6 +16,7 @@ from lape.errors import UsageError
 from lape.positions import by
 from lape.provenance import provenance
 from lape.report import plots
+from lape.report.words import as_markdown
 from lape.specimens import Specimen
 
 if TYPE_CHECKING:
@@ -90,7 +91,11 @@ class Sheet(Generic[Found]):
         """Return tables, explanation and provenance as Markdown."""
         made = provenance()
         versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-        parts = [f"# {self.title}", *map(_markdown, self.tables(found)), self.explanation(found)]
+        parts = [
+            f"# {self.title}",
+            *(as_markdown(headings, rows) for headings, *rows in self.tables(found)),
+            self.explanation(found),
+        ]
         picture = f"![{self.title}, layer by layer.]({self.name}.png)"
         signed = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {versions}"
         return "\n\n".join([*parts, picture, signed]) + "\n"
@@ -113,12 +118,6 @@ def _names(found: Sequence[tuple[Specimen, Any]]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise UsageError(f"Models are told apart by their names, and {found[0][0].name} is named twice. Leave one out.")
-
-
-def _markdown(table: Sequence[Cells]) -> str:
-    headings, *lines = table
-    rule = ("---", *["---:"] * (len(headings) - 1))
-    return "\n".join("| " + " | ".join(line) + " |" for line in (headings, rule, *lines))
 
 
 def _plain(value: Any) -> Any:

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from lape.cost import Cost, Ratio, ratio
+from lape.cost import Cost, ratio
 from lape.errors import RunError
 from lape.paper import COSTS
 from lape.provenance import provenance
-from lape.report.words import duration
+from lape.report.words import as_markdown, duration
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -40,8 +40,7 @@ def cells(costs: Sequence[Cost]) -> list[tuple[str, ...]]:
 def _beside(times: Sequence[float], base: Sequence[float], itself: bool) -> str:
     if itself or not times:
         return "1" if times else "–"
-    found: Ratio = ratio(times, base)
-    return f"{found.median:.3f}±{(found.high - found.low) / 2:.3f}"
+    return str(ratio(times, base))
 
 
 def explanation(model: str, batch_size: int, rounds: int, precision: str = "32-true", compile: bool = False) -> str:
@@ -88,8 +87,7 @@ def terminal(costs: Sequence[Cost], said: str) -> "Group":
 def markdown(costs: Sequence[Cost], said: str) -> str:
     """Return table and explanation as Markdown."""
     found = provenance()
-    lines = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *cells(costs)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = as_markdown(HEADINGS, cells(costs))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"{table}\n\n{said}\n\n`{found['command']}` at commit {found['commit']}, {found['machine']}, {versions}\n"
 

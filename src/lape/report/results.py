@@ -62,8 +62,7 @@ def terminal(results: Results) -> "Group":
 
 def markdown(results: Results) -> str:
     """Return table, remarks and the folders of the runs as Markdown."""
-    lines = [HEADINGS, [*["---"] * 3, *["---:"] * (len(HEADINGS) - 3)], *map(cells, results.rows)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = words.as_markdown(HEADINGS, map(cells, results.rows), left=3)
     runs = dict.fromkeys(
         f"- {row.recipe.name}, {row.join}: "
         + ", ".join(f"seed {seed} in `{place}`" for seed, place in zip(row.seeds, row.places, strict=True))

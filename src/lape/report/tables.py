@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from textwrap import fill
@@ -161,18 +161,14 @@ def markdown(study: Study) -> str:
     """Return question, findings, remarks and every table as Markdown: scores, claims, and what the analysis found."""
     found, judgement = words.findings(study), words.judgement(study)
     facts = "\n".join(f"- {sentence}" for sentence in (*found.main, *filter(None, [found.gap]), *found.remarks))
-    parts = [words.question(study), facts, _markdown(*cells(study))]
+    parts = [words.question(study), facts, words.as_markdown(*cells(study), left=2)]
     if judgement.tested:
-        parts += [_markdown(words.CLAIM_HEADINGS, map(words.claim_cells, judgement.tested)), judgement.summary]
-    parts += [_markdown(headings, rows) for headings, rows in (shapes(study), weights(study)) if rows]
+        parts += [
+            words.as_markdown(words.CLAIM_HEADINGS, map(words.claim_cells, judgement.tested), left=2),
+            judgement.summary,
+        ]
+    parts += [words.as_markdown(headings, rows, left=2) for headings, rows in (shapes(study), weights(study)) if rows]
     return "\n\n".join([*parts, f"    {study.command}"]) + "\n"
-
-
-def _markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---" if place < 2 else "---:" for place in range(len(headings))]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in (headings, rule, *rows)
-    )
 
 
 def as_csv(study: Study) -> str:

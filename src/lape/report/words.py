@@ -44,6 +44,13 @@ def number(value: float, decimals: int) -> str:
     return "∞" if math.isinf(value) else f"{value:.{decimals}f}".replace("-", "−")
 
 
+def as_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Write a Markdown table whose first columns, `left` of them, are words, and the others numbers."""
+    rule = [*["---"] * left, *["---:"] * (len(headings) - left)]
+    escaped = ([cell.replace("|", "\\|") for cell in line] for line in (headings, rule, *rows))
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
 def duration(seconds: float) -> str:
     """Write the time of a step: "12.3 ms", "1.23 s"."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
