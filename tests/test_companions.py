@@ -150,6 +150,24 @@ def test_compiles_without_a_graph_break(names: dict[str, str]) -> None:
 
 
 @EVERY_SCHEME
+def test_it_is_compiled_once_for_training_and_once_for_validation(names: dict[str, str]) -> None:
+    model = lape.apply(host(depth=2), **names)
+    x = images(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+
+    def epoch() -> None:
+        compiled(x).square().mean().backward()
+        model.zero_grad(set_to_none=False)
+        with torch.no_grad():
+            compiled(x)
+
+    epoch()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        epoch()
+
+
+@EVERY_SCHEME
 def test_exports(names: dict[str, str]) -> None:
     model = shaken(lape.apply(host(depth=2), **names))
     x = images(model)

@@ -219,10 +219,11 @@ class Positions:
         """Make the ladder of a forward on a grid; return what joins the tokens before the first block (1, N, D)."""
         ladder = self.ladder(grid)
         last, self.forward = self.forward, _Forward(grid, self._for_the_blocks(ladder))
-        self.forward.awaited = last.awaited or torch.is_grad_enabled()
-        self.forward.others_awaited = last.awaited and (
-            last.others_awaited or last.grid != grid or last.kept is not None
-        )
+        if not torch.compiler.is_compiling():  # a compiled graph would be made anew for what it reads of the last one
+            self.forward.awaited = last.awaited or torch.is_grad_enabled()
+            self.forward.others_awaited = last.awaited and (
+                last.others_awaited or last.grid != grid or last.kept is not None
+            )
         return ladder[0].residual if self.scheme.with_tokens else None
 
     def embed(self, *inputs: Any, **options: Any) -> Any:
