@@ -16,14 +16,17 @@ from typing import Any
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import track
+from turns import file
 
-from lape.cost import Cost, measure, ratio
+from lape.cost import Cost, counted, measure, ratio
 from lape.provenance import provenance
+from lape.surgery import create_model
 
 MODELS = (
     "deit_tiny_patch16_224", "deit_small_patch16_224", "t2t_vit_7", "ceit_tiny_patch16_224", "vit_7_4_32", "cvt_7_4_32",
     "cct_7_3x1_32", "swin_tiny_patch4_window7_224", "upernet_vit_adapter_tiny", "segmenter_tiny_patch16",
 )  # fmt: skip
+IMAGES = 128  # whose memory is counted: LaPE's part does not grow with their number
 # The contender, that which it stands beside, and the times that are compared.
 SHOWN = {
     "again, training": ("and again", "untouched", "training"),
@@ -37,10 +40,16 @@ SHOWN = {
 
 
 def cells(costs: dict[str, Cost]) -> list[str]:
-    """The ratios of one model in one manner, and that of memory."""
-    found = [ratio(getattr(costs[one], times), getattr(costs[base], times)) for one, base, times in SHOWN.values()]
-    memory = (costs["lape"].training_bytes or 0) / (costs["default"].training_bytes or 1)
-    return [*map(str, found), f"{memory:.4f}"]
+    """The ratios of one model in one manner."""
+    return [str(ratio(getattr(costs[one], times), getattr(costs[base], times))) for one, base, times in SHOWN.values()]
+
+
+def memory(model: str) -> float:
+    """What a training step of LaPE holds at its peak beside one of the default join, in 32-true, eager."""
+    own, base = (counted(join, create_model(model, join=join), IMAGES).training_bytes for join in ("lape", "default"))
+    assert own
+    assert base
+    return own / base
 
 
 def main(
@@ -55,7 +64,7 @@ def main(
     """Print the table
 
     Args:
-        out: Folder for table.md, and one file of times for each model and manner.
+        out: Folder for the table, and one file of times for each model and manner.
         models: Models that lape models lists.
         precisions: Fabric's names of number formats.
         compiled: Whether models are compiled.
@@ -64,27 +73,26 @@ def main(
         device: What computes: cpu, cuda.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lines = [["model", "precision", "compiled", *SHOWN, "memory, lape / default"]]
-    lines.append(["---"] * 3 + ["---:"] * (len(SHOWN) + 1))
+    rows = [["model", "precision", "compiled", "images × rounds", *SHOWN, f"memory of {IMAGES} images, lape / default"]]
     asked = list(product(models, precisions, compiled))
+    held = {model: f"{memory(model):.5f}" for model in models}
     for model, precision, compile in track(asked, "measuring", console=Console(stderr=True)):
-        kept = out / f"{model}-{precision}-{'compiled' if compile else 'eager'}.json"
+        manner = "compiled" if compile else "eager"
+        kept = out / f"{model}-{precision}-{manner}.json"
         if not kept.exists():
             costs = measure(model, ["default", "lape"], batch_size, rounds, device, precision, compile)
             content: dict[str, Any] = {**provenance(), "batch_size": batch_size, "costs": [asdict(c) for c in costs]}
             kept.write_text(json.dumps(content, indent=1) + "\n")
         record = json.loads(kept.read_text())
         costs = {given["name"]: Cost(**given) for given in record["costs"]}
-        lines.append([model, precision, "yes" if compile else "no", *cells(costs)])
-    made = provenance()
+        size = f"{record['batch_size']} × {len(costs['default'].inference)}"
+        rows.append([model, precision, "yes" if compile else "no", size, *cells(costs), held[model]])
     said = (
-        f"{batch_size} images a step; medians over {rounds} rounds of the ratios in each round, ± half the width of "
-        "their middle half; untouched: timm's model, or ours where timm has none; again: it is timed twice, which is "
-        f"the noise. `{made['command']}` at commit {made['commit']}, {made['machine']}"
+        "Medians over all rounds of the ratios in each round, ± half the distance of their quarters; untouched: timm's "
+        "model, or ours where timm has none; again: it is timed twice, which is the noise. The files beside this one "
+        "hold each model's times, command and commit."
     )
-    text = "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", said]) + "\n"
-    print(text, end="")
-    (out / "table.md").write_text(text)
+    file(out, rows, said)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def measure(
         reason = str(error).splitlines()[0]
         raise UsageError(f"device={device!r} is not to be had on this machine ({reason}). Use 'cpu'.") from error
     contenders = dict(_contenders(model, joins))
-    costs = {name: _counted(name, contender, batch_size) for name, contender in contenders.items()}
+    costs = {name: counted(name, contender, batch_size) for name, contender in contenders.items()}
     inside = {name: find(contender)[0].to(device) for name, contender in contenders.items()}
     images = torch.randn(batch_size, *_shape(next(iter(inside.values()))), device=device)
     made: dict[str, Any] = {name: torch.compile(one) if compile else one for name, one in inside.items()}
@@ -113,8 +113,12 @@ def _shape(transformer: Any) -> tuple[int, int, int]:
     return transformer.in_chans, *transformer.patch_embed.img_size
 
 
-def _counted(name: str, model: nn.Module, batch_size: int) -> Cost:
-    """Count on the meta device, where nothing is computed and no other program disturbs."""
+def counted(name: str, model: nn.Module, batch_size: int) -> Cost:
+    """Return a model's cost but for its times: counted on the meta device, where nothing is computed.
+
+    Parameters are those of the whole model, FLOPs those of one image's forward, and memory is that of a training step
+    of `batch_size` images.
+    """
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,13 +144,16 @@ def _counted(name: str, model: nn.Module, batch_size: int) -> Cost:
 
 
 @dataclass
-class _Training:
-    """One training step: forward, backward, AdamW."""
+class TrainingStep:
+    """One step: forward, backward, AdamW (fused, as in training; the meta device has none)."""
 
     model: nn.Module
     images: Tensor
     low: torch.dtype | None
-    optimizer: torch.optim.Optimizer
+
+    def __post_init__(self) -> None:
+        learns = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(learns, fused=self.images.device.type != "meta")
 
     def __call__(self) -> None:
         self.model.train()
@@ -162,7 +169,7 @@ class _Training:
 
 
 def _optimizers(step: Step) -> list[torch.optim.Optimizer]:
-    return [step.optimizer] if isinstance(step, _Training) else []
+    return [step.optimizer] if isinstance(step, TrainingStep) else []
 
 
 def _autocast(images: Tensor, low: torch.dtype | None) -> AbstractContextManager[object]:
@@ -175,9 +182,8 @@ def _steps(model: nn.Module, images: Tensor, low: torch.dtype | None = None) -> 
         with torch.inference_mode(), _autocast(images, low):
             model(images)
 
-    learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    train = _Training(model, images, low, torch.optim.AdamW(learns)) if learns else None
-    return train, infer
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    return TrainingStep(model, images, low) if learns else None, infer
 
 
 def _seconds(step: Step, device: str) -> float:

@@ -151,8 +151,11 @@ class Positions:
         if self.scheme.embedding.table is not None:
             norms = self._norms(layers) if self.scheme.join.normed else []
             ladder = self.scheme.ladder(self._tables(layers, grid), norms)
-            missing = self.prefix - self.prefix_rows
-            ladder = [Rung(*(part if part is None else F.pad(part, (0, 0, missing, 0)) for part in r)) for r in ladder]
+            if missing := self.prefix - self.prefix_rows:  # padding by nothing would copy
+                ladder = [
+                    Rung(*(part if part is None else F.pad(part, (0, 0, missing, 0)) for part in rung))
+                    for rung in ladder
+                ]
         if self.scheme.embedding.bias is not None and self.host.window_bias is None:
             ladder = [r._replace(bias=self._bias(layer, grid)) for r, layer in zip(ladder, layers, strict=True)]
         return ladder
