@@ -3,19 +3,18 @@
 python benchmarks/deformable.py --out benchmarks/results/deformable
 """
 
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+from turns import file, seconds
 
+from lape.cost import ratio
 from lape.models.deformable import sampled
-from lape.provenance import provenance
 
 HEADS, POINTS, DIM = 6, 4, 192
 # What ViT-Adapter-Ti does with an image of 512 pixels: tokens look at the pyramid, and the pyramid at tokens.
@@ -52,30 +51,16 @@ def main(out: Path | None = None, rounds: int = 15, device: str = "cpu") -> None
         return theirs(values, torch.tensor(grids), grids, None, places, weights, 64)
 
     cores = {"transformers": of_transformers, "transformers, again": of_transformers, "lape": sampled}
-    seconds: dict[str, list[float]] = {}
-    lines = ["| | core | milliseconds | beside transformers |", "| --- | --- | ---: | ---: |"]
+    times: dict[str, list[float]] = {}
+    rows = [["", "milliseconds", "beside transformers"]]
     for place, (queries, grids) in SHAPES.items():
-        passes = {name: pass_of(core, queries, grids, device) for name, core in cores.items()}
-        for turn in range(rounds + 1):  # the first one warms up
-            for name, passed in passes.items():
-                start = time.perf_counter()
-                passed()
-                if turn:
-                    seconds.setdefault(f"{place}, {name}", []).append(time.perf_counter() - start)
-        base = seconds[f"{place}, transformers"]
-        for name in cores:
-            own = seconds[f"{place}, {name}"]
-            low, middle, high = quantiles([a / b for a, b in zip(own, base, strict=True)], method="inclusive")
-            beside = "1" if own is base else f"{middle:.3f}±{(high - low) / 2:.3f}"
-            lines.append(f"| {place} | {name} | {1e3 * median(own):.1f} | {beside} |")
-    record = provenance()
-    said = f"`{record['command']}` at commit {record['commit']}, {record['machine']}"
-    text = "\n".join([*lines, "", said]) + "\n"
-    print(text, end="")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(text)
-        (out / "table.json").write_text(json.dumps({"provenance": record, "seconds": seconds}, indent=1) + "\n")
+        taken = seconds({name: pass_of(core, queries, grids, device) for name, core in cores.items()}, rounds)
+        for name, own in taken.items():
+            beside = "1" if name == "transformers" else str(ratio(own, taken["transformers"]))
+            rows.append([f"{place}, {name}", f"{1e3 * median(own):.1f}", beside])
+            times[f"{place}, {name}"] = own
+    said = f"Medians over {rounds} rounds, and of the ratios in each round with half the distance of their quarters."
+    file(out, rows, said, seconds=times)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,21 @@
 python benchmarks/export.py --out benchmarks/results/export
 """
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter
 
 import onnx
 import onnxruntime
 import torch
 from jsonargparse import auto_cli
+from turns import file, seconds
 
 import lape
 from lape.cost import ratio
-from lape.provenance import provenance
 
 # The join, and whether it is folded.
 CONTENDERS = {
@@ -60,39 +59,23 @@ def main(
             path = lape.export(lape.create_model(model, join=join), Path(folder) / f"{name}.onnx", fold=fold).path
             sessions[name] = session(path, threads)
             sizes[name], nodes[name] = path.stat().st_size, len(onnx.load(path).graph.node)
-    seconds: dict[str, list[float]] = {}
-    lines = [
-        "| images | exported | nodes | MB | milliseconds | beside default |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
+    times: dict[str, list[float]] = {}
+    rows = [["images, exported", "nodes", "MB", "milliseconds", "beside default"]]
     for batch in batches:
         images = torch.randn(batch, *sessions["default"].get_inputs()[0].shape[1:]).numpy()
-        for turn in range(rounds + 1):  # the first one warms up
-            for place in range(len(sessions)):
-                name = list(sessions)[(turn + place) % len(sessions)]  # nobody is always after the same neighbour
-                start = perf_counter()
-                sessions[name].run(None, {"images": images})
-                if turn:
-                    seconds.setdefault(f"{batch}, {name}", []).append(perf_counter() - start)
-        base = seconds[f"{batch}, default"]
-        for name in sessions:
-            own = seconds[f"{batch}, {name}"]
-            beside = "1" if own is base else str(ratio(own, base))
-            told = f"{nodes[name]} | {sizes[name] / 1e6:.1f} | {1e3 * median(own):.2f} | {beside}"
-            lines.append(f"| {batch} | {name} | {told} |")
-    record = provenance()
-    record["versions"] |= {package: version(package) for package in ("onnx", "onnxscript", "onnxruntime")}
+        runs = {name: partial(one.run, None, {"images": images}) for name, one in sessions.items()}
+        taken = seconds(runs, rounds)
+        for name, own in taken.items():
+            beside = "1" if name == "default" else str(ratio(own, taken["default"]))
+            rows.append([f"{batch}, {name}", str(nodes[name]), f"{sizes[name] / 1e6:.1f}"])
+            rows[-1] += [f"{1e3 * median(own):.2f}", beside]
+            times[f"{batch}, {name}"] = own
+    used = {package: version(package) for package in ("onnx", "onnxscript", "onnxruntime")}
     said = (
         f"{model}: medians over {rounds} rounds, and of the ratios in each round with half the distance of their "
-        f"quarters; onnxruntime {record['versions']['onnxruntime']}, {threads} thread{'s' if threads > 1 else ''}. "
-        f"`{record['command']}` at commit {record['commit']}, {record['machine']}"
+        f"quarters; onnxruntime {used['onnxruntime']}, {threads} thread{'s' if threads > 1 else ''}."
     )
-    text = "\n".join([*lines, "", said]) + "\n"
-    print(text, end="")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(text)
-        (out / "table.json").write_text(json.dumps({"provenance": record, "seconds": seconds}, indent=1) + "\n")
+    file(out, rows, said, versions=used, seconds=times)
 
 
 if __name__ == "__main__":
