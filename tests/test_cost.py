@@ -1,6 +1,7 @@
 """Laws of measuring cost: exact counts, and times beside a base that is timed twice in the same rounds."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,12 @@ def test_low_precision_and_compilation_are_what_is_timed(monkeypatch: pytest.Mon
     assert trained == [torch.bfloat16] * ((contenders - 1) * turns)
     assert len(seen) - len(trained) == contenders * turns
     assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+
+
+def test_every_contender_is_compiled_once_for_each_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Beyond a number of graphs of one class, here of every join and of LaPE folded, torch computes uncompiled.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = measure("vit_nano_patch2_8", None, batch_size=1, rounds=2, compile=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    assert graphs == 2 * (len(found) - 1) - 1  # the untouched model again has its graphs; LaPE folded does not train
