@@ -47,7 +47,7 @@ def test_every_equation_of_the_paper_has_its_function() -> None:
     assert all(f"({number})" in page for number in range(2, 13))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/speed.md"])
 def test_the_numbers_of_a_page_are_those_filed(page: str) -> None:
     """Each row of a page's tables has the cells of the row with its name in the table that a command wrote."""
     filed = [

@@ -13,7 +13,10 @@ PACKAGES = ("lape", "torch", "timm", "lightning-fabric")
 
 
 def commit() -> str | None:
-    """The commit of this code, with `-dirty` where files differ from it; None where it lies in no repository."""
+    """The commit of this code, with `-dirty` where files differ from it; None where it lies in no repository.
+
+    Filed results are no code: what the last benchmark wrote makes the next one's commit no other.
+    """
     here = Path(__file__)
 
     def git(*words: str) -> str:
@@ -22,7 +25,8 @@ def commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie inside a repository of others
-        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
