@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from turns import file
 
-from lape.cost import Cost, counted, measure, ratio
+from lape.cost import Cost, Ratio, counted, measure, ratio
 from lape.provenance import provenance
 from lape.surgery import create_model
 
@@ -39,9 +40,15 @@ SHOWN = {
 }
 
 
-def cells(costs: dict[str, Cost]) -> list[str]:
+def ratios(costs: dict[str, Cost]) -> list[Ratio]:
     """The ratios of one model in one manner."""
-    return [str(ratio(getattr(costs[one], times), getattr(costs[base], times))) for one, base, times in SHOWN.values()]
+    return [ratio(getattr(costs[one], times), getattr(costs[base], times)) for one, base, times in SHOWN.values()]
+
+
+def over_all(found: Sequence[Ratio]) -> str:
+    """The median of the ratios of several models, the least and the greatest."""
+    medians = [one.median for one in found]
+    return f"{median(medians):.3f} ({min(medians):.3f} to {max(medians):.3f})"
 
 
 def memory(model: str) -> float:
@@ -75,6 +82,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     rows = [["model", "precision", "compiled", "images × rounds", *SHOWN, f"memory of {IMAGES} images, lape / default"]]
     asked = list(product(models, precisions, compiled))
+    of_all: dict[bool, list[list[Ratio]]] = {compile: [] for compile in compiled}
     held = {model: f"{memory(model):.5f}" for model in models}
     for model, precision, compile in track(asked, "measuring", console=Console(stderr=True)):
         manner = "compiled" if compile else "eager"
@@ -86,13 +94,18 @@ def main(
         record = json.loads(kept.read_text())
         costs = {given["name"]: Cost(**given) for given in record["costs"]}
         size = f"{record['batch_size']} × {len(costs['default'].inference)}"
-        rows.append([model, precision, "yes" if compile else "no", size, *cells(costs), held[model]])
+        of_all[compile].append(ratios(costs))
+        rows.append([model, precision, "yes" if compile else "no", size, *map(str, ratios(costs)), held[model]])
     said = (
         "Medians over all rounds of the ratios in each round, ± half the distance of their quarters; untouched: timm's "
         "model, or ours where timm has none; again: it is timed twice, which is the noise. The files beside this one "
         "hold each model's times, command and commit."
     )
     file(out, rows, said)
+    columns = [[over_all(column) for column in zip(*of_all[compile], strict=True)] for compile in compiled]
+    heading = ["", *("compiled" if compile else "eager" for compile in compiled)]
+    said = f"{len(models)} models in {' and '.join(precisions)}: medians of the ratios, the least and the greatest."
+    file(out / "over_all", [heading, *map(list, zip(SHOWN, *columns, strict=True))], said)
 
 
 if __name__ == "__main__":
