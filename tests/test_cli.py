@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -321,3 +322,33 @@ def test_a_flag_is_switched_off_by_false() -> None:
         "--compile=true",
         "--epochs=3",
     ]
+
+
+# --- The two commands that a newcomer types first
+
+
+def test_cost_prints_a_table_that_fits_and_files_every_time(lape):
+    typed = ["--model", "vit_nano_patch2_8", "--joins", "default,lape", "--batch-size", "1", "--rounds", "2"]
+    status, out, _ = lape("cost", *typed, "--threads", str(torch.get_num_threads()), "--out", "filed")
+    assert status == 0
+    assert max(map(len, out.splitlines())) <= 80
+    filed = json.loads(Path("filed/cost.json").read_text())
+    names = ["untouched", "and again", "default", "lape", "lape, folded"]
+    assert [cost["name"] for cost in filed["costs"]] == names
+    assert all(len(cost["inference"]) == 2 for cost in filed["costs"])
+    rows = [line for line in Path("filed/cost.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == names
+    for cost in filed["costs"]:
+        assert f"{cost['parameters']:,}" in out
+
+
+def test_compare_trains_draws_its_page_and_says_where_it_is(lape):
+    status, out, _ = lape("compare", *SMALL, "--epochs", "1", "--pe", "learnable", "--seeds", "1", "--out", "x")
+    assert status == 0
+    assert "Report: x/index.html" in out
+    assert max(map(len, out.splitlines())) <= 80
+    table = json.loads(Path("x/table.json").read_text())
+    assert sorted(run["join"] for run in table["runs"]) == ["default", "lape"]
+    assert "<table" in Path("x/index.html").read_text()
+    again, out, _ = lape("compare", *SMALL, "--epochs", "1", "--pe", "learnable", "--seeds", "1", "--out", "x")
+    assert (again, "Report: x/index.html" in out) == (0, True)
