@@ -342,6 +342,14 @@ def test_a_recipe_of_ones_own_extends_a_shipped_one(tmp_path):
     assert recipe.expected == {}
 
 
+@pytest.mark.parametrize("number", ["1e-3", "+1e-03", "1E-3", "0.1e-2"])
+def test_a_number_may_be_written_without_a_point(tmp_path, number):
+    """YAML 1.1 takes 1e-3 for a word; whoever writes it means the number, as in --lr and in --config."""
+    (tmp_path / "mine.yaml").write_text(f"settings: {{lr: {number}, model: vit_1e-3}}")
+    settings = recipes.load(str(tmp_path / "mine.yaml")).settings
+    assert settings == {"lr": 0.001, "model": "vit_1e-3"}
+
+
 def test_on_the_command_line_the_recipe_stands_below_what_is_typed(tmp_path):
     words = [
         "train",

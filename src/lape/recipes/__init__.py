@@ -7,6 +7,7 @@ it takes first.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -25,6 +26,13 @@ PARTS = ("extends", "paper", "expected", "at_epoch_100", "command", "hardware", 
 
 DEEPEST = 50  # parts of YAML within each other
 YOURS = ("join", "seed", "weights", "accumulate", "grad_checkpointing", "compile")  # it stays the same experiment
+
+
+class Numbers(yaml.SafeLoader):
+    """Reads 1e-3 as the number that it is in YAML 1.2, in Python and on the command line; YAML 1.1 has a word there."""
+
+
+Numbers.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,8 @@ def _recipe(name: str, parts: dict[str, Any], path: Path, below: tuple[str, ...]
         Experiment.of(settings)
         json.dumps([settings, parts])
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {error} Write it as the shipped recipes do.") from error
+        reason = str(error).rstrip(".")
+        raise UsageError(f"{path}: {reason}. Write it as the shipped recipes do.") from error
     chosen = tuple(" ".join(text.split()) for text in parts.pop("open", []))
     try:
         recipe = told(Recipe, parts, name=name, settings=settings, open=(*above.open, *chosen))
@@ -126,7 +135,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         refuse_monsters(text)
-        parts = yaml.safe_load(text)
+        parts = yaml.load(text, Numbers)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{path} cannot be read as a recipe ({reason}). It is a YAML file.") from error
