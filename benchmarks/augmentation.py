@@ -1,11 +1,8 @@
 """How many 32×32 images a second are augmented one by one, by timm and Pillow, and in batches, by `lape.data.batched`.
 
-All ways take turns in every round; the table gives each way's median, and its ratio to the first way's.
-
-    python benchmarks/augmentation.py --out benchmarks/results/augmentation
+python benchmarks/augmentation.py --out benchmarks/results/augmentation
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,13 +14,13 @@ import torch
 from jsonargparse import auto_cli
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from turns import file, in_turns
 
 from lape.data.batched import Augmenter
 from lape.data.pipeline import Order, Shares, load, training_images
 from lape.data.preparation import ROWS
 from lape.data.sources import PHOTOGRAPHS, ImageSource, Split
 from lape.experiment import Augmentation
-from lape.provenance import provenance
 
 SIZE = (32, 32)
 STEP = 128  # images in a step of the recipes
@@ -113,23 +110,14 @@ def main(out: Path | None = None, images: int = 8192, rounds: int = 5) -> None:
     ways[f"{ROWS} at once, 2 threads, crop and flip alone"] = batched(pictures, ROWS, 2, chosen=plain)
     if torch.cuda.is_available():
         ways[f"{ROWS} at once, GPU"] = batched(pictures, ROWS, 1, "cuda")
-    rates = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, rate in ways.items():
-            rates[name].append(rate())
+    rates = in_turns(ways, rounds)
     first, second, *_ = (median(found) for found in rates.values())
-    lines = ["| way | images a second | beside 1 process | beside 2 processes |", "| --- | ---: | ---: | ---: |"]
+    rows = [["way", "images a second", "beside 1 process", "beside 2 processes"]]
     for name, found in rates.items():
         rate = median(found)
-        lines.append(f"| {name} | {rate:,.0f} | {rate / first:.1f} | {rate / second:.1f} |")
-    record = provenance()
-    text = "\n".join([*lines, "", f"`{record['command']}` at commit {record['commit']}, {record['machine']}"]) + "\n"
-    print(text, end="")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(text)
-        content = {"provenance": record, "images_per_second": rates}
-        (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
+        rows.append([name, f"{rate:,.0f}", f"{rate / first:.1f}", f"{rate / second:.1f}"])
+    said = f"{images} images of {SIZE[0]} pixels in a round, medians over {rounds} rounds."
+    file(out, rows, said, images_per_second=rates)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 DeiT's augmentation, on files as ImageNet's are, made anew from the two photographs that scikit-learn carries.
 """
 
-import json
+import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -27,14 +27,14 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from turns import file, in_turns
 
 from lape.data.pipeline import Order, Pictures, Shares, load, reseed, training_images
 from lape.data.sources import ImageSource, Split, folder
 from lape.experiment import Augmentation
-from lape.provenance import provenance
 
 Work = Callable[[Any], Any]
-Measure = Callable[[int], float]  # seed -> seconds an image
+Measure = Callable[[], float]  # seconds an image; every call has the draws of its own turn
 
 SIDE = 224
 BATCH = 128
@@ -176,9 +176,10 @@ CROPPERS: Mapping[str, Work] = {
 
 def each(work: Work, inputs: Sequence[Any], count: int | None = None) -> Measure:
     """Time `work` on every input in turn; together they are `count` images."""
+    turns = itertools.count()
 
-    def seconds(seed: int) -> float:
-        reseed(seed)
+    def seconds() -> float:
+        reseed(next(turns))
         start = perf_counter()
         for value in inputs:
             work(value)
@@ -199,9 +200,11 @@ def chain(kind: str, steps: Sequence[Work], inputs: Sequence[Any]) -> Iterator[t
 def batches(training: Pictures, workers: int) -> Measure:
     """Time the batches of a training, from when every worker has made its first."""
     order = Order(0, len(training.split), min(BATCH, len(training.split)))
+    firsts = itertools.count(step=BATCHES)
 
-    def seconds(seed: int) -> float:
-        keys = Shares(order, process=0, first=seed * BATCHES, last=(seed + 1) * BATCHES)
+    def seconds() -> float:
+        first = next(firsts)
+        keys = Shares(order, process=0, first=first, last=first + BATCHES)
         made = load(training, keys, workers, pin=False)
         for _ in range(max(workers, 1)):
             next(made)
@@ -264,19 +267,6 @@ def stages(source: ImageSource, paths: Sequence[Path]) -> dict[str, Measure]:
     }
 
 
-def measured(measures: Mapping[str, Measure], rounds: int) -> dict[str, list[float]]:
-    """Return seconds an image of every round; in each all take turns, and the first warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    names = list(measures)
-    for turn in range(rounds + 1):
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]  # nobody is always after the same neighbour
-            taken = measures[name](turn)
-            if turn:
-                seconds[name].append(taken)
-    return seconds
-
-
 def explanation(paths: Sequence[Path], rounds: int, seconds: Mapping[str, Sequence[float]]) -> str:
     """Say what the numbers are, and what follows for a machine with a GPU."""
     reseed(0)
@@ -294,21 +284,10 @@ def explanation(paths: Sequence[Path], rounds: int, seconds: Mapping[str, Sequen
     )
 
 
-def markdown(seconds: Mapping[str, Sequence[float]], pixels: Mapping[str, str]) -> str:
-    """Return one line a stage."""
-    lines: Iterable[Sequence[str]] = (
-        (
-            name,
-            f"{1 / middle:,.0f}",
-            f"{1e3 * middle:.3f}",
-            f"{1e3 * low:.3f} to {1e3 * high:.3f}",
-            pixels.get(name, ""),
-        )
-        for name, taken in seconds.items()
-        for low, middle, high in [quantiles(taken, method="inclusive")]
-    )
-    headings = (("", "images/s", "ms an image", "quarters, ms", "pixels"), ("---", "---:", "---:", "---:", "---"))
-    return "\n".join(f"| {' | '.join(line)} |" for line in (*headings, *lines))
+def line(name: str, seconds: Sequence[float], pixels: str) -> list[str]:
+    """Return a row of the table."""
+    low, middle, high = (1e3 * quarter for quarter in quantiles(seconds, method="inclusive"))
+    return [name, f"{1e3 / middle:,.0f}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}", pixels]
 
 
 def main(out: Path | None = None, pictures: int = 208, rounds: int = 9) -> None:
@@ -324,17 +303,12 @@ def main(out: Path | None = None, pictures: int = 208, rounds: int = 9) -> None:
         source = images(Path(root), pictures)
         paths = sorted(Path(root, "train").glob("*/*"))
         others = differences(paths)
-        seconds = measured(stages(source, paths), rounds)
+        seconds = in_turns(stages(source, paths), rounds)
         said = explanation(paths, rounds, seconds)
-    record = provenance()
-    record["versions"] |= {name: version(name) for name in ("pillow", "torchvision")}
-    text = f"{said}\n\n{markdown(seconds, others)}\n\n    {record['command']}\n"
-    print(text, end="")
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "table.md").write_text(text)
-        content = {"said": said, "pixels": others, "provenance": record, "seconds_per_image": seconds}
-        (out / "table.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    lines = [line(name, taken, others.get(name, "")) for name, taken in seconds.items()]
+    used = {name: version(name) for name in ("pillow", "torchvision")}
+    rows = [["", "images/s", "ms an image", "quarters, ms", "pixels"], *lines]
+    file(out, rows, said, pixels=others, seconds_per_image=seconds, versions=used)
 
 
 if __name__ == "__main__":
