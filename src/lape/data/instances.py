@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lape.data.sources import PictureSplit, opened
+from lape.data.sources import PictureSource, PictureSplit, opened
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -51,18 +51,9 @@ class InstanceSplit(PictureSplit, Protocol):
 
 
 @dataclass(frozen=True)
-class InstanceSource:
-    """A dataset for detection: what is in it, and how its pictures are augmented where nothing else is asked for."""
+class InstanceSource(PictureSource[InstanceSplit]):
+    """A dataset for detection."""
 
-    name: str
-    classes: tuple[str, ...]
-    channels: int
-    size: tuple[int, int] | None  # (H, W); None where pictures have any size
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train: InstanceSplit
-    validation: InstanceSplit
-    augmentation: Augmentation
     dense: Dense
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lape.data.sources import PictureSplit, opened
+from lape.data.sources import PictureSource, PictureSplit, opened
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -42,18 +42,9 @@ class MapSplit(PictureSplit, Protocol):
 
 
 @dataclass(frozen=True)
-class MapSource:
-    """A dataset for segmentation: what is in it, and how its pictures are augmented where nothing else is asked for."""
+class MapSource(PictureSource[MapSplit]):
+    """A dataset for segmentation."""
 
-    name: str
-    classes: tuple[str, ...]
-    channels: int
-    size: tuple[int, int] | None  # (H, W); None where pictures have any size
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train: MapSplit
-    validation: MapSplit
-    augmentation: Augmentation
     dense: Dense
 
 

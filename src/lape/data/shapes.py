@@ -7,7 +7,7 @@ Walt), camera (Lav Varshney), grass (linolafett). All are PNG files, which every
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lape.data.instances import Instances, InstanceSource
-from lape.data.maps import MapSource
+from lape.data.maps import CROPPED, MapSource
 from lape.errors import UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -225,7 +225,8 @@ def shapes_segmentation(data_dir: Path | None) -> MapSource:
         train=train,
         validation=validation,
         augmentation=Augmentation(hflip=0.5),
-        dense=Dense(
+        dense=replace(
+            CROPPED,
             short_side=(SIDE,),
             long_side=2 * SIDE,
             crop=SIDE,
@@ -233,8 +234,6 @@ def shapes_segmentation(data_dir: Path | None) -> MapSource:
             class_cap=1.0,
             photometric=False,
             stride=96,
-            test_scales=(1.0,),
-            test_flip=False,
         ),
     )
 

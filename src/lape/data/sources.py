@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lape.work import Source
 
 Read = TypeVar("Read")
+Kind = TypeVar("Kind")  # of split
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 # Whatever else Pillow opens is no picture of a set: PostScript, for one, is a program, which it hands to Ghostscript.
@@ -126,18 +127,23 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ImageSource:
-    """A dataset: what is in it, and how its images are augmented where nothing else is asked for."""
+class PictureSource(Generic[Kind]):
+    """A dataset: what is in it, and how its pictures are augmented where nothing else is asked for."""
 
     name: str
     classes: tuple[str, ...]
     channels: int
-    size: tuple[int, int] | None  # (H, W); None where images have any size
+    size: tuple[int, int] | None  # (H, W); None where pictures have any size
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Split
-    validation: Split
+    train: Kind
+    validation: Kind
     augmentation: Augmentation
+
+
+@dataclass(frozen=True)
+class ImageSource(PictureSource[Split]):
+    """A dataset for classification."""
 
 
 def digits(data_dir: Path | None) -> ImageSource:
