@@ -110,7 +110,7 @@ def _applied(architecture: Architecture, **names: str) -> VisionTransformer:
 
 def apart(one: Tensor, other: Tensor) -> float:
     """Distance of two tensors beside the length of the second."""
-    one, other = one.double(), other.double()
+    one, other = one.detach().double(), other.detach().double()
     return float((one - other).norm() / other.norm().clamp(min=1e-300))
 
 
