@@ -310,7 +310,7 @@ def test_a_set_that_cannot_be_downloaded_says_so(tmp_path, monkeypatch):
         raise RuntimeError("no network")
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", refuse)
-    with pytest.raises(RunError, match=r"cifar10 cannot be downloaded \(no network\)\. Give --data_dir"):
+    with pytest.raises(RunError, match=rf"{tmp_path} does not hold cifar10 whole.* \(no network\)\. Give --data_dir"):
         sources.find("cifar10", tmp_path)
 
 

@@ -170,7 +170,7 @@ def fashion_mnist(data_dir: Path | None) -> ImageSource:
     root = data_dir or (DEBIAN_FASHION if DEBIAN_FASHION.is_dir() else CACHE)
     folders = (root, root / "FashionMNIST" / "raw")
     if not any((folder / name).exists() for folder in folders for name in (stem, f"{stem}.gz")):
-        _downloaded("fashion-mnist", lambda: FashionMNIST(str(root), download=True))
+        _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), download=True))
     folder = next(folder for folder in folders if (folder / stem).exists() or (folder / f"{stem}.gz").exists())
     train, validation = (
         Split(
@@ -200,8 +200,8 @@ def _cifar(
     from torchvision import datasets
 
     read = getattr(datasets, reader)
-    root = str(data_dir or CACHE)
-    train, test = _downloaded(name, lambda: [read(root, train=part, download=True) for part in (True, False)])
+    root = data_dir or CACHE
+    train, test = _downloaded(name, root, lambda: [read(root, train=part, download=True) for part in (True, False)])
     training, validation = (
         Split(title, torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for title, part in (("training", train), ("validation", test))
@@ -312,12 +312,13 @@ def _in(root: Path) -> "Source":
     return folder(root)
 
 
-def _downloaded(name: str, read: Callable[[], Read]) -> Read:
+def _downloaded(name: str, root: Path, read: Callable[[], Read]) -> Read:
     try:
         return read()
     except (OSError, RuntimeError) as error:
         raise RunError(
-            f"{name} cannot be downloaded ({error}). Give --data_dir the folder that holds its files."
+            f"{root} does not hold {name} whole, and it cannot be downloaded ({error}). Give --data_dir the folder "
+            "that holds its files."
         ) from error
 
 
