@@ -216,6 +216,8 @@ def test_the_weights_picture_has_three_lines_with_bands_and_one_colour_scale() -
         (["correlation"], "received neither"),
         (["correlation", "runs/no"], "runs/no"),
         (["correlation", "runs/no", "--model", "vit_nano_patch2_8"], "received both"),
+        (["correlation", "--model", "vit_nano_patch2_8", "--model_args", '{"join": "lape"}'], "which --joins says"),
+        (["decomposition", "--model", "vit_nano_patch2_8", "--model_args", '{"pe": "none"}'], "which --pe says"),
         (["correlation", "runs/no", "--joins", "lape"], "joins lape means nothing here"),
         (["correlation", "--model", "vit_nano_patch2_8", "--data", "digits"], "looks at no image"),
         (["correlation", "--model", "vit_nano_patch2_8", "--images", "3"], "looks at no image"),

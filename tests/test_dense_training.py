@@ -456,7 +456,7 @@ def test_every_setting_of_pictures_is_taken_or_refused(kind: Any, tmp_path: Path
     source: Any = find(experiment.data, experiment.data_dir)
     for part, own in ((Augmentation, source.augmentation), (Dense, source.dense)):
         for name in (field.name for field in fields(part)):
-            value = getattr(own, name) or ((1, 2) if name in RANGES else 1)
+            value = getattr(own, name) or ((1, 2) if name in RANGES else 0.5 if name == "smoothing" else 1)
             asked = replace(experiment, **{name: value})
             if name in MEANT[kind]:
                 made: Any = work_of(asked, source)

@@ -297,6 +297,14 @@ def test_other_ways_to_train(tmp_path, changed):
         ({"img_size": 9}, r"patches of 2x2, which do not divide 9x9 images of digits\. Give --img_size"),
         ({"model": "vit_tiny_patch16_224", "model_args": {}}, "patches of 16x16, which do not divide 8x8"),
         ({"model_args": {"dept": 3}}, r"does not take these options: .*'dept'"),
+        ({"model_args": {"norm_layer": "none"}}, "does not take these options"),
+        ({"model_args": {"num_classes": 5}}, r"model_args says num_classes 5, which the set says: leave it out"),
+        ({"model_args": {"in_chans": 3}}, r"model_args says in_chans 3, which the set says: leave it out"),
+        ({"model_args": {"img_size": 16}}, r"model_args says img_size 16, which --img_size says"),
+        ({"model_args": {"drop_path_rate": 0.5}}, r"model_args says drop_path_rate 0\.5, which --drop_path says"),
+        ({"model_args": {"join": "default"}}, r"model_args says join default, which --join says"),
+        ({"model_args": {"features_only": True}}, "is no classifier of 10 classes"),
+        ({"model_args": {"global_pool": ""}}, r"is no classifier of 10 classes: .* answers \(1, 17, 10\)"),
         ({"batch_size": 399, "accumulate": 2}, "must divide"),
         ({"batch_size": 401, "mixup": 0.8}, "401 is odd"),
         ({"warmup_epochs": 3.0}, "it is 3 of 2 epochs: lower warmup_epochs"),
@@ -337,6 +345,28 @@ def test_every_one_of_several_numbers_is_at_least_what_means_something(name: str
     replace(TINY, **{name: (least, least) if several else least})
     with pytest.raises(UsageError, match=f"{name} must be at least {least}, not {least - 1}"):
         replace(TINY, **{name: (least, least - 1) if several else least - 1})
+
+
+@pytest.mark.parametrize(
+    ("names", "allowed", "refused", "told"),
+    [
+        ("shift mixup cutmix color_jitter weight_decay min_lr warmup_lr", 0.0, -0.1, "at least 0, not -0.1"),
+        ("hflip vflip reprob momentum ema smoothing drop_path", 0.0, -0.1, "at least 0, not -0.1"),
+        ("hflip vflip reprob crop_pct class_cap layer_decay warmup_factor", 1.0, 1.1, "at most 1, not 1.1"),
+        ("momentum ema smoothing drop_path", 0.9, 1.0, "below 1, not 1.0"),
+        ("crop_pct class_cap clip_grad layer_decay decay_rate warmup_factor", 0.1, 0.0, "above 0, not 0.0"),
+        ("scale ratio scale_jitter test_scales", (0.5, 1.0), (0.0, 1.0), "above 0, not 0.0"),
+        ("betas", (0.0, 0.9), (-0.1, 0.9), "at least 0, not -0.1"),
+        ("betas", (0.0, 0.9), (0.9, 1.0), "below 1, not 1.0"),
+        ("checkpoint_seconds", 0.0, -1.0, "at least 0, not -1.0"),
+    ],
+)
+def test_a_number_is_where_it_means_something(names: str, allowed: Any, refused: Any, told: str) -> None:
+    """Beyond it is a traceback of another library, or worse a run that ends and means nothing."""
+    for name in names.split():
+        replace(TINY, **{name: allowed})
+        with pytest.raises(UsageError, match=f"{name} must be {told}"):
+            replace(TINY, **{name: refused})
 
 
 @pytest.mark.parametrize("name", ["scale", "ratio", "zoom_crop", "scale_jitter"])

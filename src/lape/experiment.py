@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as brief
@@ -272,33 +273,36 @@ class Subject:
     grad_checkpointing: bool = False
 
 
-LEAST = {
-    "seed": 0,
-    "epochs": 1,
-    "steps": 1,
-    "cooldown_epochs": 0,
-    "warmup_epochs": 0,
-    "warmup_steps": 0,
-    "validate_every": 1,
-    "batch_size": 1,
-    "accumulate": 1,
-    "lr": 0,
-    "lr_batch": 1,
-    "lr_lag": 0,
-    "mix_epochs": 1,
-    "repeats": 1,
-    "devices": 1,
-    "nodes": 1,
-    "workers": 0,
-    "train_images": 1,
-    "img_size": 1,
-    "short_side": 1,
-    "long_side": 1,
-    "zoom": 1,
-    "zoom_crop": 1,
-    "crop": 1,
-    "stride": 1,
-}
+# Where numbers mean something.
+LIMITS: tuple[tuple[str, Callable[[float, float], bool], Mapping[str, float]], ...] = (
+    (
+        "at least",
+        operator.ge,
+        {
+            **dict.fromkeys(("seed", "cooldown_epochs", "warmup_epochs", "warmup_steps", "lr_lag", "workers"), 0),
+            **dict.fromkeys(("lr", "min_lr", "warmup_lr", "weight_decay", "momentum", "betas", "ema"), 0),
+            **dict.fromkeys(("shift", "hflip", "vflip", "reprob", "color_jitter", "mixup", "cutmix", "smoothing"), 0),
+            **dict.fromkeys(("drop_path", "checkpoint_seconds"), 0),
+            **dict.fromkeys(("epochs", "steps", "validate_every", "batch_size", "accumulate", "lr_batch"), 1),
+            **dict.fromkeys(("mix_epochs", "repeats", "devices", "nodes", "train_images", "img_size"), 1),
+            **dict.fromkeys(("short_side", "long_side", "zoom", "zoom_crop", "crop", "stride"), 1),
+        },
+    ),
+    (
+        "above",
+        operator.gt,
+        {
+            **dict.fromkeys(("scale", "ratio", "scale_jitter", "test_scales", "crop_pct", "class_cap"), 0),
+            **dict.fromkeys(("clip_grad", "layer_decay", "decay_rate", "warmup_factor"), 0),
+        },
+    ),
+    (
+        "at most",
+        operator.le,
+        dict.fromkeys(("hflip", "vflip", "reprob", "crop_pct", "class_cap", "layer_decay", "warmup_factor"), 1),
+    ),
+    ("below", operator.lt, dict.fromkeys(("momentum", "betas", "ema", "smoothing", "drop_path"), 1)),
+)
 RANGES = ("scale", "ratio", "zoom_crop", "scale_jitter")
 
 
@@ -310,10 +314,11 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
         for name, value in vars(self).items():
             if any(isinstance(number, float) and not math.isfinite(number) for number in _several(value)):
                 raise UsageError(f"{name} is finite, not {value}.")
-        for name, least in LEAST.items():
-            for number in _several(getattr(self, name)):
-                if number is not None and number < least:
-                    raise UsageError(f"{name} must be at least {least}, not {number}.")
+        for words, holds, limits in LIMITS:
+            for name, limit in limits.items():
+                for number in _several(getattr(self, name)):
+                    if number is not None and not holds(number, limit):
+                        raise UsageError(f"{name} must be {words} {limit}, not {number}.")
         if self.steps and self.cooldown_epochs:
             raise UsageError(f"steps {self.steps} are all of a run: leave out cooldown_epochs {self.cooldown_epochs}.")
         for name in RANGES:

@@ -63,6 +63,9 @@ class Request:
             )
         if self.checkpoints:
             self.refuse("model_args", "joins", "pe", "img_size", because="a checkpoint has its own")
+        for name, option in (("join", "joins"), ("pe", "pe")):
+            if value := self.model_args.get(name):
+                raise UsageError(f"model_args says {name} {value}, which --{option} says: leave it out.")
         if self.images is not None and self.images < 1:
             raise UsageError(f"images must be at least 1, not {self.images}.")
 

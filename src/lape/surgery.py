@@ -306,7 +306,7 @@ def create_model(
         raise
     except OSError as error:  # of the disk, of the network
         raise RunError(f"The weights of {name} cannot be had ({first_line(error)}). Create it without them.") from error
-    except (TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # whatever timm's constructors stumble over
         told = first_line(error)
         raise UsageError(f"{name} does not take these options: {told}. Leave them out, or name a ViT.") from error
     return model if known in MODELS else apply(model, **joined)

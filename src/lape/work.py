@@ -23,6 +23,7 @@ from lape.data.preparation import Finishing, Preparation
 from lape.data.sources import MODES, ImageSource
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation, Dense, Experiment, told
+from lape.hosts import find
 from lape.models import DETECTORS, SEGMENTERS
 from lape.tasks.classification import Classification, Distillation, Named
 from lape.tasks.detection import Detection, Found
@@ -33,6 +34,11 @@ Source = ImageSource | InstanceSource | MapSource
 Task = Classification | Detection | Segmentation
 Answer = Named | Found | Tensor  # a class for the whole, objects, or the class of every pixel (H, W)
 
+# Who says what, in place of the keywords of a model.
+SAID = {
+    **dict.fromkeys(("num_classes", "in_chans"), "the set"),
+    **{"drop_path_rate": "--drop_path", "min_size": "--short_side", "max_size": "--long_side"},
+}
 # What means something to which kind of set.
 OF_CLASSIFICATION = {"train_images", "img_size", "teacher", *(field.name for field in fields(Augmentation))}
 OF_DETECTION = {"hflip", "short_side", "long_side", "zoom", "zoom_crop", "crop"}
@@ -62,15 +68,17 @@ class ClassificationWork:
                 f"{source.name} has a class for each image, and {experiment.model} tells more than that. Take a "
                 "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
             )
-        self.module = module = _created(experiment, source, {"img_size": asked} if asked else {})
+        self.module = module = _created(experiment, source, {"img_size": asked})
         self.size: tuple[int, int] = asked or tuple(module.pretrained_cfg["input_size"][-2:])
-        patch = getattr(module.patch_embed, "multiple_of", module.patch_embed.patch_size)  # a stem may take any size
+        stem: Any = find(module)[0].patch_embed
+        patch = getattr(stem, "multiple_of", stem.patch_size)  # a stem may take any size
         if any(length % step for length, step in zip(self.size, patch, strict=True)):
             raise UsageError(
                 f"{experiment.model} cuts images into patches of {patch[0]}x{patch[1]}, which do not divide "
                 f"{self.size[0]}x{self.size[1]} images of {source.name}. Give --img_size a multiple of {patch[0]}, or "
                 "another model."
             )
+        _refuse_another_answer(experiment, module, (1, source.channels, *self.size), len(source.classes))
 
     def task(self, fabric: Fabric) -> Classification:
         """Create what is learned: the classes, and where there is a teacher its answers.
@@ -294,13 +302,31 @@ def _created(experiment: Experiment, source: Source, options: Mapping[str, Any])
         "in_chans": source.channels,
         "drop_path_rate": experiment.drop_path,
         **options,
-        **experiment.model_args,
     }
     joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm, "start": experiment.start}
-    module: Any = lape.create_model(experiment.model, **joined, **given)
+    for name, value in experiment.model_args.items():
+        if name in given | joined:
+            raise UsageError(f"model_args says {name} {value}, which {SAID.get(name, f'--{name}')} says: leave it out.")
+    module: Any = lape.create_model(experiment.model, **joined, **given, **experiment.model_args)
     if experiment.grad_checkpointing:
         module.set_grad_checkpointing(True)
     return module
+
+
+@torch.no_grad()
+def _refuse_another_answer(experiment: Experiment, module: nn.Module, shape: tuple[int, ...], classes: int) -> None:
+    """Show a model an empty image of a shape (1, C, H, W): its keywords may have made it no classifier."""
+    try:
+        answer = module.eval()(torch.zeros(shape))
+        found = tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    except Exception as error:  # whatever a part of timm's stumbles over
+        found = first_line(error)
+    if found != (1, classes):
+        raise UsageError(
+            f"{experiment.model} with model_args {experiment.model_args} is no classifier of {classes} classes: to an "
+            f"image of {shape[2]}x{shape[3]} it answers {found}. Mend model_args, or take another model."
+        )
+    module.train()
 
 
 def _refuse_foreign(experiment: Experiment, source: Source, known: set[str]) -> None:

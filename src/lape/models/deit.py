@@ -1,5 +1,7 @@
 """DeiT (Touvron et al., arXiv 2012.12877), plain and distilled: timm's models, with the class token of the recipe."""
 
+from typing import Any
+
 from timm.layers.weight_init import trunc_normal_
 from torch import nn
 
@@ -10,4 +12,6 @@ NAMES = tuple(
 
 def as_published(model: nn.Module) -> None:
     """Start the class token as the original does, truncated normal of 0.02; timm starts it at 1e-6."""
-    trunc_normal_(model.get_parameter("cls_token"), std=0.02)
+    token: Any = model.cls_token
+    if token is not None:
+        trunc_normal_(token, std=0.02)
