@@ -31,7 +31,7 @@ def launch(experiment: Experiment) -> Fabric:
             num_nodes=nodes,
             precision=experiment.precision,  # pyright: ignore[reportArgumentType]  # Fabric checks the name
         )
-    except (ValueError, RuntimeError, TypeError) as error:
+    except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise UsageError(f"Fabric does not take these settings: {error}") from error
     _meet_anew(fabric)
     fabric.launch()

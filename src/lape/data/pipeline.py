@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.sources import ImageSource, Split
-from lape.errors import RunError, UsageError
+from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ Key = tuple[int, Tensor]  # epoch, numbers of samples (B,)
 Batch = tuple[Tensor, ...]  # images (B, C, H, W), labels (B,), and where the device augments draws (B, columns)
 Batches = Generator[Batch, None, None]
 
+INTERPOLATIONS = ("bilinear", "bicubic", "random", "nearest", "box", "hamming", "lanczos")
+FILLINGS = ("const", "rand", "pixel")
 SETTLED = {"random": "bicubic"}  # an interpolation by chance, and what validation has in its place
 
 
@@ -160,12 +162,29 @@ class Pictures(Dataset[Batch | Unreadable]):
 
 
 def augmentation(asked: Augmentation, source: ImageSource) -> Augmentation:
-    """What was asked for, filled up with the set's own; raises UsageError for a shift with a random resized crop."""
+    """What was asked for, filled up with the set's own.
+
+    Raises UsageError for a shift with a random resized crop, and for names that timm does not know.
+    """
+    from timm.data.transforms_factory import create_transform
+
     names = Augmentation.__dataclass_fields__
     given = {name: value for name in names if (value := getattr(asked, name)) is not None}
     cropped = given.keys() & {"scale", "ratio"}
     if cropped and given.get("shift"):
         raise UsageError(f"Training images are shifted or cropped, not both: leave out shift or {cropped.pop()}.")
+    if asked.interpolation is not None:
+        choose(dict.fromkeys(INTERPOLATIONS), asked.interpolation, "an interpolation")
+    if asked.remode is not None:
+        choose(dict.fromkeys(FILLINGS), asked.remode, "a filling of what is erased (remode)")
+    if asked.auto_augment:
+        try:
+            create_transform(1, is_training=True, auto_augment=asked.auto_augment)
+        except (AssertionError, ValueError) as error:
+            raise UsageError(
+                f"auto_augment {asked.auto_augment!r} is no policy of timm's ({first_line(error)}). Take one as "
+                "rand-m9-mstd0.5-inc1."
+            ) from error
     filled = asdict(source.augmentation) | given
     return Augmentation(**(filled | {"shift": None} if cropped else filled))
 
