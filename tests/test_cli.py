@@ -172,12 +172,19 @@ def test_compare_takes_the_settings_of_a_run_but_those_that_it_varies(lape):
         (["train", "--pe", "relative", "--join", "lape"], "relative"),
         (["compare", "--joins", "default", "lapee"], "'lape'"),
         (["compare", "--seeds", "0"], "seeds"),
+        (["cost", "--threads", "0"], "threads must be at least 1, not 0"),
         (["eval"], "checkpoint"),
     ],
 )
 def test_a_wrong_request_is_one_line_and_status_2(lape, tmp_path, words, told):
     assert told in refused(lape(*words))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_is_refused_before_a_run_begins(lape, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    status, out, err = lape("compare", "--out", "file")
+    assert (status, out, err) == (1, "", "lape: file: File exists.\n")
 
 
 # Train and eval

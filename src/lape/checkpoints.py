@@ -35,7 +35,7 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
         kept = "the one before it is whole" if path.exists() else "nothing was written"
         raise RunError(
             f"{path} could not be written ({getattr(cause, 'strerror', None) or cause}); {kept}. "
-            "Make room, then go on with --resume."
+            "Make room or name another folder; a run goes on with --resume."
         ) from error
 
 

@@ -219,9 +219,11 @@ def cost(
     from lape.cost import measure
     from lape.report.cost import as_json, explanation, markdown, terminal
 
-    if threads:
+    if threads is not None:
         import torch
 
+        if threads < 1:
+            raise UsageError(f"threads must be at least 1, not {threads}.")
         torch.set_num_threads(threads)
     shown = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:

@@ -150,6 +150,7 @@ def compare(
             f"compare trains each run on one device, several runs at once; devices={base.devices}, nodes={base.nodes} "
             "was received. Leave devices and nodes at 1, start it without torchrun, and set jobs."
         )
+    out.mkdir(parents=True, exist_ok=True)
     source = sources.of(base)  # once, before several processes would download the same files
     results = {plan.combination: _kept(plan) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}
