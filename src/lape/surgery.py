@@ -225,6 +225,11 @@ def _grid(vit: nn.Module, host: Host, given: Grid | None) -> Grid:
             "lape.apply(model, grid=(1, 512)) for sequences of at most 512."
         )
     rows, columns = own or given  # pyright: ignore[reportGeneralTypeIssues]
+    if min(rows, columns) < 1:
+        raise UsageError(
+            f"A model has a row and a column of patches at least; this one has {by((rows, columns))}. Give it larger "
+            "images, or a larger grid."
+        )
     return rows, columns
 
 
