@@ -418,6 +418,7 @@ def test_a_bad_file_is_named_before_the_first_step(kind: Any, fault: Any, tmp_pa
         ({"precision": "bf16-true"}, "would round boxes"),
         ({"zoom_crop": (40, 32)}, "swap them"),
         ({"short_side": (0,)}, "short_side must be at least 1, not 0"),
+        ({"model_args": {"img_size": 3}}, r"its table is for less than one\. Give an img_size of at least"),
     ],
     ids=str,
 )
@@ -431,6 +432,7 @@ def test_what_does_not_go_with_detection_is_refused(changed: dict[str, Any], say
     [
         ({"model": "mask_rcnn_vit_adapter_nano", "model_args": {}}, "does not tell the class of a pixel"),
         ({"zoom": (10,)}, "zoom .* means nothing"),
+        ({"model_args": {"img_size": 3}}, r"its table is for less than one\. Give an img_size of at least"),
         ({"stride": 65}, "stride is at least 1 and at most the side of a window, 64"),
         ({"teacher": "resnet10t"}, "teacher resnet10t means nothing"),
     ],

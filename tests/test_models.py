@@ -166,6 +166,13 @@ def test_a_pe_norm_without_a_norm_is_refused_by_timms_function_too() -> None:
         timm.create_model("cct_2_3x2_32", pe_norm="scale")
 
 
+def test_without_a_class_token_it_is_made_too() -> None:
+    options = {"class_token": False, "global_pool": "avg", "depth": 1, "img_size": 32, "num_classes": 3}
+    model = timm.create_model("deit_tiny_patch16_224", join="lape", **options)
+    assert model.cls_token is None
+    assert lape.ladder(model)[0].attention.shape == (1, 4, 192)
+
+
 def test_joined_models_start_as_the_recipes_say() -> None:
     torch.manual_seed(0)
     deit, cct = timm.create_model("deit_tiny_patch16_224", join="lape"), timm.create_model("cct_7_3x1_32", join="lape")

@@ -274,34 +274,43 @@ class Subject:
 
 
 # Where numbers mean something.
-LIMITS: tuple[tuple[str, Callable[[float, float], bool], Mapping[str, float]], ...] = (
+LIMITS: tuple[tuple[str, Callable[[float, float], bool], int, tuple[str, ...]], ...] = (
     (
         "at least",
         operator.ge,
-        {
-            **dict.fromkeys(("seed", "cooldown_epochs", "warmup_epochs", "warmup_steps", "lr_lag", "workers"), 0),
-            **dict.fromkeys(("lr", "min_lr", "warmup_lr", "weight_decay", "momentum", "betas", "ema"), 0),
-            **dict.fromkeys(("shift", "hflip", "vflip", "reprob", "color_jitter", "mixup", "cutmix", "smoothing"), 0),
-            **dict.fromkeys(("drop_path", "checkpoint_seconds"), 0),
-            **dict.fromkeys(("epochs", "steps", "validate_every", "batch_size", "accumulate", "lr_batch"), 1),
-            **dict.fromkeys(("mix_epochs", "repeats", "devices", "nodes", "train_images", "img_size"), 1),
-            **dict.fromkeys(("short_side", "long_side", "zoom", "zoom_crop", "crop", "stride"), 1),
-        },
+        0,
+        (
+            *("seed", "cooldown_epochs", "warmup_epochs", "warmup_steps", "lr_lag", "workers", "checkpoint_seconds"),
+            *("lr", "min_lr", "warmup_lr", "weight_decay", "momentum", "betas", "ema", "drop_path"),
+            *("shift", "hflip", "vflip", "reprob", "color_jitter", "mixup", "cutmix", "smoothing"),
+        ),
+    ),
+    (
+        "at least",
+        operator.ge,
+        1,
+        (
+            *("epochs", "steps", "validate_every", "batch_size", "accumulate", "lr_batch", "mix_epochs", "repeats"),
+            *("devices", "nodes", "train_images", "img_size"),
+            *("short_side", "long_side", "zoom", "zoom_crop", "crop", "stride"),
+        ),
     ),
     (
         "above",
         operator.gt,
-        {
-            **dict.fromkeys(("scale", "ratio", "scale_jitter", "test_scales", "crop_pct", "class_cap"), 0),
-            **dict.fromkeys(("clip_grad", "layer_decay", "decay_rate", "warmup_factor"), 0),
-        },
+        0,
+        (
+            *("scale", "ratio", "scale_jitter", "test_scales", "crop_pct", "class_cap"),
+            *("clip_grad", "layer_decay", "decay_rate", "warmup_factor"),
+        ),
     ),
     (
         "at most",
         operator.le,
-        dict.fromkeys(("hflip", "vflip", "reprob", "crop_pct", "class_cap", "layer_decay", "warmup_factor"), 1),
+        1,
+        ("hflip", "vflip", "reprob", "crop_pct", "class_cap", "layer_decay", "warmup_factor"),
     ),
-    ("below", operator.lt, dict.fromkeys(("momentum", "betas", "ema", "smoothing", "drop_path"), 1)),
+    ("below", operator.lt, 1, ("momentum", "betas", "ema", "smoothing", "drop_path")),
 )
 RANGES = ("scale", "ratio", "zoom_crop", "scale_jitter")
 
@@ -314,8 +323,8 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
         for name, value in vars(self).items():
             if any(isinstance(number, float) and not math.isfinite(number) for number in _several(value)):
                 raise UsageError(f"{name} is finite, not {value}.")
-        for words, holds, limits in LIMITS:
-            for name, limit in limits.items():
+        for words, holds, limit, names in LIMITS:
+            for name in names:
                 for number in _several(getattr(self, name)):
                     if number is not None and not holds(number, limit):
                         raise UsageError(f"{name} must be {words} {limit}, not {number}.")

@@ -224,12 +224,9 @@ def _grid(vit: nn.Module, host: Host, given: Grid | None) -> Grid:
             f"A {host.name} does not say how many tokens it is for. Give the (rows, columns) of its tokens: "
             "lape.apply(model, grid=(1, 512)) for sequences of at most 512."
         )
+    if given is not None and min(given) < 1:
+        raise UsageError(f"A grid has a row and a column of tokens at least; received grid={given}. Give a larger one.")
     rows, columns = own or given  # pyright: ignore[reportGeneralTypeIssues]
-    if min(rows, columns) < 1:
-        raise UsageError(
-            f"A model has a row and a column of patches at least; this one has {by((rows, columns))}. Give it larger "
-            "images, or a larger grid."
-        )
     return rows, columns
 
 

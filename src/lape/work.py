@@ -25,6 +25,7 @@ from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation, Dense, Experiment, told
 from lape.hosts import find
 from lape.models import DETECTORS, SEGMENTERS
+from lape.positions import by
 from lape.tasks.classification import Classification, Distillation, Named
 from lape.tasks.detection import Detection, Found
 from lape.tasks.segmentation import Inference, Segmentation
@@ -148,6 +149,7 @@ class DetectionWork:
                 f"{', '.join(sorted(DETECTORS))}, or another set."
             )
         self.module = _created(experiment, source, sides)
+        _refuse_a_table_of_no_patch(experiment, self.module)
 
     def task(self, fabric: Fabric) -> Detection:
         """Create what is learned: boxes, classes and masks."""
@@ -190,6 +192,7 @@ class SegmentationWork:
                 f"Take one of {', '.join(sorted(SEGMENTERS))}, or another set."
             )
         self.module = _created(experiment, source, {})
+        _refuse_a_table_of_no_patch(experiment, self.module)
 
     def task(self, fabric: Fabric) -> Segmentation:
         """Create what is learned: the class of every pixel."""
@@ -311,6 +314,16 @@ def _created(experiment: Experiment, source: Source, options: Mapping[str, Any])
     if experiment.grad_checkpointing:
         module.set_grad_checkpointing(True)
     return module
+
+
+def _refuse_a_table_of_no_patch(experiment: Experiment, module: nn.Module) -> None:
+    stem: Any = find(module)[0].patch_embed
+    if min(stem.grid_size) < 1:
+        raise UsageError(
+            f"{experiment.model} cuts images into patches of {by(stem.patch_size)}, and with model_args "
+            f"{experiment.model_args} its table is for less than one. Give an img_size of at least "
+            f"{max(stem.patch_size)}."
+        )
 
 
 @torch.no_grad()
