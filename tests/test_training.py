@@ -304,6 +304,7 @@ def test_other_ways_to_train(tmp_path, changed):
         ({"model_args": {"drop_path_rate": 0.5}}, r"model_args says drop_path_rate 0\.5, which --drop_path says"),
         ({"model_args": {"join": "default"}}, r"model_args says join default, which --join says"),
         ({"model_args": {"features_only": True}}, "is no classifier of 10 classes"),
+        ({"model_args": {"norm_layer": "batchnorm2d"}}, "is no classifier of 10 classes: .* answers expected 4D input"),
         ({"model_args": {"global_pool": ""}}, r"is no classifier of 10 classes: .* answers \(1, 17, 10\)"),
         ({"auto_augment": "xyz"}, r"auto_augment 'xyz' is no policy of timm's \(Unknown AA policy xyz\)"),
         ({"auto_augment": "rand-m-5"}, "auto_augment 'rand-m-5' is no policy of timm's"),
