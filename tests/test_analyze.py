@@ -217,6 +217,7 @@ def test_the_weights_picture_has_three_lines_with_bands_and_one_colour_scale() -
         (["correlation", "runs/no"], "runs/no"),
         (["correlation", "runs/no", "--model", "vit_nano_patch2_8"], "received both"),
         (["correlation", "--model", "vit_nano_patch2_8", "--model_args", '{"join": "lape"}'], "which --joins says"),
+        (["correlation", "--model", "vit_nano_patch2_8", "--model_args", '{"join": null}'], "which --joins says"),
         (["decomposition", "--model", "vit_nano_patch2_8", "--model_args", '{"pe": "none"}'], "which --pe says"),
         (["correlation", "runs/no", "--joins", "lape"], "joins lape means nothing here"),
         (["correlation", "--model", "vit_nano_patch2_8", "--data", "digits"], "looks at no image"),

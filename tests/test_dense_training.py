@@ -418,6 +418,7 @@ def test_a_bad_file_is_named_before_the_first_step(kind: Any, fault: Any, tmp_pa
         ({"precision": "bf16-true"}, "would round boxes"),
         ({"zoom_crop": (40, 32)}, "swap them"),
         ({"short_side": (0,)}, "short_side must be at least 1, not 0"),
+        ({"model_args": {"min_size": 3}}, "model_args says min_size 3, which --short_side says"),
         ({"model_args": {"img_size": 3}}, r"its table is for less than one\. Give an img_size of at least"),
     ],
     ids=str,

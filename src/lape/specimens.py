@@ -19,7 +19,7 @@ from lape.experiment import Experiment
 from lape.hosts import find as transformer
 from lape.method import Grid
 from lape.surgery import create_model, positions
-from lape.work import ClassificationWork, Source, Work, work_of
+from lape.work import ClassificationWork, Source, Work, refuse_said, work_of
 
 BATCH = 8  # images at once, in float64
 
@@ -63,9 +63,7 @@ class Request:
             )
         if self.checkpoints:
             self.refuse("model_args", "joins", "pe", "img_size", because="a checkpoint has its own")
-        for name, option in (("join", "joins"), ("pe", "pe")):
-            if value := self.model_args.get(name):
-                raise UsageError(f"model_args says {name} {value}, which --{option} says: leave it out.")
+        refuse_said(self.model_args, {"join": "--joins", "pe": "--pe"})
         if self.images is not None and self.images < 1:
             raise UsageError(f"images must be at least 1, not {self.images}.")
 

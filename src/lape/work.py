@@ -307,13 +307,18 @@ def _created(experiment: Experiment, source: Source, options: Mapping[str, Any])
         **options,
     }
     joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm, "start": experiment.start}
-    for name, value in experiment.model_args.items():
-        if name in given | joined:
-            raise UsageError(f"model_args says {name} {value}, which {SAID.get(name, f'--{name}')} says: leave it out.")
+    refuse_said(experiment.model_args, {name: SAID.get(name, f"--{name}") for name in given | joined})
     module: Any = lape.create_model(experiment.model, **joined, **given, **experiment.model_args)
     if experiment.grad_checkpointing:
         module.set_grad_checkpointing(True)
     return module
+
+
+def refuse_said(model_args: Mapping[str, Any], by_whom: Mapping[str, str]) -> None:
+    """Raise UsageError for a keyword of a model that the set, or an option of its own, says."""
+    for name, value in model_args.items():
+        if name in by_whom:
+            raise UsageError(f"model_args says {name} {value}, which {by_whom[name]} says: leave it out.")
 
 
 def _refuse_a_table_of_no_patch(experiment: Experiment, module: nn.Module) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lape.work import Source
 
 Read = TypeVar("Read")
-Kind = TypeVar("Kind")  # of split
+SplitType = TypeVar("SplitType")
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 # Whatever else Pillow opens is no picture of a set: PostScript, for one, is a program, which it hands to Ghostscript.
@@ -127,7 +127,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class PictureSource(Generic[Kind]):
+class PictureSource(Generic[SplitType]):
     """A dataset: what is in it, and how its pictures are augmented where nothing else is asked for."""
 
     name: str
@@ -136,8 +136,8 @@ class PictureSource(Generic[Kind]):
     size: tuple[int, int] | None  # (H, W); None where pictures have any size
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Kind
-    validation: Kind
+    train: SplitType
+    validation: SplitType
     augmentation: Augmentation
 
 
