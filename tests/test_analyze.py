@@ -126,7 +126,7 @@ def test_decomposition_of_a_run(lape, runs) -> None:
     assert "On 20 validation images of digits." in " ".join(out.split())
     (model,), table = written("decomposition")
     found = trained(runs / "default", lambda _, own: own)
-    source = digits(None)
+    source = digits(None, True)
     images = (source.validation.some(20).pictures / 255 - source.mean[0]) / source.std[0]
     expected = decomposition(found.work.module, [images])
     assert model["images"] == 20

@@ -14,19 +14,26 @@ import random
 import resource
 import signal
 import struct
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import dense_sets
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+import lape.evaluation
 from lape import cli
+from lape.assembly import launch
 from lape.data.pipeline import Whole
+from lape.errors import UsageError
 from lape.training import Run
 
 SECONDS = 20  # in which a file is refused, on a slow machine
@@ -683,6 +690,146 @@ cases(
 )
 
 
+# Settings that would have something imported, called, fetched or opened
+
+SPECS: dict[str, Any] = {
+    "os.system": {"class_path": "os.system", "init_args": {"command": "touch exploded"}},
+    "subprocess.Popen": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "exploded"]}},
+    "builtins.eval": {"class_path": "builtins.eval", "init_args": {"source": "open('exploded', 'w')"}},
+    "a module beside the file": {"class_path": "besides.Class"},
+    "a module in init_args": {
+        "class_path": "torch.nn.Linear",
+        "init_args": {"in_features": {"class_path": "besides.Class"}},
+    },
+}
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "": lambda spec: {"depth": spec},
+    " nested": lambda spec: {"depth": {"deeper": spec}},
+    " in a list": lambda spec: {"depth": [spec]},
+    " as the whole": lambda spec: spec,
+}
+SPELLED = {f"{name}{place}": wrap(spec) for name, spec in SPECS.items() for place, wrap in WRAPPED.items()}
+FETCHING: dict[str, Change] = {
+    "pretrained": put("model_args", "pretrained", True),
+    "a configuration with an address": put("model_args", "pretrained_cfg", {"url": "http://127.0.0.1:9/exploded"}),
+    "a configuration with a file": put("model_args", "pretrained_cfg", {"file": "exploded.pt"}),
+    "a configuration of the Hub": put("model_args", "pretrained_cfg", {"hf_hub_id": "exploded/exploded"}),
+    "a configuration over another": put("model_args", "pretrained_cfg_overlay", {"file": "exploded.pt"}),
+    "a checkpoint's path": put("model_args", "checkpoint_path", "exploded.pt"),
+    "a cache": put("model_args", "cache_dir", "exploded"),
+    "a name of the Hub": put("model", "hf-hub:exploded/exploded"),
+    "a name of a folder": put("model", "local-dir:exploded"),
+}
+
+
+def _with_module(room: Path) -> Path:
+    _written(room / "besides.py", b"open('exploded', 'w')\n\nclass Class:\n    pass\n")
+    return room
+
+
+def _set_model_args(value: Any) -> Change:
+    return put("model_args", value)
+
+
+def _of_experiment(sound: Sound, room: Path, change: Change) -> Path:
+    """Return a run folder whose settings, results and checkpoints all tell of a changed experiment."""
+    run = _with_module(_copied(sound.run, room))
+    for name in ("best.pt", "last.pt"):
+        state = _loaded(run / name)
+        state["experiment"] = change(state["experiment"])
+        (run / name).write_bytes(_tensors(state))
+    (run / "experiment.json").write_text(json.dumps(change(json.loads((run / "experiment.json").read_text()))))
+    record = json.loads((run / "result.json").read_text())
+    record["experiment"] = change(record["experiment"])
+    (run / "result.json").write_text(json.dumps(record))
+    return run
+
+
+USES: dict[str, Callable[[Sound, Path], list[str]]] = {
+    "eval": lambda sound, run: ["eval", str(run), "--accelerator", "cpu"],
+    "predict": lambda sound, run: ["predict", str(run), str(sound.picture), "--out", "out"],
+    "export": lambda sound, run: ["export", str(run), "--out", "out.safetensors"],
+    "correlation": lambda sound, run: ["analyze", "correlation", str(run), "--out", "out"],
+    "decomposition": lambda sound, run: ["analyze", "decomposition", str(run), "--out", "out"],
+    "resume": lambda sound, run: ["train", "--resume", "--out", str(run)],
+    "report": lambda sound, run: ["report", str(run), "--out", "out.html"],
+    "results": lambda sound, run: ["results", str(run)],
+}
+
+
+def _used(sound: Sound, room: Path, use: str, change: Change) -> Case:
+    run = _of_experiment(sound, room, change)
+    if use == "resume":
+        (run / "result.json").unlink()
+    return Case(run, USES[use](sound, run), named="lape", passes=use in ("report", "results"))  # which make no model
+
+
+for use in USES:
+    cases(
+        f"settings of a run that run code, {use}",
+        ["os.system", *(SPECS if use == "resume" else ())],
+        lambda sound, room, name, use=use: _used(sound, room, use, _set_model_args({"depth": SPECS[name]})),
+    )
+    cases(
+        f"settings of a run that fetch, {use}",
+        FETCHING if use in ("eval", "resume") else ["pretrained", "a name of the Hub"],
+        lambda sound, room, name, use=use: _used(sound, room, use, FETCHING[name]),
+    )
+
+
+def _spelled(room: Path, name: str, command: str) -> Case:
+    file = _written(_with_module(room) / "own.json", json.dumps({"model_args": SPELLED[name]}).encode())
+    return Case(file, [*command.split(), "--config", str(file), "--out", "out"], named="lape")
+
+
+for command in ("train", "compare", "export x.pt", "analyze correlation x.pt"):
+    cases(
+        f"configuration that runs code, {command.split()[0]}",
+        SPELLED if command == "train" else [name for name in SPELLED if name.startswith("os.system")],
+        lambda sound, room, name, command=command: _spelled(room, name, command),
+    )
+
+
+def _extending(room: Path, name: str, extended: bool) -> Case:
+    recipe = _written(_with_module(room) / "own.yaml", json.dumps({"settings": {"model_args": SPELLED[name]}}).encode())
+    if extended:
+        recipe = _written(room / "over.yaml", json.dumps({"extends": str(recipe)}).encode())
+    return Case(recipe, ["train", "--recipe", str(recipe), "--out", "out", "--accelerator", "cpu"], named="lape")
+
+
+for extended in (False, True):
+    cases(
+        "recipe that extends what runs code" if extended else "recipe that runs code",
+        SPECS,
+        lambda sound, room, name, extended=extended: _extending(room, name, extended),
+    )
+
+
+def _of_configuration(sound: Sound, room: Path, config: dict[str, Any]) -> Case:
+    return _exported(_safetensors(sound.weights, json.dumps(config).encode(), _with_module(room)))
+
+
+cases(
+    "configuration of the Hub that runs code",
+    SPECS,
+    lambda sound, room, name: _of_configuration(
+        sound, room, {"architecture": "vit_nano_patch2_8", "model_args": {"depth": SPECS[name]}}
+    ),
+)
+cases(
+    "configuration of the Hub that fetches",
+    FETCHING,
+    lambda sound, room, name: _of_configuration(
+        sound,
+        room,
+        {
+            "architecture" if part == "model" else part: value
+            for part, value in FETCHING[name]({"model": "vit_nano_patch2_8", "model_args": {}}).items()
+        },
+    ),
+)
+
+
 # The law
 
 
@@ -698,6 +845,16 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
             batches.close()
 
     monkeypatch.setattr(Run, "fit", some)
+    monkeypatch.syspath_prepend(tmp_path / "files")  # where a module may lie beside a file
+
+    def fetched(*_: Any, **__: Any) -> None:
+        (tmp_path / "exploded").touch()
+        raise OSError("fetched")
+
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", fetched)
+    monkeypatch.setattr(timm.models._factory, "load_checkpoint", fetched)
+    monkeypatch.setattr(timm.models._factory, "load_model_config_from_hf", fetched)
+    monkeypatch.setattr(timm.models._factory, "load_model_config_from_path", fetched)
     tool = _written(tmp_path / "bin" / "gs", b"#!/bin/sh\ntouch exploded\n")  # Ghostscript, of which Pillow makes use
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
@@ -730,3 +887,53 @@ def test_no_file_runs_code_or_hangs_or_ends_in_a_traceback(name, sound, here, ca
     assert len(told) == 1, err
     assert (case.named or case.file.name) in told[0], told[0]
     assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_no_option_of_any_command_is_made_an_object_of_by_a_file(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(_with_module(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    for option, name in product(cli._hints(cli.COMMANDS[command]), ("os.system", "a module beside the file")):
+        value = {"depth": SPECS[name]} if option == "model_args" else SPECS[name]
+        (tmp_path / "own.json").write_text(json.dumps({option: value}))
+        with suppress(UsageError):
+            cli.parsed([command, "--config", "own.json"])
+    assert not list(tmp_path.rglob("exploded"))
+    assert "besides" not in sys.modules
+
+
+def test_nothing_is_downloaded_to_where_a_checkpoint_says(sound, here, capfd):
+    def elsewhere(experiment: dict[str, Any]) -> dict[str, Any]:
+        return experiment | {"data": "fashion-mnist", "data_dir": str(here / "home")}
+
+    (here / "home").mkdir()
+    run = _of_experiment(sound, here / "files", elsewhere)
+    for words in (USES["eval"](sound, run), USES["decomposition"](sound, run)):
+        assert cli.main(words) != 0
+        assert "lape: " in capfd.readouterr().err
+    assert not list((here / "home").rglob("*"))
+
+
+def test_a_run_is_evaluated_with_the_processes_of_this_machine(sound, here, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lape.evaluation, "launch", lambda experiment: asked.append(experiment) or launch(experiment))
+    run = _of_experiment(sound, here / "files", lambda experiment: experiment | {"devices": 7, "workers": 900})
+    assert cli.main(["eval", str(run)]) == 0
+    assert [(experiment.devices, experiment.workers) for experiment in asked] == [(1, None)]
+
+
+@pytest.mark.parametrize("setting", ["teacher", "teacher_weights", "weights"])
+def test_what_a_resumed_folder_would_have_opened_is_said_again(setting, sound, here, capfd):
+    run = _of_experiment(sound, here / "files", lambda experiment: experiment | {setting: "exploded.pt"})
+    (run / "result.json").unlink()
+    (run / "last.pt").unlink()
+    assert cli.main(["train", "--resume", "--out", str(run)]) == cli.USAGE
+    assert f"add --{setting} exploded.pt" in capfd.readouterr().err
+    assert cli.main(["train", "--resume", "--out", str(run), f"--{setting}", "exploded.pt"]) != 0
+    assert f"add --{setting} exploded.pt" not in capfd.readouterr().err
+
+
+def test_a_run_that_goes_on_does_not_open_what_it_began_with(sound, here):
+    run = _of_experiment(sound, here / "files", lambda experiment: experiment | {"weights": "exploded.pt"})
+    (run / "result.json").unlink()
+    assert cli.main(["train", "--resume", "--out", str(run)]) == 0

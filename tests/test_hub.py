@@ -176,8 +176,11 @@ def test_no_pickle_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ({"architecture": "deit_tiny_patch16_242"}, "is not a model that timm knows. Did you mean"),
         ({"architecture": "local-dir:/elsewhere"}, "is not a model that timm knows"),
         ({"architecture": None}, "describes a model that cannot be made here"),
-        ({"model_args": {"checkpoint_path": "elsewhere.pth"}}, "checkpoint_path would open other files"),
-        ({"model_args": {"pretrained": True}}, "pretrained would open other files"),
+        (
+            {"model_args": {"checkpoint_path": "elsewhere.pth"}},
+            "checkpoint_path in model_args would fetch or open other files",
+        ),
+        ({"model_args": {"pretrained": True}}, "pretrained in model_args would fetch or open other files"),
         ({"model_args": {"join": "lap", "pe": "learnable", "pe_norm": "layernorm"}}, "'lap' is not a join"),
         ({"model_args": {"wings": 2}}, "wings"),
         ({"num_classes": 7, "model_args": {"img_size": 32}}, "of another model"),

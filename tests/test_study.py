@@ -177,7 +177,7 @@ def test_a_kept_analysis_that_is_none_is_made_again(text, runs):
 
 
 def test_without_images_there_is_no_decomposition_and_the_rest_is_there(runs, monkeypatch):
-    def nowhere(*_):
+    def nowhere(*_, **__):
         raise UsageError("There is no such folder.")
 
     monkeypatch.setattr(kept_analyses, "find", nowhere)

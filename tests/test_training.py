@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from lape import checkpoints
 from lape.analyses import brought_back
@@ -533,6 +534,9 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, finished, content):
         evaluate_checkpoint(tmp_path / "nowhere.pt")
 
 
-def test_a_set_of_other_classes_is_refused(finished):
+def test_a_set_of_other_classes_is_refused(finished, tmp_path):
+    for place in ("train/cat", "val/cat"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / place / "0.png")
     with pytest.raises(UsageError, match=r"was trained to tell 10 classes \(0, 1, 2 \.\.\.\) apart"):
-        evaluate_checkpoint(finished[0], data="fashion-mnist")
+        evaluate_checkpoint(finished[0], data=str(tmp_path))

@@ -97,7 +97,7 @@ class _Images:
         if self.missing is not None:
             raise self.missing
         try:
-            self.source = self.source or find(experiment.data, experiment.data_dir)
+            self.source = self.source or find(experiment.data, experiment.data_dir, download=False)
         except (UsageError, RunError) as error:
             self.missing = RunError(f"The decomposition needs images of {experiment.data}. {error}")
             raise self.missing from None

@@ -76,7 +76,7 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
         near = get_close_matches(name, COMMANDS, n=1)
         raise UsageError(f"{name!r} is no command{_did_you_mean(near)}. There are {', '.join(COMMANDS)}.")
     try:
-        chosen = parser.instantiate(parser.parse_args(words))
+        chosen = parser.parse_args(words)
     except ArgumentError as error:
         files = "".join(f" or in {word.partition('=')[2]}" for word in words if word.startswith("--config="))
         place = f"typed{files}: " if files else ""
@@ -105,7 +105,10 @@ def _sections(command: Command) -> list[tuple[type, set[str | int]]]:
 
 
 def _parser() -> ArgumentParser:
-    set_parsing_settings(add_print_completion_argument=True)
+    # Settings are values: none is imported or called, whatever a file of theirs names.
+    set_parsing_settings(
+        add_print_completion_argument=True, import_path_denylist=["*"], instantiate_subclass_spec_in_any=False
+    )
     kind: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": Help}
     parser = ArgumentParser(
         prog="lape",
@@ -201,9 +204,21 @@ def _with_kept_settings(words: list[str]) -> list[str]:
     elif seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
         from lape.checkpoints import kept_settings
 
-        kept_settings(kept)
+        _refuse_opening(kept, kept_settings(kept), words)
         return [f"--config={kept}", *words]
     return words
+
+
+def _refuse_opening(kept: Path, settings: dict[str, Any], words: list[str]) -> None:
+    """Raise UsageError where a run's own settings name what would be fetched or opened: its user says that again."""
+    begun = (kept.parent / "last.pt").exists()  # then the weights that it began with are not needed
+    for name in ("teacher", "teacher_weights", *(() if begun else ("weights",))):
+        value = settings.get(name)
+        if value and not any(word.startswith(f"--{name}=") for word in words):
+            raise UsageError(
+                f"{kept} names {name} {value}, and what a file names is not fetched or opened unasked. If it is yours, "
+                f"add --{name} {value}"
+            )
 
 
 def _refuse_monsters(config: Path) -> None:

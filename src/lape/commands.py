@@ -337,6 +337,7 @@ def analyze(
     checkpoints: list[Path] = [],  # noqa: B006 (only read)
     model: str | None = None,
     model_args: dict[str, Any] = {},  # noqa: B006
+    weights: str | None = None,
     joins: list[str] | None = None,
     pe: str | None = None,
     grid: tuple[int, int] | None = None,
@@ -353,7 +354,8 @@ def analyze(
         what: correlation, or decomposition.
         checkpoints: Runs' best.pt or last.pt, or their folders.
         model: A fresh model instead: one that lape models lists, or a VisionTransformer of timm's.
-        model_args: More keywords for it, as {"pretrained": true}.
+        model_args: More keywords for it, as {"depth": 6}.
+        weights: What it starts from: a file of ours, timm's or the authors', or a name of timm's; default: nothing.
         joins: Ways of joining; nothing: default and lape for correlation, default for decomposition.
         pe: Its position embedding; nothing: its own.
         grid: Correlation: rows and columns of patches; nothing: the model's own.
@@ -369,7 +371,7 @@ def analyze(
     from lape.specimens import ANALYSES, Request
 
     analysis, sheet = choose(ANALYSES, what, "an analysis"), SHEETS[what]
-    asked = Request(checkpoints, model, model_args, joins, pe, grid, data, data_dir, img_size, images, seed)
+    asked = Request(checkpoints, model, model_args, weights, joins, pe, grid, data, data_dir, img_size, images, seed)
     found = list(analysis.find(asked))
     picture = sheet.write(found, out)
     console().print(sheet.terminal(found))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lape.data import pipeline
 from lape.data.pipeline import Batches, Whole
 from lape.data.sources import find
 from lape.errors import RunError, UsageError
-from lape.experiment import Experiment
+from lape.experiment import Experiment, Place
 from lape.work import Source, Task, Work, without_pictures, work_of
 
 
@@ -58,14 +58,17 @@ class Trained:
 def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source], **changed: object) -> Trained:
     """Bring back a checkpoint, or the best one of a run folder, with its experiment's settings but for those changed.
 
-    `source_of` is handed the experiment and its set without pictures, and returns the set that it is wanted for. Raises
-    RunError for a file that is no checkpoint of its model.
+    `source_of` is handed the experiment and its set without pictures, and returns the set that it is wanted for.
+    Devices and workers are not the run's: it may have been computed elsewhere. Raises RunError for a file that is no
+    checkpoint of its model.
     """
     path = checkpoint / BEST if checkpoint.is_dir() else checkpoint
     saved = read(path)
     experiment = Experiment.of(saved["experiment"])
-    experiment = replace(experiment, **{name: value for name, value in changed.items() if value is not None})  # pyright: ignore
-    experiment = replace(experiment, teacher=None, teacher_weights=None)  # it has taught
+    elsewhere = {field.name: field.default for field in fields(Place) if field.name != "data_dir"}
+    taught = {"teacher": None, "teacher_weights": None}
+    asked = {name: value for name, value in changed.items() if value is not None}
+    experiment = replace(experiment, **(elsewhere | taught | asked))
     try:
         own = without_pictures(saved["set"])
     except UsageError as error:
@@ -90,8 +93,10 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
     Raises UsageError for a set of other classes, RunError for a file that is no checkpoint of its model.
     """
 
+    may_download = changed.get("data_dir") is not None  # and never where the checkpoint says
+
     def with_pictures(experiment: Experiment, own: Source) -> Source:
-        source = find(experiment.data, experiment.data_dir)
+        source = find(experiment.data, experiment.data_dir, download=may_download)
         if source.classes != own.classes:
             raise UsageError(
                 f"{checkpoint} was trained to tell {_named(own.classes)} apart, and {source.name} has "

@@ -59,6 +59,29 @@ def _holds(hint: Any, value: Any) -> bool:
     return not inner or all(_holds(inner[0], key) and _holds(inner[1], value[key]) for key in value)
 
 
+# What keywords of timm's begin with that have other files fetched or opened.
+FETCHING = ("pretrained", "checkpoint_path", "cache_dir")
+
+
+def refuse_fetching(model: str, model_args: Mapping[str, Any]) -> None:
+    """Raise UsageError for a model that is not plainly a name of timm's registry and numbers, words and lists for it.
+
+    Settings come from files of others too, and what they name is never fetched, opened, imported or called.
+    """
+    if ":" in model or "/" in model:
+        raise UsageError(
+            f"model is a name of timm's registry, and {brief(model)} would be fetched or opened. Take its architecture "
+            "for model, and its weights for weights."
+        )
+    for name in model_args:
+        if str(name).startswith(FETCHING):
+            raise UsageError(f"{name} in model_args would fetch or open other files. Use --weights in its place.")
+    try:
+        json.dumps(model_args)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"model_args are what JSON can hold, and {brief(model_args)} is not ({error}).") from error
+
+
 @dataclass(frozen=True)
 class Place:
     """Where and how a run is computed (these leave its result as it is, up to rounding)
@@ -310,6 +333,7 @@ LIMITS: tuple[tuple[str, Callable[[float, float], bool], int, tuple[str, ...]], 
         1,
         ("hflip", "vflip", "reprob", "crop_pct", "class_cap", "layer_decay", "warmup_factor"),
     ),
+    ("at most", operator.le, 1024, ("workers", "devices", "nodes")),
     ("below", operator.lt, 1, ("momentum", "betas", "ema", "smoothing", "drop_path")),
 )
 RANGES = ("scale", "ratio", "zoom_crop", "scale_jitter")
@@ -320,6 +344,7 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
     """One training run; the defaults were found for the digits, with the default join and a learnable table."""
 
     def __post_init__(self) -> None:
+        refuse_fetching(self.model, self.model_args)
         for name, value in vars(self).items():
             if any(isinstance(number, float) and not math.isfinite(number) for number in _several(value)):
                 raise UsageError(f"{name} is finite, not {value}.")

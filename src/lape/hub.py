@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lape.checkpoints import load, write
 from lape.errors import RunError, UsageError, choose, first_line
+from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
 from lape.surgery import RECORD, create_model
 from lape.weights import opened
@@ -26,8 +27,8 @@ from lape.weights import opened
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 HEADER = "lape"  # the key of the configuration in the header of a weight file
 JOINED = ("join", "pe", "pe_norm", "start")
-# A configuration names a model and its numbers; what would fetch or open other files is not taken from it.
-_FOREIGN = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+# What timm's description of a model says of where weights are to be had: none of it is taken from a configuration.
+_SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def described(model: nn.Module, known: Known = Known(), **model_args: Any) -> di
         args = get_model_args(model, model_args)
     except ValueError as error:
         raise UsageError(f"{error} Give the keywords that the model was made with, or leave them out.") from error
-    args = {name: value for name, value in args.items() if name not in {*JOINED, *_FOREIGN}} | _joined(model)
+    args = {name: value for name, value in args.items() if name not in JOINED and not name.startswith(FETCHING)}
+    args |= _joined(model)
     shown = filter_pretrained_cfg({**cfg}, remove_source=True)
     shown |= get_model_input_config(model)
     shown |= {name: tuple(value) for name in ("mean", "std") if (value := getattr(known, name)) is not None}
@@ -122,11 +124,10 @@ def made(config: Mapping[str, Any], where: str, **model_args: Any) -> nn.Module:
     try:
         name, args = str(config["architecture"]), {**(config.get("model_args") or {}), **model_args}
         choose(dict.fromkeys(timm.list_models()), name, "a model that timm knows")
-        if foreign := _FOREIGN & args.keys():
-            raise UsageError(f"{', '.join(sorted(foreign))} would open other files.")
+        refuse_fetching(name, args)
         if config.get("num_classes") is not None:
             args.setdefault("num_classes", config["num_classes"])
-        said = {field.name for field in fields(PretrainedCfg)}
+        said = {field.name for field in fields(PretrainedCfg)} - _SOURCES
         cfg = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in said}
         if config.get("label_names"):
             cfg["label_names"] = tuple(config["label_names"])

@@ -1,5 +1,6 @@
 """What is analysed: trained models or fresh ones, with real images where the analysis looks at some."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from lape.data import pipeline
 from lape.data.sources import PHOTOGRAPHS, find
 from lape.errors import UsageError
 from lape.evaluation import trained
-from lape.experiment import Experiment
+from lape.experiment import Experiment, refuse_fetching
 from lape.hosts import find as transformer
 from lape.method import Grid
 from lape.surgery import create_model, positions
+from lape.weights import load_backbone
 from lape.work import ClassificationWork, Source, Work, refuse_said, work_of
 
 BATCH = 8  # images at once, in float64
@@ -45,6 +47,7 @@ class Request:
     checkpoints: Sequence[Path] = ()
     model: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
     joins: Sequence[str] | None = None
     pe: str | None = None
     grid: Grid | None = None
@@ -62,7 +65,8 @@ class Request:
                 "--model deit_tiny_patch16_224."
             )
         if self.checkpoints:
-            self.refuse("model_args", "joins", "pe", "img_size", because="a checkpoint has its own")
+            self.refuse("model_args", "weights", "joins", "pe", "img_size", because="a checkpoint has its own")
+        refuse_fetching(str(self.model or ""), self.model_args)
         refuse_said(self.model_args, {"join": "--joins", "pe": "--pe"})
         if self.images is not None and self.images < 1:
             raise UsageError(f"images must be at least 1, not {self.images}.")
@@ -95,6 +99,7 @@ class Correlating:
         for join in (request.joins or self.joins) if request.model else ():
             pipeline.reseed(pipeline.seed_of(request.seed))
             model = create_model(str(request.model), join=join, pe=request.pe, **request.model_args)
+            _begin(model, request)
             pe = positions(model).scheme.embedding.name
             settings = {"model": request.model, "model_args": dict(request.model_args), "join": join, "pe": pe}
             yield Specimen(join, model, settings | {"seed": request.seed})
@@ -118,7 +123,8 @@ class Decomposing:
 
         def with_pictures(experiment: Experiment, own: Source) -> Source:
             place = None if request.data else experiment.data_dir
-            return _of_the_same_kind(own, find(request.data or experiment.data, request.data_dir or place))
+            place = request.data_dir or place
+            return _of_the_same_kind(own, find(request.data or experiment.data, place, download=not place))
 
         for path in request.checkpoints:
             found = trained(path, with_pictures, devices=1, nodes=1)
@@ -138,12 +144,19 @@ class Decomposing:
                     seed=request.seed,
                 )
                 work = work_of(experiment, source)
+                _begin(work.module, request)
                 work.module.to(launch(experiment).device)
                 pe = positions(work.module).scheme.embedding.name
                 yield _looking(join, work, experiment.settings() | {"pe": pe}, count)
 
 
 ANALYSES = {"decomposition": Decomposing(), "correlation": Correlating()}
+
+
+def _begin(model: nn.Module, request: Request) -> None:
+    """Give a fresh model the weights that are asked for, and say what did not match."""
+    if request.weights:
+        warnings.warn(str(load_backbone(model, request.weights)), stacklevel=2)
 
 
 def _named(checkpoint: Path) -> str:

@@ -85,7 +85,7 @@ def train(
     fabric = launch(experiment)
     claim(folder, experiment, resume)
     if not (folder / RESULT).exists():
-        run = Run(experiment, folder, fabric)
+        run = Run(experiment, folder, fabric, resume)
         if resume:
             run.restore()
         if run.state.step == 0:
@@ -100,12 +100,12 @@ def train(
 class Run:
     """Everything that one training run holds."""
 
-    def __init__(self, experiment: Experiment, folder: Path, fabric: Fabric) -> None:
+    def __init__(self, experiment: Experiment, folder: Path, fabric: Fabric, resume: bool = False) -> None:
         from timm.utils.model_ema import ModelEmaV3
 
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
-            self.source = sources.of(experiment)
+            self.source = sources.of(experiment, download=not resume)
         self.work: Any = work_of(experiment, self.source)
         self.order = Order(
             experiment.seed,
@@ -118,7 +118,8 @@ class Run:
         self.preparation = self.work.preparation(self.order.share, fabric.device)
         with fabric.rank_zero_first(local=True):
             self.task = self.work.task(fabric)
-            self.started = load_backbone(self.work.module, experiment.weights) if experiment.weights else None
+            begins = experiment.weights if not (resume and (folder / LAST).exists()) else None
+            self.started = load_backbone(self.work.module, begins) if begins else None
         self.module = _synchronised(self.work.module, experiment, fabric)
         optimizer = optimizer_of(experiment, self.module)
         self.set_rates = schedule_of(experiment, optimizer, self.order.steps)

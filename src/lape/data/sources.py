@@ -22,6 +22,8 @@ from lape.experiment import Augmentation, Experiment
 if TYPE_CHECKING:
     from lape.work import Source
 
+    Reader = Callable[[Path | None, bool], Source]  # the folder of a set, and whether it may be downloaded to there
+
 Read = TypeVar("Read")
 SplitType = TypeVar("SplitType")
 
@@ -146,7 +148,7 @@ class ImageSource(PictureSource[Split]):
     """A dataset for classification."""
 
 
-def digits(data_dir: Path | None) -> ImageSource:
+def digits(data_dir: Path | None, download: bool) -> ImageSource:
     """scikit-learn's 1,797 digits, 8×8: a fixed third of every class is for validation (1,198 and 599 images)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -162,7 +164,7 @@ def digits(data_dir: Path | None) -> ImageSource:
     return ImageSource("digits", classes, 1, (8, 8), (0.305,), (0.376,), train, validation, DIGITS)
 
 
-def fashion_mnist(data_dir: Path | None) -> ImageSource:
+def fashion_mnist(data_dir: Path | None, download: bool) -> ImageSource:
     """70,000 garments, 28×28: from a folder of IDX files, gzipped or not, or torchvision's download."""
     from torchvision.datasets import FashionMNIST
 
@@ -170,7 +172,7 @@ def fashion_mnist(data_dir: Path | None) -> ImageSource:
     root = data_dir or (DEBIAN_FASHION if DEBIAN_FASHION.is_dir() else CACHE)
     folders = (root, root / "FashionMNIST" / "raw")
     if not any((folder / name).exists() for folder in folders for name in (stem, f"{stem}.gz")):
-        _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), download=True))
+        _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), download=download))
     folder = next(folder for folder in folders if (folder / stem).exists() or (folder / f"{stem}.gz").exists())
     train, validation = (
         Split(
@@ -184,24 +186,29 @@ def fashion_mnist(data_dir: Path | None) -> ImageSource:
     return ImageSource("fashion-mnist", classes, 1, (28, 28), (0.286,), (0.353,), train, validation, GARMENTS)
 
 
-def cifar10(data_dir: Path | None) -> ImageSource:
+def cifar10(data_dir: Path | None, download: bool) -> ImageSource:
     """60,000 objects of 10 classes, 32×32, by torchvision."""
-    return _cifar("cifar10", data_dir, "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    return _cifar("cifar10", data_dir, download, "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
-def cifar100(data_dir: Path | None) -> ImageSource:
+def cifar100(data_dir: Path | None, download: bool) -> ImageSource:
     """60,000 objects of 100 classes, 32×32, by torchvision."""
-    return _cifar("cifar100", data_dir, "CIFAR100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    return _cifar("cifar100", data_dir, download, "CIFAR100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 
 def _cifar(
-    name: str, data_dir: Path | None, reader: str, mean: tuple[float, ...], std: tuple[float, ...]
+    name: str,
+    data_dir: Path | None,
+    download: bool,
+    reader: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> ImageSource:
     from torchvision import datasets
 
     read = getattr(datasets, reader)
     root = data_dir or CACHE
-    train, test = _downloaded(name, root, lambda: [read(root, train=part, download=True) for part in (True, False)])
+    train, test = _downloaded(name, root, lambda: [read(root, train=part, download=download) for part in (True, False)])
     training, validation = (
         Split(title, torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
         for title, part in (("training", train), ("validation", test))
@@ -209,7 +216,7 @@ def _cifar(
     return ImageSource(name, tuple(train.classes), 3, (32, 32), mean, std, training, validation, OBJECTS)
 
 
-def imagenet(data_dir: Path | None) -> ImageSource:
+def imagenet(data_dir: Path | None, download: bool) -> ImageSource:
     """ImageNet-1K as everybody has it: `data_dir` holds train/ and val/ with a folder for each class."""
     if data_dir is None:
         raise UsageError(
@@ -218,12 +225,12 @@ def imagenet(data_dir: Path | None) -> ImageSource:
     return replace(folder(data_dir), name="imagenet")
 
 
-def _of(room: str, name: str) -> "Callable[[Path | None], Source]":
-    """A reader of another room, which is loaded when it is asked for."""
-    return lambda data_dir: getattr(import_module(f"lape.data.{room}"), name)(data_dir)
+def _of(room: str, name: str) -> "Reader":
+    """A reader of another room, which is loaded when it is asked for; its set is not downloaded."""
+    return lambda data_dir, download: getattr(import_module(f"lape.data.{room}"), name)(data_dir)
 
 
-SOURCES: "Mapping[str, Callable[[Path | None], Source]]" = MappingProxyType(
+SOURCES: "Mapping[str, Reader]" = MappingProxyType(
     dict(
         zip(
             SETS,
@@ -286,18 +293,22 @@ def folder(root: Path) -> ImageSource:
     )
 
 
-def find(data: str, data_dir: Path | None = None) -> "Source":
-    """Return the set of that name, or of the folder, by its layout; UsageError where there is neither."""
+def find(data: str, data_dir: Path | None = None, download: bool = True) -> "Source":
+    """Return the set of that name, or of the folder, by its layout; UsageError where there is neither.
+
+    Without `download` a set that is not in `data_dir` is a RunError: what only a file names is not written to. The
+    cache of the user always may be.
+    """
     if data not in SOURCES and Path(data).is_dir():
         return _in(Path(data))
     if data not in SOURCES and Path(data).name != data:
         raise UsageError(f"There is no folder {data}. --data takes one of {', '.join(SOURCES)}, or a folder of images.")
-    return choose(SOURCES, data, "a dataset or a folder")(data_dir)
+    return choose(SOURCES, data, "a dataset or a folder")(data_dir, download or data_dir is None)
 
 
-def of(experiment: Experiment) -> "Source":
+def of(experiment: Experiment, download: bool = True) -> "Source":
     """Return the set of an experiment, with all of its training images or some; raises as `find` and `some` do."""
-    source = find(experiment.data, experiment.data_dir)
+    source = find(experiment.data, experiment.data_dir, download)
     if experiment.train_images and isinstance(source, ImageSource):
         return replace(source, train=source.train.some(experiment.train_images))
     return source
@@ -317,7 +328,7 @@ def _downloaded(name: str, root: Path, read: Callable[[], Read]) -> Read:
         return read()
     except (OSError, RuntimeError) as error:
         raise RunError(
-            f"{root} does not hold {name} whole, and it cannot be downloaded ({error}). Give --data_dir the folder "
+            f"{root} does not hold {name} whole, and it could not be downloaded ({error}). Give --data_dir the folder "
             "that holds its files."
         ) from error
 
