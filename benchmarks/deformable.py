@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 from turns import file, seconds
 
-from lape.cost import ratio
+from lape.analysis.cost import ratio
 from lape.models.deformable import sampled
 
 HEADS, POINTS, DIM = 6, 4, 192

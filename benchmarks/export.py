@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from turns import file, seconds
 
 import lape
-from lape.cost import ratio
+from lape.analysis.cost import ratio
 
 # The join, and whether it is folded.
 CONTENDERS = {

@@ -10,10 +10,10 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from lape.comparison import Asked, compare
 from lape.experiment import Experiment
 from lape.method import JOINS, POSITION_NORMS, TABLES
 from lape.report.progress import Display
+from lape.studies.comparison import Asked, compare
 
 # The learning rate is the best of 1e-3, 2e-3, 4e-3 and 8e-3 for the default join with a learnable table and seed 0.
 BASE = Experiment(

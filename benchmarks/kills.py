@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
-from lape.checkpoints import BEST, LAST, RESULT, SETTINGS, read, write_json
-from lape.curves import CSV
 from lape.experiment import Experiment
-from lape.provenance import provenance
+from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, read, write_json
+from lape.training.curves import CSV
+from lape.training.provenance import provenance
 
 # Whatever a checkpoint must carry is in use, and every step writes one.
 EXPERIMENT = Experiment(

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from jsonargparse import auto_cli
 from turns import file, in_turns
 
-from lape.cost import ratio
+from lape.analysis.cost import ratio
 
 # Processes, and threads of each.
 WAYS = {

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import track
 from turns import file
 
-from lape.cost import Cost, Ratio, counted, measure, ratio
-from lape.provenance import provenance
-from lape.surgery import create_model
+from lape.analysis.cost import Cost, Ratio, counted, measure, ratio
+from lape.surgery.operation import create_model
+from lape.training.provenance import provenance
 
 MODELS = (
     "deit_tiny_patch16_224", "deit_small_patch16_224", "t2t_vit_7", "ceit_tiny_patch16_224", "vit_7_4_32", "cvt_7_4_32",

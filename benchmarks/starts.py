@@ -16,11 +16,11 @@ from typing import NamedTuple
 from jsonargparse import auto_cli
 
 from lape.experiment import Experiment
-from lape.parallel import Done, side_by_side
-from lape.provenance import provenance
 from lape.report import words
-from lape.statistics import Run, Sample, difference
-from lape.study import read
+from lape.studies.parallel import Done, side_by_side
+from lape.studies.statistics import Run, Sample, difference
+from lape.studies.study import read
+from lape.training.provenance import provenance
 
 SEEDS = range(5)
 PRETRAINED = Experiment(
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 def _train(plan: Plan, tell: Callable[[object], None]) -> None:
-    from lape.training import train
+    from lape.training.loop import train
 
     train(plan.experiment, plan.folder, resume=True)
 

@@ -11,7 +11,7 @@ from statistics import median
 from jsonargparse import auto_cli
 from turns import file, seconds
 
-from lape.cost import ratio
+from lape.analysis.cost import ratio
 
 BASE = "import torch"
 CODE = {

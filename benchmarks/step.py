@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from turns import file, in_turns
 
 import lape
-from lape.cost import TrainingStep
+from lape.analysis.cost import TrainingStep
 
 # The first pattern that is found in the name of an operator decides.
 KINDS = {

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from lape.provenance import provenance
+from lape.training.provenance import provenance
 
 
 def seconds(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lape import cli
 from lape.analysis import Correlation, correlation, decomposition
+from lape.analysis.subjects import ANALYSES, Specimen
+from lape.cli import command_line as cli
 from lape.data.sources import digits
-from lape.evaluation import trained
 from lape.report import plots
 from lape.report.analysis import SHEETS
-from lape.specimens import ANALYSES, Specimen
-from lape.surgery import create_model
+from lape.surgery.operation import create_model
+from lape.training.evaluation import trained
 
 SMALL = ["--model-args", '{"depth": 3, "embed_dim": 16, "num_heads": 2}']
 
@@ -253,7 +253,9 @@ def test_every_analysis_has_its_sheet() -> None:
 
 
 def test_help_loads_no_torch() -> None:
-    script = "import sys; from lape.cli import main; main(['analyze', '--help']); print('torch' in sys.modules)"
+    script = (
+        "import sys; from lape.cli.command_line import main; main(['analyze', '--help']); print('torch' in sys.modules)"
+    )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "correlation" in told.stdout
     assert told.stdout.splitlines()[-1] == "False", told.stderr

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from made_up_runs import analysis_of, study_of
 
-from lape.claims import CLAIMS, Finding, Outcome, judged, with_depth
 from lape.method import JOINS, POSITION_NORMS, TABLES
-from lape.statistics import Way, difference
+from lape.studies.claims import CLAIMS, Finding, Outcome, judged, with_depth
+from lape.studies.statistics import Way, difference
 
 LAPE, DEFAULT = Way("lape"), Way("default")
 THREE = {0: 80.0, 1: 81.0, 2: 82.0}

@@ -14,8 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
-from lape import checkpoints, cli
-from lape.training import Run
+from lape.cli import command_line as cli
+from lape.training import checkpoints
+from lape.training.loop import Run
 
 SMALL = ["--model-args", '{"depth": 2, "embed_dim": 16, "num_heads": 2}', "--batch-size", "400", "--accelerator", "cpu"]
 
@@ -66,7 +67,7 @@ OF_FOLDER = ["--data", "pets", "--img-size", "16", "--batch-size", "4", "--epoch
 
 def test_help_teaches_every_command_without_torch():
     script = (
-        "import sys; from lape.cli import main\n"
+        "import sys; from lape.cli.command_line import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print(sorted({'torch', 'timm', 'torchvision', 'lightning_fabric', 'sklearn'} & set(sys.modules)))"
     )

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lape
 from lape.errors import UsageError
-from lape.positions import BIAS_TABLE
+from lape.surgery.positions import BIAS_TABLE
 
 # --- Copies, files, optimisers
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from made_up_runs import BASE, write_run
 
-from lape.analyses import brought_back
-from lape.comparison import Asked, Watch, compare, plans, seeds_of
 from lape.errors import RunError, UsageError
-from lape.statistics import Combination, Point, Run, Sample, Verdict, Way, difference, gaps, rows
-from lape.study import Result, read
+from lape.studies.analysis import brought_back
+from lape.studies.comparison import Asked, Watch, compare, plans, seeds_of
+from lape.studies.statistics import Combination, Point, Run, Sample, Verdict, Way, difference, gaps, rows
+from lape.studies.study import Result, read
 
 T_2 = 4.302652729911275  # Student's 97.5 % point with 2 degrees of freedom, from a printed table
 
@@ -354,7 +354,7 @@ def test_ctrl_c_while_news_is_shown_ends_the_processes_too(tmp_path):
 STOPPABLE = """
 import json, sys
 from pathlib import Path
-from lape.comparison import Asked, Watch, compare
+from lape.studies.comparison import Asked, Watch, compare
 from lape.experiment import Experiment
 class Say(Watch):
     def moves(self, combination, progress):

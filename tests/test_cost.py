@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 
-from lape.cost import Cost, measure, ratio
+from lape.analysis.cost import Cost, measure, ratio
 from lape.errors import UsageError
-from lape.paper import COSTS
 from lape.report.cost import explanation
+from lape.studies.paper import COSTS
 
 
 @pytest.fixture(scope="module")

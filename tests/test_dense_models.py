@@ -11,10 +11,10 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import lape
-from lape.catalogue import entries
 from lape.errors import UsageError
 from lape.hosts import find
 from lape.method import JOINS
+from lape.models.catalogue import entries
 from lape.models.deformable import DeformableAttention, sampled
 from lape.models.segmenter import MaskTransformer, Segmenter, SegmenterViT
 from lape.models.vit_adapter import DETECTION, SEGMENTATION, VARIANTS, ViTAdapter

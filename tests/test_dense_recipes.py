@@ -10,10 +10,11 @@ import torch
 from dense_sets import ade20k, coco
 
 import lape
-from lape import checkpoints, recipes
-from lape.assembly import optimizer_of, schedule_of
+from lape import recipes
 from lape.experiment import Experiment
-from lape.training import train
+from lape.training import checkpoints
+from lape.training.assembly import optimizer_of, schedule_of
+from lape.training.loop import train
 
 NAMES = [name for name in recipes.names() if name.startswith(("coco/", "ade20k/"))]
 EVERY_RECIPE = pytest.mark.parametrize("name", NAMES)

@@ -12,10 +12,10 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from lape.errors import RunError, UsageError
-from lape.evaluation import evaluate
 from lape.tasks.classification import Classification
 from lape.tasks.detection import Detection
 from lape.tasks.segmentation import Inference, Segmentation
+from lape.training.evaluation import evaluate
 
 CLASSES = 4
 

@@ -16,16 +16,18 @@ from dense_sets import ade20k, coco
 from PIL import Image
 
 import lape
-from lape import checkpoints, hosts, results
-from lape.assembly import launch
-from lape.cli import main
+from lape import hosts
+from lape.cli.command_line import main
 from lape.data.sources import find
 from lape.errors import RunError, UsageError
-from lape.evaluation import evaluate_checkpoint, trained
 from lape.experiment import RANGES, Augmentation, Dense, Experiment
-from lape.interruption import Stopped
-from lape.training import Progress, train
-from lape.work import described, without_pictures, work_of
+from lape.studies import results
+from lape.tasks.work import described, without_pictures, work_of
+from lape.training import checkpoints
+from lape.training.assembly import launch
+from lape.training.evaluation import evaluate_checkpoint, trained
+from lape.training.interruption import Stopped
+from lape.training.loop import Progress, train
 
 PLAIN = {"accelerator": "cpu", "workers": 0, "weight_decay": 0.05, "warmup_epochs": 0.0, "drop_path": 0.0}
 SMALL_PYRAMID = {"embed_dim": 24, "depth": 2, "num_heads": 2, "interactions": [[0, 0], [1, 1]], "deform_heads": 2}

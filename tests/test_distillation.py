@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 
-from lape import checkpoints
 from lape.errors import RunError, UsageError
-from lape.evaluation import evaluate_checkpoint
 from lape.experiment import Experiment
 from lape.tasks.classification import Distillation
-from lape.training import Run, launch, train
+from lape.training import checkpoints
+from lape.training.evaluation import evaluate_checkpoint
+from lape.training.loop import Run, launch, train
 
 TEACHER = "test_efficientnet"
 STUDENT = Experiment(

@@ -14,10 +14,12 @@ from tiny_hosts import host, images, shaken
 from torch import Tensor, nn
 
 import lape
-from lape import cli, exporting, hub, surgery
+from lape.cli import command_line as cli
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
-from lape.training import train
+from lape.sharing import exporting, hub
+from lape.surgery import operation as surgery
+from lape.training.loop import train
 
 onnx = pytest.importorskip("onnx")
 BOTH = pytest.mark.parametrize("suffix", exporting.FORMATS)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from lape import checkpoints
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.method import JOINS, POSITION_EMBEDDINGS, scheme
-from lape.training import Run, launch, train
+from lape.training import checkpoints
+from lape.training.loop import Run, launch, train
 
 
 @pytest.fixture

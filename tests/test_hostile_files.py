@@ -29,12 +29,12 @@ import timm
 import torch
 from PIL import Image
 
-import lape.evaluation
-from lape import cli
-from lape.assembly import launch
+import lape.training.evaluation
+from lape.cli import command_line as cli
 from lape.data.pipeline import Whole
 from lape.errors import UsageError
-from lape.training import Run
+from lape.training.assembly import launch
+from lape.training.loop import Run
 
 SECONDS = 20  # in which a file is refused, on a slow machine
 MEMORY = 1 << 30  # bytes that refusing it may take more than everything before
@@ -916,7 +916,9 @@ def test_nothing_is_downloaded_to_where_a_checkpoint_says(sound, here, capfd):
 
 def test_a_run_is_evaluated_with_the_processes_of_this_machine(sound, here, monkeypatch):
     asked = []
-    monkeypatch.setattr(lape.evaluation, "launch", lambda experiment: asked.append(experiment) or launch(experiment))
+    monkeypatch.setattr(
+        lape.training.evaluation, "launch", lambda experiment: asked.append(experiment) or launch(experiment)
+    )
     run = _of_experiment(sound, here / "files", lambda experiment: experiment | {"devices": 7, "workers": 900})
     assert cli.main(["eval", str(run)]) == 0
     assert [(experiment.devices, experiment.workers) for experiment in asked] == [(1, None)]

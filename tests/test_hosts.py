@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 import lape
 from lape.errors import UsageError
 from lape.hosts import find
-from lape.surgery import positions
+from lape.surgery.operation import positions
 
 TRANSFORMERS = [name for name in FOREIGN if type(untouched(name)).__module__.startswith("transformers")]
 WITH_TABLE = [name for name, tiny in FOREIGN.items() if tiny.table]

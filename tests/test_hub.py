@@ -23,8 +23,8 @@ from tiny_hosts import SCHEMES, TINY, shaken
 from torch import nn
 
 import lape
-from lape import hub
 from lape.errors import RunError, UsageError
+from lape.sharing import hub
 
 NAME = "deit_tiny_patch16_224"
 OTHERS = ("segmenter_nano_patch8", "mask_rcnn_vit_adapter_nano")
@@ -281,7 +281,7 @@ def stand_in(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
 
 ON_THE_HUB = """
 import sys, timm, torch, lape, huggingface_hub
-from lape import cli
+from lape.cli import command_line as cli
 folder, x = sys.argv[1], torch.load(sys.argv[2])
 model = lape.from_pretrained(folder)
 print(lape.push_to_hub(model, "user/pets", token="hf_stand_in"))

@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from lape import checkpoints
-from lape.curves import Curves
 from lape.errors import RunError
-from lape.training import train
+from lape.training import checkpoints
+from lape.training.curves import Curves
+from lape.training.loop import train
 
 
 def _benchmark(name: str) -> ModuleType:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import lape
 from lape.errors import UsageError
 from lape.method import JOINS
-from lape.models import MODELS, PAPER
-from lape.positions import BIAS_TABLE
-from lape.surgery import positions
+from lape.models.registry import MODELS, PAPER
+from lape.surgery.operation import positions
+from lape.surgery.positions import BIAS_TABLE
 
 # One small model of every family, on images that are not square.
 SMALL: dict[str, dict[str, Any]] = {

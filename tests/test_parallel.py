@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lape.errors import RunError, UsageError
-from lape.parallel import Done, Told, side_by_side
+from lape.studies.parallel import Done, Told, side_by_side
 
 
 def echo(task, tell):

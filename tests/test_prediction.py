@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lape import checkpoints, evaluation, training
-from lape.cli import main
-from lape.evaluation import evaluate_checkpoint
+from lape.cli.command_line import main
 from lape.experiment import Experiment
-from lape.prediction import Predicted, files_of, predict
 from lape.report import prediction
 from lape.report.prediction import VEIL, colour, drawn, line
 from lape.tasks.classification import Named
 from lape.tasks.detection import Found
-from lape.training import train
+from lape.training import checkpoints, evaluation
+from lape.training import loop as training
+from lape.training.evaluation import evaluate_checkpoint
+from lape.training.loop import train
+from lape.training.prediction import Predicted, files_of, predict
 
 CLASSES = ("ant", "bee", "cat", "dog", "emu", "fox")
 
@@ -320,7 +321,7 @@ def test_eval_says_every_measure_by_its_title(
 def test_every_option_of_predict_reaches_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lape.prediction.predict", noting(told, "checkpoint", "pictures", "threshold"))
+    monkeypatch.setattr("lape.training.prediction.predict", noting(told, "checkpoint", "pictures", "threshold"))
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     main(["predict", "runs/a", "b.png", "a.png"])
@@ -361,7 +362,7 @@ def test_pictures_are_kept_under_numbers_that_sort_in_their_order(
 
 @pytest.mark.parametrize("name", ["a, b.png", "IMG #1.png", "[x].png", "a: b.png", "2019", "true", "null"])
 def test_a_file_may_have_any_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lape.cli import parsed
+    from lape.cli.command_line import parsed
 
     for words in (["predict", "runs/x", name], ["predict", "runs/x", "--pictures", name], ["results", name]):
         _, given = parsed(words)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lape
 from lape.errors import UsageError
-from lape.surgery import positions
+from lape.surgery.operation import positions
 
 JOINS = pytest.mark.parametrize("join", ["lape", "lape-sharing"])
 

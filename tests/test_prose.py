@@ -36,7 +36,7 @@ def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 @EVERY_PAGE
 def test_the_commands_of_a_page_are_understood(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from lape.cli import parsed
+    from lape.cli.command_line import parsed
 
     for line in re.findall(r"^(?:\$ )?(?:\.venv/bin/)?lape (.+)$", page.read_text(), flags=re.M):
         parsed(line.split("  #")[0].split())

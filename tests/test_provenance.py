@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lape import provenance
+from lape.training import provenance
 
 
 def git(root: Path, *words: str) -> str:

@@ -15,14 +15,15 @@ import torch
 from PIL import Image
 from test_schedule import rates
 
-from lape import checkpoints, recipes
-from lape.cli import parsed
+from lape import recipes
+from lape.cli.command_line import parsed
 from lape.data import sources
 from lape.errors import UsageError
 from lape.experiment import RANGES
-from lape.models import MODELS
-from lape.training import train
-from lape.work import work_of
+from lape.models.registry import MODELS
+from lape.tasks.work import work_of
+from lape.training import checkpoints
+from lape.training.loop import train
 
 PAPER = json.loads((Path(__file__).parent / "paper_results.json").read_text())
 NAMES = [name for name in recipes.names() if recipes.load(name).paper]

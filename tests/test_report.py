@@ -16,14 +16,15 @@ import torch
 from made_up_runs import BASE, analysis_of, study_of
 from rich.console import Console
 
-from lape import paper, recipes, report
+from lape import recipes, report
 from lape.analysis import Correlation
-from lape.claims import CLAIMS
 from lape.errors import RunError
 from lape.method import POSITION_NORMS
 from lape.report import cost, page, plots, progress, tables, words
-from lape.statistics import Combination, Way
-from lape.training import Progress
+from lape.studies import paper
+from lape.studies.claims import CLAIMS
+from lape.studies.statistics import Combination, Way
+from lape.training.loop import Progress
 
 GAIN = {  # lape minus default: 4, 2, 3 with a half width of 4.303/√3 = 2.484; and 1, 1, 1
     ("default", "learnable"): {0: 92.0, 1: 90.0, 2: 91.0},

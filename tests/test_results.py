@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lape import recipes, results
-from lape.catalogue import entries, names
-from lape.cli import main
+from lape import recipes
+from lape.cli.command_line import main
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
-from lape.models import MODELS
+from lape.models.catalogue import entries, names
+from lape.models.registry import MODELS
 from lape.report.results import cells, markdown, remarks
+from lape.studies import results
 
 CCT = "cifar100/cct_7_3x1_32"
 

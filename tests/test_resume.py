@@ -12,10 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lape import checkpoints
 from lape.experiment import Experiment
-from lape.interruption import Stopped
-from lape.training import train
+from lape.training import checkpoints
+from lape.training.interruption import Stopped
+from lape.training.loop import train
 
 # Whatever a checkpoint must carry is in use: dropout of paths, mixing, averaging, clipping, augmentation by timm.
 EXPERIMENT = Experiment(
@@ -169,7 +169,7 @@ def test_the_scale_of_half_precision_is_taken_up(tmp_path, monkeypatch):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
         return Fabric(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
 
-    monkeypatch.setattr("lape.training.launch", launch)
+    monkeypatch.setattr("lape.training.loop.launch", launch)
     half = replace(EXPERIMENT, precision="16-mixed", workers=0)
     train(half, tmp_path / "whole")
     scale = checkpoints.read(tmp_path / "whole" / checkpoints.LAST)["precision"]

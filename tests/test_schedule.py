@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lape.assembly import optimizer_of, schedule_of
 from lape.errors import UsageError
 from lape.experiment import Experiment
+from lape.training.assembly import optimizer_of, schedule_of
 
 STEPS = 4  # in an epoch
 

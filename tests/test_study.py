@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from made_up_runs import BASE, write_run
 
-from lape import analyses as kept_analyses
-from lape.analyses import analysed, brought_back
 from lape.analysis import correlation
-from lape.cli import main
+from lape.cli.command_line import main
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
-from lape.statistics import Combination, Way
-from lape.study import gather, read
-from lape.training import train
+from lape.studies import analysis as kept_analyses
+from lape.studies.analysis import analysed, brought_back
+from lape.studies.statistics import Combination, Way
+from lape.studies.study import gather, read
+from lape.training.loop import train
 
 LAPE, DEFAULT = Way("lape"), Way("default")
 TINY = replace(BASE, epochs=1, batch_size=400, accelerator="cpu")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lape
 from lape.errors import RunError, UsageError
 from lape.hosts import HOSTS, TIMM, TRANSFORMERS_4, class_names
-from lape.surgery import positions
+from lape.surgery.operation import positions
 
 # --- Every pre-norm VisionTransformer
 

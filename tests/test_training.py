@@ -18,15 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from lape import checkpoints
-from lape.analyses import brought_back
-from lape.assembly import optimizer_of
 from lape.errors import RunError, UsageError
-from lape.evaluation import evaluate_checkpoint
 from lape.experiment import Experiment, Place
-from lape.interruption import Stopped
-from lape.study import read
-from lape.training import Run, _synchronised, launch, train
+from lape.studies.analysis import brought_back
+from lape.studies.study import read
+from lape.training import checkpoints
+from lape.training.assembly import optimizer_of
+from lape.training.evaluation import evaluate_checkpoint
+from lape.training.interruption import Stopped
+from lape.training.loop import Run, _synchronised, launch, train
 
 TINY = Experiment(
     model_args={"depth": 2, "embed_dim": 16, "num_heads": 2},

@@ -9,7 +9,7 @@ import torch.distributed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lape.positions import BIAS_TABLE
+from lape.surgery.positions import BIAS_TABLE
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 # One of every kind of host: prefix tokens, tables with and without their rows, blocks, norms, pools.

@@ -7,36 +7,36 @@ lape.apply(model)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lape.registration import register
+from lape.models.registration import register
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lape.errors import RunError, UsageError
-    from lape.exporting import export
     from lape.hosts import Block, Host
-    from lape.hub import Known, from_pretrained, push_to_hub, save_pretrained
-    from lape.surgery import apply, create_model, fold, ladder, remove
+    from lape.sharing.exporting import export
+    from lape.sharing.hub import Known, from_pretrained, push_to_hub, save_pretrained
+    from lape.surgery.operation import apply, create_model, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
 # Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
 _ROOMS = {
     "Block": "hosts",
     "Host": "hosts",
-    "Known": "hub",
+    "Known": "sharing.hub",
     "RunError": "errors",
     "UsageError": "errors",
-    "apply": "surgery",
-    "create_model": "surgery",
-    "export": "exporting",
-    "fold": "surgery",
-    "from_pretrained": "hub",
-    "ladder": "surgery",
+    "apply": "surgery.operation",
+    "create_model": "surgery.operation",
+    "export": "sharing.exporting",
+    "fold": "surgery.operation",
+    "from_pretrained": "sharing.hub",
+    "ladder": "surgery.operation",
     "load_backbone": "weights",
     "load_weights": "weights",
-    "push_to_hub": "hub",
-    "remove": "surgery",
-    "save_pretrained": "hub",
+    "push_to_hub": "sharing.hub",
+    "remove": "surgery.operation",
+    "save_pretrained": "sharing.hub",
 }
 
 __all__ = [

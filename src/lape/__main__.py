@@ -2,6 +2,6 @@
 
 import sys
 
-from lape.cli import main
+from lape.cli.command_line import main
 
 sys.exit(main())

@@ -20,8 +20,8 @@ from lape.errors import RunError, UsageError, first_line
 from lape.hosts import RECORD, Host, find, grid_of
 from lape.hosts import read as read_entry
 from lape.method import POSITION_EMBEDDINGS, Grid
-from lape.positions import BIAS_TABLE, Positions, resized_bias_table
-from lape.view import View
+from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
+from lape.surgery.view import View
 
 Weights = dict[str, Tensor]
 
@@ -279,7 +279,7 @@ def _pretrained(source: str | Path | Mapping[str, Any]) -> tuple[Weights, str]:
         return _of_timm(str(source)), str(source)
     stored = opened(path)
     if isinstance(stored, Mapping) and {"experiment", "model"} <= stored.keys():  # of a run of ours
-        from lape.evaluation import judged_weights
+        from lape.training.evaluation import judged_weights
 
         stored = judged_weights(stored)
     return _state(stored, path), str(source)

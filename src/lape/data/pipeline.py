@@ -21,7 +21,7 @@ from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation
 
 if TYPE_CHECKING:
-    from lape.work import Source
+    from lape.tasks.work import Source
 
 Key = tuple[int, Tensor]  # epoch, numbers of samples (B,)
 Batch = tuple[Tensor, ...]  # images (B, C, H, W), labels (B,), and where the device augments draws (B, columns)

@@ -20,7 +20,7 @@ from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation, Experiment
 
 if TYPE_CHECKING:
-    from lape.work import Source
+    from lape.tasks.work import Source
 
     Reader = Callable[[Path | None, bool], Source]  # the folder of a set, and whether it may be downloaded to there
 

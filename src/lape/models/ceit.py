@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lape.errors import UsageError
 from lape.method import Grid
 from lape.models.stem import Size, Stem, Step
-from lape.view import View
+from lape.surgery.view import View
 
 CONVOLUTION, POOLING = Step(7, 2, 3), Step(3, 2, 1)
 

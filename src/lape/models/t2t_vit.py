@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lape.method import sinusoidal_1d
 from lape.models.stem import Size, Stem, Step
-from lape.view import View
+from lape.surgery.view import View
 
 SOFT_SPLITS = (Step(7, 4, 2), Step(3, 2, 1), Step(3, 2, 1))
 EPSILON = 1e-8

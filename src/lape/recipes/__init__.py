@@ -18,7 +18,7 @@ import yaml
 
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment, told
-from lape.measures import TITLES
+from lape.tasks.measures import TITLES
 
 HERE = Path(__file__).parent
 SHARED = "families"  # parts of recipes, no rows

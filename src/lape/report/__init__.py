@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lape.report.plots import Maps
-    from lape.study import Study
+    from lape.studies.study import Study
 
 
 def maps(study: "Study") -> "dict[str, Maps]":
@@ -15,10 +15,10 @@ def maps(study: "Study") -> "dict[str, Maps]":
 
     Ways and models that position correlation is not defined for are left out.
     """
-    from lape.analyses import correlation_of
     from lape.errors import RunError, UsageError
     from lape.method import POSITION_EMBEDDINGS
     from lape.report.plots import Maps, panels
+    from lape.studies.analysis import correlation_of
 
     found = {}
     for panel in panels(study):
@@ -40,8 +40,8 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
 
     `maps` are by panel. Raises RunError where the disk refuses.
     """
-    from lape import checkpoints
     from lape.report import page, plots, tables
+    from lape.training import checkpoints
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {
@@ -66,10 +66,10 @@ def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: 
 
     Raises RunError where the disk refuses.
     """
-    from lape import checkpoints
     from lape.errors import RunError
     from lape.report import page, tables
     from lape.report.cost import filed
+    from lape.training import checkpoints
 
     measured, missing = [], dict(left_out)
     for file in costs:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lape.analysis import Correlation, Decomposition
-from lape.checkpoints import write, write_text
+from lape.analysis.subjects import Specimen
 from lape.errors import UsageError
-from lape.positions import by
-from lape.provenance import provenance
 from lape.report import plots
 from lape.report.words import as_markdown
-from lape.specimens import Specimen
+from lape.surgery.positions import by
+from lape.training.checkpoints import write, write_text
+from lape.training.provenance import provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

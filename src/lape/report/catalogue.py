@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lape.catalogue import Entry
+from lape.models.catalogue import Entry
 from lape.recipes import Recipe
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from lape.cost import Cost, ratio
+from lape.analysis.cost import Cost, ratio
 from lape.errors import RunError
-from lape.paper import COSTS
-from lape.provenance import provenance
 from lape.report.words import as_markdown, duration
+from lape.studies.paper import COSTS
+from lape.training.provenance import provenance
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.analyses import IMAGES
 from lape.report import cost, plots, tables, words
-from lape.statistics import BASELINE
-from lape.study import Study
+from lape.studies.analysis import IMAGES
+from lape.studies.statistics import BASELINE
+from lape.studies.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

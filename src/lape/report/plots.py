@@ -8,8 +8,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from lape.analysis import Correlation, Decomposition
-from lape.statistics import BASELINE, LAPE, Run, Way
-from lape.study import Study
+from lape.studies.statistics import BASELINE, LAPE, Run, Way
+from lape.studies.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

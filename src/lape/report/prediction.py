@@ -7,9 +7,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lape.prediction import Predicted
 from lape.tasks.classification import Named
 from lape.tasks.detection import Found
+from lape.training.prediction import Predicted
 
 VEIL = 0.5  # share of its class's colour in a pixel
 MARGIN = 6  # pixels

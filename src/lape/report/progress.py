@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Self
 
-from lape.comparison import Watch
-from lape.statistics import Combination
-from lape.study import Result
+from lape.studies.comparison import Watch
+from lape.studies.statistics import Combination
+from lape.studies.study import Result
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-    from lape.training import Progress
+    from lape.training.loop import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 

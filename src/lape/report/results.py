@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from lape.provenance import provenance
 from lape.report import words
-from lape.results import Results, Row
+from lape.studies.results import Results, Row
+from lape.training.provenance import provenance
 
 if TYPE_CHECKING:
     from rich.console import Group

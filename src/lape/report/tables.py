@@ -9,16 +9,16 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from lape import paper
-from lape.claims import Finding, judged
 from lape.report import words
-from lape.statistics import BASELINE, Row, Way
-from lape.study import VARIED, Study
+from lape.studies import paper
+from lape.studies.claims import Finding, judged
+from lape.studies.statistics import BASELINE, Row, Way
+from lape.studies.study import VARIED, Study
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from lape.analyses import Analysis, Numbers
+    from lape.studies.analysis import Analysis, Numbers
 
 
 Columns = dict[str, Callable[[Row], str]]

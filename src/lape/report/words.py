@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lape.claims import Finding, Outcome, judged
 from lape.experiment import Experiment
-from lape.statistics import BASELINE, LAPE, Difference, Row, Run, Sample, Verdict
-from lape.study import VARIED, LeftOut, Study
+from lape.studies.claims import Finding, Outcome, judged
+from lape.studies.statistics import BASELINE, LAPE, Difference, Row, Run, Sample, Verdict
+from lape.studies.study import VARIED, LeftOut, Study
 
 
 def listed(names: Iterable[object]) -> str:

@@ -20,19 +20,19 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from lape.assembly import launch, optimizer_of, schedule_of
-from lape.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, refuse_other, save, write_json
-from lape.curves import Curves
 from lape.data import pipeline, sources
 from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
 from lape.errors import RunError, UsageError, first_line
-from lape.evaluation import evaluate
 from lape.experiment import Experiment, told
-from lape.interruption import Stopped, signals
-from lape.measures import TITLES
-from lape.provenance import provenance
+from lape.tasks.measures import TITLES
+from lape.tasks.work import described, work_of
+from lape.training.assembly import launch, optimizer_of, schedule_of
+from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, refuse_other, save, write_json
+from lape.training.curves import Curves
+from lape.training.evaluation import evaluate
+from lape.training.interruption import Stopped, signals
+from lape.training.provenance import provenance
 from lape.weights import load_backbone
-from lape.work import described, work_of
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
 SECONDS_BETWEEN_REPORTS = 0.1

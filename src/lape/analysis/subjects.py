@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lape.analysis import Correlation, Decomposition, correlation, decomposition
-from lape.assembly import launch
-from lape.checkpoints import BEST
 from lape.data import pipeline
 from lape.data.sources import PHOTOGRAPHS, find
 from lape.errors import UsageError
-from lape.evaluation import trained
 from lape.experiment import Experiment, refuse_fetching
 from lape.hosts import find as transformer
 from lape.method import Grid
-from lape.surgery import create_model, positions
+from lape.surgery.operation import create_model, positions
+from lape.tasks.work import ClassificationWork, Source, Work, refuse_said, work_of
+from lape.training.assembly import launch
+from lape.training.checkpoints import BEST
+from lape.training.evaluation import trained
 from lape.weights import load_backbone
-from lape.work import ClassificationWork, Source, Work, refuse_said, work_of
 
 BATCH = 8  # images at once, in float64
 

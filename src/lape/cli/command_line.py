@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lape import __version__
-from lape.commands import COMMANDS, Command, first_process, say
+from lape.cli.commands import COMMANDS, Command, first_process, say
 from lape.errors import RunError, UsageError
 from lape.experiment import SECTIONS, Experiment
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say("lape: stopped.", error=True)
         return INTERRUPTED
     except SystemExit as error:
-        message = getattr(error, "message", None)  # lape.interruption.Stopped has one
+        message = getattr(error, "message", None)  # lape.training.interruption.Stopped has one
         if message and first_process():
             say(f"lape: {message}", error=True)
         return error.code if isinstance(error.code, int) else FAILURE
@@ -202,7 +202,7 @@ def _with_kept_settings(words: list[str]) -> list[str]:
     if seen.config:
         _refuse_monsters(Path(seen.config))
     elif seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
-        from lape.checkpoints import kept_settings
+        from lape.training.checkpoints import kept_settings
 
         _refuse_opening(kept, kept_settings(kept), words)
         return [f"--config={kept}", *words]

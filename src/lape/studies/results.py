@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lape import recipes, study
+from lape import recipes
 from lape.errors import UsageError
 from lape.experiment import Experiment
-from lape.measures import TITLES
 from lape.recipes import Recipe
-from lape.statistics import Sample
+from lape.studies import study
+from lape.studies.statistics import Sample
+from lape.tasks.measures import TITLES
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from lape.assembly import launch
-from lape.checkpoints import BEST, load, read
 from lape.data import pipeline
 from lape.data.pipeline import Batches, Whole
 from lape.data.sources import find
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment, Place
-from lape.work import Source, Task, Work, without_pictures, work_of
+from lape.tasks.work import Source, Task, Work, without_pictures, work_of
+from lape.training.assembly import launch
+from lape.training.checkpoints import BEST, load, read
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.checkpoints import RESULT
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
-from lape.measures import TITLES
-from lape.statistics import LAPE, Combination, Gap, Point, Row, Run, Way, gaps, rows
+from lape.studies.statistics import LAPE, Combination, Gap, Point, Row, Run, Way, gaps, rows
+from lape.tasks.measures import TITLES
+from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
-    from lape.analyses import Analysis
+    from lape.studies.analysis import Analysis
 
 LeftOut = Mapping[str, Sequence[tuple[Way, str]]]  # ways and tables, by the reason
 VARIED = ("join", "pe", "pe_norm", "start", "seed")

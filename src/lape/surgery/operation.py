@@ -27,7 +27,7 @@ from lape.method import (
     Rung,
     scheme,
 )
-from lape.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Layer, Positions, by, place
+from lape.surgery.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Layer, Positions, by, place
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -296,7 +296,7 @@ def create_model(
     """
     import timm
 
-    from lape.models import MODELS
+    from lape.models.registry import MODELS
 
     known = name.partition(".")[0]
     if "/" not in name and ":" not in name:

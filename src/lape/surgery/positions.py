@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lape.errors import UsageError
 from lape.hosts import Host, grid_of, pair, parts, read, table_of
 from lape.method import Grid, PositionNorm, Rung, Scheme
-from lape.view import View
+from lape.surgery.view import View
 
 BIAS_TABLE = "relative_position_bias_table"
 BIAS_OWN = "relative_position"  # holds the bias's norm as `pe_norm`: a block may have one for its table too

@@ -22,7 +22,7 @@ class Entry:
 
 def names(patterns: Sequence[str]) -> list[str]:
     """Return the models whose name fits one of the patterns, or all; UsageError where there is none."""
-    from lape.models import MODELS
+    from lape.models.registry import MODELS
 
     found = [name for name in MODELS if not patterns or any(fnmatch(name, f"*{pattern}*") for pattern in patterns)]
     if not found:
@@ -37,9 +37,9 @@ def entries(chosen: Iterable[str]) -> Iterator[Entry]:
     from timm.models import get_pretrained_cfg
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lape.models import PAPER
     from lape.models.mask_rcnn import MaskRCNN
-    from lape.surgery import joins_of
+    from lape.models.registry import PAPER
+    from lape.surgery.operation import joins_of
 
     for name in chosen:
         cfg: Any = get_pretrained_cfg(name)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lape import recipes
-from lape.statistics import Way
-from lape.study import Study, combination
+from lape.studies.statistics import Way
+from lape.studies.study import Study, combination
 
 
 class TrainingCost(NamedTuple):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import lape
-from lape import hub
-from lape.checkpoints import load
 from lape.errors import RunError, UsageError, first_line
 from lape.models.mask_rcnn import MaskRCNN
+from lape.sharing import hub
+from lape.training.checkpoints import load
 
 # The largest difference of an output that a file may have, beside the model's largest: other kernels round otherwise,
 # by some 1e-6; another function differs by more than this.
@@ -155,8 +155,8 @@ def brought_back(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]
     """
     if source.suffix == ".safetensors" or (source / hub.CONFIG).exists():
         return hub.from_pretrained(source, **model_args), hub.Known()
-    from lape.evaluation import trained
-    from lape.measures import TITLES
+    from lape.tasks.measures import TITLES
+    from lape.training.evaluation import trained
 
     here = {"accelerator": "cpu", "devices": 1, "nodes": 1, "precision": "32-true"}
     found = trained(source, lambda _, own: own, **here)

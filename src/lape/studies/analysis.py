@@ -11,16 +11,16 @@ from torch import Tensor
 
 from lape import __version__
 from lape.analysis import Correlation, Shape, correlation, decomposition, entering
-from lape.checkpoints import LAST, write_json
 from lape.data import pipeline
 from lape.data.pipeline import Whole
 from lape.data.sources import find
 from lape.errors import RunError, UsageError
-from lape.evaluation import Trained, trained
 from lape.experiment import Experiment
-from lape.statistics import Way
-from lape.study import Result, Study
-from lape.work import ClassificationWork, Source
+from lape.studies.statistics import Way
+from lape.studies.study import Result, Study
+from lape.tasks.work import ClassificationWork, Source
+from lape.training.checkpoints import LAST, write_json
+from lape.training.evaluation import Trained, trained
 
 ANALYSIS = "analysis.json"
 IMAGES = 64  # of the validation set, drawn once and for all, for the decomposition

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from lape.checkpoints import write, write_text
+from lape.training.checkpoints import write, write_text
 
 CSV, TENSORBOARD = "curve.csv", "tensorboard"
 

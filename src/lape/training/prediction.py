@@ -10,9 +10,9 @@ from PIL import Image
 
 from lape.data.sources import opened
 from lape.errors import UsageError
-from lape.evaluation import trained
 from lape.experiment import Experiment
-from lape.work import Answer, Source
+from lape.tasks.work import Answer, Source
+from lape.training.evaluation import trained
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 import lape
-from lape.checkpoints import load
 from lape.data import dense, pipeline
 from lape.data.files import check_files
 from lape.data.instances import InstanceSource
@@ -24,11 +23,12 @@ from lape.data.sources import MODES, ImageSource
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation, Dense, Experiment, told
 from lape.hosts import find
-from lape.models import DETECTORS, SEGMENTERS
-from lape.positions import by
+from lape.models.registry import DETECTORS, SEGMENTERS
+from lape.surgery.positions import by
 from lape.tasks.classification import Classification, Distillation, Named
 from lape.tasks.detection import Detection, Found
 from lape.tasks.segmentation import Inference, Segmentation
+from lape.training.checkpoints import load
 from lape.weights import read
 
 Source = ImageSource | InstanceSource | MapSource

@@ -11,7 +11,7 @@ from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 
 if TYPE_CHECKING:
-    from lape.study import Study
+    from lape.studies.study import Study
 
 
 def train(experiment: Experiment, out: Path | None = None, resume: bool = False) -> None:
@@ -22,7 +22,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
         resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped.
     """
     from lape.report.run import Bar
-    from lape.training import train
+    from lape.training.loop import train
 
     recipe = experiment.recipe or Path(experiment.data).name
     row = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
@@ -57,8 +57,8 @@ def evaluate(
         test_scales: Segmentation: factors by which an image is resized; predictions are averaged.
         test_flip: Segmentation: average the predictions for an image and its mirror image.
     """
-    from lape.evaluation import evaluate_checkpoint
-    from lape.measures import TITLES
+    from lape.tasks.measures import TITLES
+    from lape.training.evaluation import evaluate_checkpoint
 
     judged = evaluate_checkpoint(
         checkpoint,
@@ -97,10 +97,10 @@ def predict(
     """
     from rich.progress import track
 
-    from lape.checkpoints import write
-    from lape.prediction import files_of
-    from lape.prediction import predict as answers
     from lape.report.prediction import drawn, line
+    from lape.training.checkpoints import write
+    from lape.training.prediction import files_of
+    from lape.training.prediction import predict as answers
 
     files = files_of(pictures)
     asked = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
@@ -137,9 +137,9 @@ def compare(
         jobs: Runs at once; nothing: one a core, or one on a GPU.
     """
     from lape import report
-    from lape.comparison import Asked, compare, seeds_of
     from lape.report import tables
     from lape.report.progress import Display
+    from lape.studies.comparison import Asked, compare, seeds_of
 
     with Display(console(stderr=True)) as display:
         found = compare(experiment, Asked(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
@@ -160,7 +160,7 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
     """
     from lape import report
     from lape.report import tables
-    from lape.study import gather
+    from lape.studies.study import gather
 
     page = out or runs[0] / "report.html"
     if page.suffix != ".html":
@@ -180,7 +180,7 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
 def _analysed(studies: "Sequence[Study]") -> "list[Study]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lape.analyses import analysed
+    from lape.studies.analysis import analysed
 
     shown = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
@@ -215,9 +215,9 @@ def cost(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lape.checkpoints import write_text
-    from lape.cost import measure
+    from lape.analysis.cost import measure
     from lape.report.cost import as_json, explanation, markdown, terminal
+    from lape.training.checkpoints import write_text
 
     if threads is not None:
         import torch
@@ -260,8 +260,8 @@ def take_out(  # not `export`: jsonargparse would look up lape.export, and load 
         model_args: More keywords for the model, as {"dynamic_img_size": true}, which dynamic_size needs in timm's
             ViTs.
     """
-    from lape.exporting import brought_back, export
-    from lape.hub import push_to_hub, save_pretrained
+    from lape.sharing.exporting import brought_back, export
+    from lape.sharing.hub import push_to_hub, save_pretrained
 
     out = out or (None if push else Path("model.onnx"))
     weights = out is None or out.suffix in ("", ".safetensors")
@@ -288,7 +288,7 @@ def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
     """
     from rich.progress import track
 
-    from lape.catalogue import entries, names
+    from lape.models.catalogue import entries, names
     from lape.report.catalogue import models
 
     chosen = names(name)
@@ -321,9 +321,9 @@ def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:
         runs: Folders to look for finished runs in.
         out: A Markdown file for the table.
     """
-    from lape.checkpoints import write_text
     from lape.report.results import markdown, terminal
-    from lape.results import find
+    from lape.studies.results import find
+    from lape.training.checkpoints import write_text
 
     found = find(runs)
     console().print(terminal(found))
@@ -366,9 +366,9 @@ def analyze(
         seed: Decides the weights of a fresh model.
         out: Folder for a picture, a table and all numbers.
     """
+    from lape.analysis.subjects import ANALYSES, Request
     from lape.errors import choose
     from lape.report.analysis import SHEETS
-    from lape.specimens import ANALYSES, Request
 
     analysis, sheet = choose(ANALYSES, what, "an analysis"), SHEETS[what]
     asked = Request(checkpoints, model, model_args, weights, joins, pe, grid, data, data_dir, img_size, images, seed)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from lape.statistics import BASELINE, LAPE, Difference, Verdict, Way, difference
-from lape.study import Result, Study
+from lape.studies.statistics import BASELINE, LAPE, Difference, Verdict, Way, difference
+from lape.studies.study import Result, Study
 
 if TYPE_CHECKING:
-    from lape.analyses import Analysis
+    from lape.studies.analysis import Analysis
 
 BySeed = Mapping[int, float]
 Series = Callable[[Study], BySeed]  # one number for each seed that has one

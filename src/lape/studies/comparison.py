@@ -10,15 +10,15 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lape.checkpoints import RESULT
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment
-from lape.parallel import Done, side_by_side
-from lape.statistics import BASELINE, LAPE, Combination, Way
-from lape.study import LeftOut, Result, Study, read
+from lape.studies.parallel import Done, side_by_side
+from lape.studies.statistics import BASELINE, LAPE, Combination, Way
+from lape.studies.study import LeftOut, Result, Study, read
+from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
-    from lape.training import Progress
+    from lape.training.loop import Progress
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def compare(
 
 
 def _kept(plan: Plan) -> Result:
-    from lape.checkpoints import refuse_other
+    from lape.training.checkpoints import refuse_other
 
     result = read(plan.folder)
     refuse_other(plan.folder / RESULT, result.record["experiment"], plan.experiment)
@@ -201,6 +201,6 @@ def _share(jobs: int | None, base: Experiment) -> tuple[int, int]:
 
 
 def _train(plan: Plan, tell: Callable[["Progress"], None]) -> None:
-    from lape.training import train
+    from lape.training.loop import train
 
     train(plan.experiment, plan.folder, resume=True, report=tell)

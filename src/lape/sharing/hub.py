@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape.checkpoints import load, write
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
-from lape.surgery import RECORD, create_model
+from lape.surgery.operation import RECORD, create_model
+from lape.training.checkpoints import load, write
 from lape.weights import opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

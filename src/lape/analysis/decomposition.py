@@ -1,0 +1,123 @@
+"""What of a norm's output is token, position and bias (3.2, equations 6 and 7)."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lape.analysis.comparable import EXACT, comparable, joint_norm, norm_before_attention
+from lape.errors import RunError, UsageError
+from lape.method import Grid, decompose
+from lape.surgery.operation import positions
+from lape.surgery.positions import Positions, by
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """λ1, λ2, λ3 of LN_l(x_l) = λ1·LN_l(x̃_l) + λ2·LN_l(s_l) + λ3·β_l (6)-(7), for every layer, image and token."""
+
+    weights: Tensor  # (3, layers, images, N), float64; prefix tokens first
+    grid: Grid  # (H, W)
+    error: float  # the largest difference between the sides of (6), beside the largest number on them
+
+    @property
+    def of_patches(self) -> Tensor:
+        """The weights of patches alone, (3, layers, images, H·W)."""
+        return self.weights[..., -self.grid[0] * self.grid[1] :]
+
+    @property
+    def of_prefix(self) -> Tensor:
+        """The weights of prefix tokens alone, (3, layers, images, prefix)."""
+        return self.weights[..., : -self.grid[0] * self.grid[1]]
+
+    @property
+    def mean(self) -> Tensor:
+        """Their mean over images and patches, (3, layers)."""
+        return self.of_patches.mean((2, 3))
+
+    @property
+    def spread(self) -> Tensor:
+        """Their standard deviation over images and patches, (3, layers)."""
+        return self.of_patches.flatten(2).std(2, correction=0)
+
+    @property
+    def of_positions(self) -> Tensor:
+        """The mean of λ2 over the images, as images (layers, H, W)."""
+        return self.of_patches[1].mean(1).unflatten(-1, self.grid)
+
+
+@torch.no_grad()
+def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
+    """Return what of a layer's norm belongs to tokens, positions and bias, for batches of what the model takes.
+
+    Works on a copy in float64, in evaluation mode, with each norm's own eps. x_l is what enters the norm before
+    attention of layer l, s_l what the rungs have put into the stream so far (ω for the join default), x̃_l = x_l - s_l.
+    Raises UsageError as `entering` does, where the join has no norm that tokens and positions share, where that norm is
+    no LayerNorm, and for batches of several grids or none; RunError where (6) does not hold to 1e-9.
+    """
+    record = comparable(model)
+    if record.scheme.join.normed:
+        raise UsageError(
+            f"Equation 6 is about a norm that tokens and positions share, and join={record.scheme.join.name!r} gives "
+            "positions one of their own. Take a model with join='default'."
+        )
+    if joint_norm(record) is not None:
+        raise UsageError(
+            f"This {record.host.name} normalises the sum of tokens and table before its first block, so no layer meets "
+            "the table as it was. Take a model without that norm, or join='shared'."
+        )
+    device = next(model.parameters()).device
+    if device.type == "mps":  # it has no float64
+        device = torch.device("cpu")
+    model = copy.deepcopy(model).to(device, torch.float64).eval()
+    record = positions(model)
+    norms: list[Any] = [norm_before_attention(record, block) for block in record.blocks]
+    for norm in norms:
+        if not isinstance(norm, nn.LayerNorm):
+            raise UsageError(f"Equation 6 is about LayerNorm, and this model has {type(norm).__name__} in its place.")
+    seen: list[tuple[Tensor, Tensor]] = []
+    for norm in norms:
+        norm.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
+    weights, grids, error = [], set(), 0.0
+    for batch in batches:
+        seen.clear()
+        model(batch.to(device, torch.float64 if batch.is_floating_point() else None))
+        grids.add(record.forward.grid)
+        stream, layers = torch.zeros((), dtype=torch.float64, device=device), []
+        for rung, norm, passed in zip(record.ladder(record.forward.grid), norms, seen, strict=True):
+            whole, normed = (_batched(record, tokens) for tokens in passed)  # (B, N, D) each
+            stream = stream if rung.residual is None else stream + rung.residual
+            parts_of, missed = _decomposed(norm, whole, stream.expand_as(whole), normed)
+            layers.append(parts_of.cpu())
+            error = max(error, missed)
+        weights.append(torch.stack(layers, dim=1))
+    if len(grids) != 1:
+        found = ", ".join(by(grid) for grid in sorted(grids)) or "no image at all"
+        raise UsageError(f"Weights are compared on one grid of patches; received {found}. Give images of one size.")
+    if not error <= EXACT:
+        raise RunError(f"Equation 6 is missed by {error:.1e} of its largest number in float64; it holds to {EXACT:g}.")
+    return Decomposition(torch.cat(weights, dim=2), grids.pop(), error)
+
+
+def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> tuple[Tensor, float]:
+    """Return λ1, λ2, λ3 (3, B, N) of a norm's input (B, N, D), and by how much (6) misses what the norm made of it."""
+    tokens = whole - position
+    found = torch.stack(decompose(tokens, position, norm.eps))
+    first, second, third = found[..., None]
+    layer_norm = partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias)
+    total = first * layer_norm(tokens, eps=norm.eps) + second * layer_norm(position, eps=norm.eps)
+    if norm.bias is not None:
+        total = total + third * norm.bias
+    return found, float((total - normed).abs().max() / normed.abs().max())
+
+
+def _batched(record: Positions, tokens: Tensor) -> Tensor:
+    """Return tokens (B, N, D), (N, B, D) or (N, D) as (B, N, D)."""
+    if tokens.ndim == 2:
+        return tokens[None]
+    return tokens if record.tokens_axis(tokens) else tokens.transpose(0, 1)
