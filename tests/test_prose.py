@@ -1,9 +1,8 @@
 """Law: what README and docs show runs, and what they name exists."""
 
 import re
-from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -22,10 +21,7 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
 @EVERY_PAGE
 def test_what_a_page_names_exists(page: Path) -> None:
     for name in re.findall(r"`(lape(?:\.\w+)+)[`(]", page.read_text()):
-        _, first, *rest = name.split(".")
-        found = getattr(import_module("lape"), first, None) or import_module(f"lape.{first}")
-        if rest:
-            attrgetter(".".join(rest))(found)
+        resolve_name(name)
 
 
 @EVERY_PAGE

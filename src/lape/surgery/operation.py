@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.errors import RunError, UsageError, choose, first_line
@@ -27,6 +26,7 @@ from lape.method import (
     Rung,
     scheme,
 )
+from lape.surgery.hooks import hooks_of, owner
 from lape.surgery.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Layer, Positions, by, place
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -61,60 +61,6 @@ class _IntoSequence:
         if inputs:
             return (tokens, *inputs[1:]), options
         return inputs, options | {next(iter(options)): tokens}
-
-
-@dataclass
-class _IntoBlock:
-    """Adds the residual and the bias of a rung to what a block is called with."""
-
-    positions: Positions
-    layer: int
-
-    def __call__(
-        self, block: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        tokens, *others = inputs
-        residual, _, bias = self.positions.rung(self.layer)
-        if residual is not None:
-            tokens = tokens + self.positions.laid_out(residual, tokens)
-        if bias is not None:
-            name = self.positions.host.logits
-            assert name is not None
-            mask = options.get(name)
-            if mask is not None:
-                bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-            options = options | {name: bias.to(tokens.dtype)}
-        return (tokens, *others), options
-
-
-@dataclass
-class _IntoAttention:
-    """Adds the attention part of a rung to the output of the norm before attention."""
-
-    positions: Positions
-    layer: int
-
-    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        attention = self.positions.rung(self.layer).attention
-        if attention is None:
-            return output
-        # LayerNorm's backward does not read its output, so the sum may take its place: an eighth of the time of a new
-        # tensor (tokens of 16 images at DeiT-Ti's width, two CPU cores). Another norm may hand out its input.
-        attention = self.positions.laid_out(attention, output)
-        return output.add_(attention) if isinstance(norm, nn.LayerNorm) else output + attention
-
-
-@dataclass
-class _IntoProjection(_IntoAttention):
-    """Adds it where a projection serves attention and MLP together: to the queries, keys and values alone."""
-
-    def __call__(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        attention = self.positions.rung(self.layer).attention
-        if attention is None:
-            return output
-        width = 3 * attention.shape[-1]
-        projected = F.linear(attention, norm.get_parameter("weight")[-width:])
-        return output + F.pad(projected, (output.shape[-1] - width, 0))
 
 
 def apply(
@@ -156,17 +102,7 @@ def apply(
             chosen = replace(chosen, start=PRESERVE_WITHOUT_TABLE)
     record = Positions(vit, host, chosen, _grid(vit, host, grid))
     _refuse(record)
-    rows = [block_row(host, block) for block in record.blocks]
     _build(record, table)
-    for layer, (block, row) in enumerate(zip(record.blocks, rows, strict=True)):
-        if chosen.join.normed:
-            places, hook = parts(block, row.norms), _IntoAttention(record, layer)
-            if row.projection is not None:
-                places, hook = parts(block, row.projection), _IntoProjection(record, layer)
-            record.handles += [place.register_forward_hook(hook) for place in places]
-        biased = chosen.embedding.bias is not None and host.window_bias is None
-        if not (chosen.join.normed or chosen.join.with_tokens) or biased:
-            record.handles.append(block.register_forward_pre_hook(_IntoBlock(record, layer), with_kwargs=True))
     if host.behind is not None:
         record.handles.append(vit.get_submodule(host.behind).register_forward_hook(_IntoEmbedding(record)))
     if host.before is not None:
@@ -175,6 +111,11 @@ def apply(
     vit.__dict__[RECORD] = record
     for part, name, method in _replaced(record):
         part.__dict__[name] = method
+    try:
+        record.hang()
+    except UsageError:
+        remove(model)
+        raise
     return model
 
 
@@ -371,7 +312,7 @@ def _build_norms(record: Positions, layers: list[Layer], widths: list[int]) -> N
         norm = parts(layer.block, block_row(record.host, layer.block).norms)[0]
         amount = record.scheme.start.preserves
         norm_of_position = PositionNorm(width, getattr(norm, "eps", 1e-6), record.scheme.norm, **new, amount=amount)
-        layer.block.add_module("pe_norm", norm_of_position)
+        owner(layer.block, block_row(record.host, layer.block)).add_module("pe_norm", norm_of_position)
     for crossing in record.crossings if join.normed or join.carries_table else ():
         norm: Any = crossing.norm
         crossing.add_module("pe_norm", PositionNorm(norm.normalized_shape[-1], norm.eps, **new))
@@ -406,6 +347,10 @@ def remove(model: Model) -> Model:
         delattr(record.holder, host.table_name)
     for handle in record.handles:
         handle.remove()
+    for block in record.blocks:
+        hooks = hooks_of(block)
+        if hooks is not None:
+            hooks.take_down()
     for part, name, _ in _replaced(record):
         del part.__dict__[name]
     del vit.__dict__[RECORD]
@@ -417,7 +362,8 @@ def remove(model: Model) -> Model:
 
 def _take_out(record: Positions) -> None:
     """Take the tables and PE norms of a scheme out of the blocks."""
-    for part in (*record.blocks, *record.crossings):
+    owners = [owner(block, block_row(record.host, block)) for block in record.blocks]
+    for part in (*record.blocks, *owners, *record.crossings):
         part._modules.pop("pe_norm", None)
         part._modules.pop(BIAS_OWN, None)
         part._parameters.pop(BIAS_TABLE, None)
@@ -441,7 +387,8 @@ def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
     _take_out(record)
     place(vit, record.host.table, None)
     for layer, block in enumerate(record.blocks):
-        block.add_module("pe_folded", FoldedRung({grid: ladder[layer] for grid, ladder in ladders.items()}))
+        held_by = owner(block, block_row(record.host, block))
+        held_by.add_module("pe_folded", FoldedRung({grid: ladder[layer] for grid, ladder in ladders.items()}))
     record.folded_for = chosen
     record.put_aside.clear()
     model.eval().requires_grad_(False)

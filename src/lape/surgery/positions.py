@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lape.errors import UsageError
-from lape.hosts import Host, grid_of, pair, parts, read, table_of
+from lape.hosts import Host, block_row, grid_of, pair, parts, read, table_of
 from lape.method import Grid, PositionNorm, Rung, Scheme
+from lape.surgery.hooks import BlockHooks, holds_for_blocks, hooks_of, owner
 from lape.surgery.view import View
 
 BIAS_TABLE = "relative_position_bias_table"
@@ -73,7 +74,7 @@ class Positions:
         self.had_table = hasattr(self.holder, host.table_name)
         self.has_batch_axis = table is None or table.ndim == 3  # else the table is stored as (rows, D)
         self.put_aside: dict[str, nn.Parameter | None] = {}  # of the host, where another or nothing took their place
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []  # of hooks on modules that are no blocks
         self.folded_for: tuple[Grid, ...] = ()
         self.forward = _Forward(self.grid)
 
@@ -183,7 +184,11 @@ class Positions:
         return tables
 
     def _norms(self, layers: list[Layer]) -> list[Any]:
-        norms: list[Any] = [layer.block.pe_norm for layer in layers]
+        owners = [owner(layer.block, block_row(self.host, layer.block)) for layer in layers]
+        for number, (one, layer) in enumerate(zip(owners, layers, strict=True)):
+            if not hasattr(one, "pe_norm"):
+                raise self._unknown(layer.block, number)
+        norms: list[Any] = [one.pe_norm for one in owners]
         for place, (layer, following) in enumerate(pairwise(layers)):
             if following.crossing is not None:
                 norms[place] = _LastOfStage(norms[place], following.crossing, layer.grid)
@@ -205,23 +210,27 @@ class Positions:
         return relative(table, grid, self.prefix, norm)
 
     def _folded(self, block: nn.Module, grid: Grid) -> Rung:
+        folded: Any = owner(block, block_row(self.host, block)).pe_folded
         for rows, columns in self.folded_for if self.host.sequence else ():
             if rows == grid[0] == 1 and columns > grid[1]:  # what is told of a token depends on its row alone
-                longer: Rung = block.pe_folded((rows, columns))  # pyright: ignore[reportCallIssue]
+                longer: Rung = folded((rows, columns))
                 return Rung(*(part if part is None else part[:, : self.prefix + grid[1]] for part in longer))
         if grid not in self.folded_for:
             raise UsageError(
                 f"This model is folded for {', '.join(map(by, self.folded_for))} patches; the input has {by(grid)}. "
                 f"Resizing its constants would be another function: name the grid when folding, grids=[{grid}]."
             )
-        return block.pe_folded(grid)  # pyright: ignore[reportCallIssue]
+        return folded(grid)
 
     # --- One forward, from the table to the blocks
 
     def begin(self, grid: Grid) -> Tensor | None:
         """Make the ladder of a forward on a grid; return what joins the tokens before the first block (1, N, D)."""
         ladder = self.ladder(grid)
-        last, self.forward = self.forward, _Forward(grid, self._for_the_blocks(ladder))
+        rungs = self._for_the_blocks(ladder)
+        if not torch.compiler.is_compiling():
+            self._number_blocks(rungs)
+        last, self.forward = self.forward, _Forward(grid, rungs)
         if not torch.compiler.is_compiling():  # a compiled graph would be made anew for what it reads of the last one
             self.forward.awaited = last.awaited or torch.is_grad_enabled()
             self.forward.others_awaited = last.awaited and (
@@ -304,7 +313,31 @@ class Positions:
         return next(self.model.parameters()).new_zeros(1, 1, 1, 1)
 
     def _for_the_blocks(self, ladder: list[Rung]) -> list[Rung]:
-        return [rung._replace(residual=None) for rung in ladder] if self.scheme.with_tokens else ladder
+        """Return the rungs without what joins the tokens before the first block."""
+        return [ladder[0]._replace(residual=None), *ladder[1:]] if self.scheme.with_tokens else ladder
+
+    def hang(self) -> None:
+        """Hang hooks on every block that has something to take of its rung."""
+        with torch.no_grad():
+            rungs = self._for_the_blocks(self.ladder(self.grid))
+        for number, (block, rung) in enumerate(zip(self.blocks, rungs, strict=True)):
+            if holds_for_blocks(rung):
+                BlockHooks(self, block, block_row(self.host, block), number).hang(rung)
+
+    def _number_blocks(self, rungs: list[Rung]) -> None:
+        """Tell each block its number, which changes where blocks are cut; raise UsageError for one without hooks."""
+        for number, (block, rung) in enumerate(zip(self.blocks, rungs, strict=True)):
+            hooks = hooks_of(block)
+            if hooks is not None and hooks.positions is self:
+                hooks.layer = number
+            elif holds_for_blocks(rung):
+                raise self._unknown(block, number)
+
+    def _unknown(self, block: nn.Module, number: int) -> UsageError:
+        return UsageError(
+            f"Block {number} ({type(block).__name__}) came into the model after lape.apply and is told of no position. "
+            "Call lape.remove(model), change the blocks, then lape.apply."
+        )
 
     def drop_patches(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Stand in for the forward of the host's patch dropout, noting which patches of each image it keeps."""

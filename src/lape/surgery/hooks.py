@@ -1,0 +1,226 @@
+"""What a block of a foreign model is told by hooks: each part of its rung, and each exactly once.
+
+A block's rung decides what is hung. While the block runs, the norms that stand before its attention now, found by their
+paths, add the rung's attention part; and when it is done, whatever it did not take, or took twice, is an error.
+"""
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lape.errors import UsageError
+from lape.hosts import Block, parts
+from lape.method import Rung
+
+if TYPE_CHECKING:
+    from lape.surgery.positions import Positions
+
+
+@dataclass
+class Run:
+    """One run of a block: its rung, and how many of its norms have still to take the attention part."""
+
+    rung: Rung
+    due: int
+
+
+HOOKS = "lape_hooks"  # where a block keeps its BlockHooks
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # whoever iterates over one meets all of its children
+
+
+def owner(block: nn.Module, row: Block) -> nn.Module:
+    """Return the module that holds what a join adds to a block: the block, or of a container the part with the norm."""
+    path = row.norms.split(".")
+    while isinstance(block, CONTAINERS):
+        block = parts(block, path.pop(0))[0]
+    return block
+
+
+def called(block: nn.Module, row: Block) -> nn.Module:
+    """Return the module whose call is a run of the block: a list of parts is itself never called."""
+    return owner(block, row) if isinstance(block, nn.ModuleList | nn.ModuleDict) else block
+
+
+@dataclass(eq=False)
+class BlockHooks:
+    """The hooks of one block; `layer` is its number among the blocks that the model has now."""
+
+    positions: "Positions"
+    block: nn.Module
+    row: Block
+    layer: int
+    hooked: list[nn.Module] = field(default_factory=list)  # the norms (or projections) that have our hook
+    # The runs of the block that are not over, a stack a thread: a model may be called from within itself.
+    runs: dict[int, list[Run]] = field(default_factory=lambda: defaultdict(list))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"runs": defaultdict(list)}
+
+    def hang(self, rung: Rung) -> None:
+        """Hang all hooks on the block as it is now; raise UsageError where it cannot take a part of its rung."""
+        unit = called(self.block, self.row)
+        if unit is not self.block and (rung.residual is not None or rung.bias is not None):
+            raise UsageError(
+                f"{self.name} is a list whose parts the model calls one by one, and between them nothing can be added "
+                "to the residual stream or the attention logits. Use join='lape', 'lape-sharing' or 'default'."
+            )
+        self.block.__dict__[HOOKS] = self
+        unit.register_forward_pre_hook(self.enter, with_kwargs=True)
+        unit.register_forward_hook(self.leave, always_call=True)
+        if rung.attention is not None:
+            self.follow()
+
+    def take_down(self) -> None:
+        """Take all hooks off the block and its norms."""
+        self.block.__dict__.pop(HOOKS, None)
+        for module in (called(self.block, self.row), *self.hooked):
+            _unhook(module, self)
+        self.hooked = []
+
+    def follow(self) -> None:
+        """Hang the hook on the norms that stand before attention now: one may have been replaced since."""
+        found = parts(self.block, self.row.projection or self.row.norms)
+        if len(found) == len(self.hooked) and all(map(_is, found, self.hooked)):
+            return
+        for norm in self.hooked:
+            _unhook(norm, self, enter=False)
+        for norm in found:
+            theirs = [_of(hook) for hook in norm._forward_hooks.values()]
+            if any(isinstance(other, BlockHooks) and other is not self for other in theirs):
+                raise UsageError(
+                    f"{self.name} has its norm before attention in common with another block, and would be told of "
+                    "that one's positions too. Give each block a norm of its own."
+                )
+            if not any(other is self for other in theirs):  # quantisation hands hooks on to what it puts in place
+                norm.register_forward_hook(self.attend)
+        self.hooked = found
+
+    @property
+    def name(self) -> str:
+        """What a person calls the block."""
+        return f"Block {self.layer} ({type(self.block).__name__})"
+
+    def enter(
+        self, unit: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Begin a run: add residual and bias to what the block is called with."""
+        rung = self.positions.rung(self.layer)
+        if not torch.compiler.is_compiling():
+            if rung.attention is not None:
+                self.follow()
+            due = len(self.hooked) if rung.attention is not None else 0
+            self.runs[threading.get_ident()].append(Run(rung, due))
+        tokens, inputs, options = _tokens(inputs, options)
+        if rung.residual is not None:
+            tokens = tokens + self._laid_out(rung.residual, tokens)
+        if rung.bias is not None:
+            name = self.positions.host.logits
+            assert name is not None
+            bias, mask = rung.bias, options.get(name)
+            if mask is not None:
+                bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+            options = options | {name: bias.to(tokens.dtype)}
+        return (tokens, *inputs), options
+
+    def attend(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add the attention part of the rung to the output of the norm before attention."""
+        if not torch.compiler.is_compiling():
+            runs = self.runs.get(threading.get_ident())
+            if runs:
+                runs[-1].due -= 1
+            elif torch._C._current_graph_task_id() == -1:  # else what is within the block is computed again
+                return output  # called by somebody beside the block
+        attention = self.positions.rung(self.layer).attention
+        if attention is None:
+            return output
+        if self.row.projection is not None:
+            return self._projected(norm, inputs[0], output, attention)
+        # LayerNorm's backward does not read its output, so the sum may take its place: an eighth of the time of a new
+        # tensor (tokens of 16 images at DeiT-Ti's width, two CPU cores). Another norm may hand out its input.
+        attention = self._laid_out(attention, output)
+        return output.add_(attention) if isinstance(norm, nn.LayerNorm) else output + attention
+
+    def _projected(self, projection: nn.Module, tokens: Tensor, output: Tensor, attention: Tensor) -> Tensor:
+        """Add it where a projection serves attention and MLP together: to the queries, keys and values alone."""
+        width = 3 * attention.shape[-1]
+        attention = self._laid_out(attention, tokens)
+        if type(projection) is nn.Linear:
+            told = F.linear(attention, projection.weight[-width:])
+            return output + F.pad(told, (output.shape[-1] - width, 0))
+        # Quantised, adapted, parametrised: what it makes of a sum is asked of it.
+        told = type(projection).forward(projection, tokens + attention)  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.cat([output[..., :-width], told[..., -width:]], dim=-1)
+
+    def leave(self, unit: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """End a run: raise UsageError unless the block has taken the attention part of its rung once."""
+        if torch.compiler.is_compiling():
+            return
+        runs = self.runs[threading.get_ident()]
+        run = runs.pop() if runs else None
+        if run is None or output is None or run.rung.attention is None or not run.due:
+            return  # without an output it has raised an error of its own
+        path, due = self.row.projection or self.row.norms, len(self.hooked)
+        raise UsageError(
+            f"{self.name} takes its position behind {path!r}, once; it called that {due - run.due} times, and {due} "
+            "was due, so its attention would not be told of positions, or its MLP would be too. Name the norm whose "
+            "output enters attention alone: lape.Host(block=lape.Block(...))."
+        )
+
+    def _laid_out(self, part: Tensor, tokens: Tensor) -> Tensor:
+        """Return a part of the rung as tokens lie; raise UsageError where they are others than it was made for."""
+        positions = self.positions
+        count = tokens.shape[:-1].numel() if tokens.ndim == 2 else tokens.shape[1:-1].numel()
+        if tokens.ndim == 3 and positions.tokens_axis(tokens) == 0:
+            count = tokens.shape[0]
+        if not torch.compiler.is_compiling() and count != part.shape[1]:
+            raise UsageError(
+                f"{self.name} is given {count} tokens, and the positions of this input are those of {part.shape[1]}: "
+                "some were merged, dropped or added behind the table, and which is not known. Leave that out, or apply "
+                "LaPE to a model without it."
+            )
+        return positions.laid_out(part, tokens)
+
+
+def hooks_of(block: nn.Module) -> BlockHooks | None:
+    """Return the hooks of a block, where it has some."""
+    return block.__dict__.get(HOOKS)
+
+
+def holds_for_blocks(rung: Rung) -> bool:
+    """Return whether a block has something to take of its rung."""
+    return any(part is not None for part in rung)
+
+
+def _tokens(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Take the tokens, the first argument, from what a block is called with."""
+    if inputs:
+        return inputs[0], inputs[1:], options
+    name = next(iter(options))
+    return options[name], (), {other: value for other, value in options.items() if other != name}
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def _of(hook: Any) -> object:
+    """Return the object that a hook is a method of."""
+    return getattr(hook, "__self__", None)
+
+
+def _unhook(module: nn.Module, hooks: BlockHooks, enter: bool = True) -> None:
+    """Take the hooks of one block off a module; handles of torch's own do not outlive copies and deletions."""
+    for table in (module._forward_hooks, *([module._forward_pre_hooks] if enter else [])):
+        for number in [number for number, hook in table.items() if _of(hook) is hooks]:
+            del table[number]
+            for marks in (
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+                module._forward_pre_hooks_with_kwargs,
+            ):
+                marks.pop(number, None)
