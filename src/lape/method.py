@@ -31,6 +31,30 @@ class Rung(NamedTuple):
     attention: Tensor | None = None  # (1, N, D), joins the output of the norm before attention
     bias: Tensor | None = None  # (1, heads, N, N), joins the attention logits
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to take."""
+        return all(part is None for part in self)
+
+    def of_tokens(self, change: Callable[[Tensor], Tensor]) -> "Rung":
+        """Return the rung with its parts over tokens (1, N, D) changed."""
+        residual, attention = (part if part is None else change(part) for part in (self.residual, self.attention))
+        return self._replace(residual=residual, attention=attention)
+
+    def padded(self, prefix: int) -> "Rung":
+        """Return the rung with zeros for that many more tokens before its first; a bias has all of them already."""
+        return self.of_tokens(lambda part: F.pad(part, (0, 0, prefix, 0))) if prefix else self  # padding would copy
+
+    def first(self, count: int) -> "Rung":
+        """Return the rung of the first tokens."""
+        bias = None if self.bias is None else self.bias[..., :count, :count]
+        return self.of_tokens(lambda part: part[:, :count])._replace(bias=bias)
+
+    def kept(self, rows: Tensor) -> "Rung":
+        """Return the rung (B, K, ...) of the tokens (B, K) that each sample has kept."""
+        bias = None if self.bias is None else self.bias[0][:, rows[:, :, None], rows[:, None, :]].movedim(1, 0)
+        return self.of_tokens(lambda part: part[0][rows])._replace(bias=bias)
+
 
 # --- Position tables ----------------------------------------------------------------------------------------------
 

@@ -191,11 +191,6 @@ def hooks_of(block: nn.Module) -> BlockHooks | None:
     return block.__dict__.get(HOOKS)
 
 
-def holds_for_blocks(rung: Rung) -> bool:
-    """Return whether a block has something to take of its rung."""
-    return any(part is not None for part in rung)
-
-
 def _tokens(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """Take the tokens, the first argument, from what a block is called with."""
     if inputs:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lape.errors import UsageError
 from lape.hosts import Host, block_row, grid_of, pair, parts, read, table_of
 from lape.method import Grid, PositionNorm, Rung, Scheme
-from lape.surgery.hooks import BlockHooks, holds_for_blocks, hooks_of, owner
+from lape.surgery.hooks import BlockHooks, hooks_of, owner
 from lape.surgery.view import View
 
 BIAS_TABLE = "relative_position_bias_table"
@@ -152,11 +152,7 @@ class Positions:
         if self.scheme.embedding.table is not None:
             norms = self._norms(layers) if self.scheme.join.normed else []
             ladder = self.scheme.ladder(self._tables(layers, grid), norms)
-            if missing := self.prefix - self.prefix_rows:  # padding by nothing would copy
-                ladder = [
-                    Rung(*(part if part is None else F.pad(part, (0, 0, missing, 0)) for part in rung))
-                    for rung in ladder
-                ]
+            ladder = [rung.padded(self.prefix - self.prefix_rows) for rung in ladder]
         if self.scheme.embedding.bias is not None and self.host.window_bias is None:
             ladder = [r._replace(bias=self._bias(layer, grid)) for r, layer in zip(ladder, layers, strict=True)]
         return ladder
@@ -214,7 +210,7 @@ class Positions:
         for rows, columns in self.folded_for if self.host.sequence else ():
             if rows == grid[0] == 1 and columns > grid[1]:  # what is told of a token depends on its row alone
                 longer: Rung = folded((rows, columns))
-                return Rung(*(part if part is None else part[:, : self.prefix + grid[1]] for part in longer))
+                return longer.first(self.prefix + grid[1])
         if grid not in self.folded_for:
             raise UsageError(
                 f"This model is folded for {', '.join(map(by, self.folded_for))} patches; the input has {by(grid)}. "
@@ -321,7 +317,7 @@ class Positions:
         with torch.no_grad():
             rungs = self._for_the_blocks(self.ladder(self.grid))
         for number, (block, rung) in enumerate(zip(self.blocks, rungs, strict=True)):
-            if holds_for_blocks(rung):
+            if not rung.empty:
                 BlockHooks(self, block, block_row(self.host, block), number).hang(rung)
 
     def _number_blocks(self, rungs: list[Rung]) -> None:
@@ -330,7 +326,7 @@ class Positions:
             hooks = hooks_of(block)
             if hooks is not None and hooks.positions is self:
                 hooks.layer = number
-            elif holds_for_blocks(rung):
+            elif not rung.empty:
                 raise self._unknown(block, number)
 
     def _unknown(self, block: nn.Module, number: int) -> UsageError:
@@ -357,7 +353,7 @@ class Positions:
         rung = forward.rungs[layer]
         if not torch.compiler.is_compiling():
             rung = self._under_checkpointing(rung, layer)
-        return rung if forward.kept is None else _rows(rung, forward.kept, self.prefix)
+        return rung if forward.kept is None else rung.kept(_rows(forward.kept, self.prefix))
 
     def _under_checkpointing(self, rung: Rung, layer: int) -> Rung:
         forward = self.forward
@@ -492,16 +488,10 @@ def by(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"
 
 
-def _rows(rung: Rung, kept: Tensor, prefix: int) -> Rung:
-    """Return a rung (B, prefix + K, ...) with the rows of the prefix tokens and of the kept patches (B, K)."""
+def _rows(kept: Tensor, prefix: int) -> Tensor:
+    """Return the numbers of the tokens (B, prefix + K): of the prefix tokens, and of the kept patches (B, K)."""
     leading = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
-    rows = torch.cat([leading, kept + prefix], dim=1)
-    residual, attention, bias = rung
-    return Rung(
-        None if residual is None else residual[0][rows],
-        None if attention is None else attention[0][rows],
-        None if bias is None else bias[0][:, rows[:, :, None], rows[:, None, :]].movedim(1, 0),
-    )
+    return torch.cat([leading, kept + prefix], dim=1)
 
 
 def resized_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
