@@ -20,7 +20,7 @@ from rich.progress import track
 from turns import file
 
 from lape.analysis.cost import Cost, Ratio, counted, measure, ratio
-from lape.surgery.operation import create_model
+from lape.models.registry import create_model
 from lape.training.provenance import provenance
 
 MODELS = (

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from lape.analysis import Shape
 from lape.experiment import Experiment
-from lape.studies.analysis import Analysis
 from lape.studies.statistics import Combination, Way
-from lape.studies.study import Study, read
+from lape.studies.study import Analysis, Study, read
 
 BASE = Experiment(epochs=6, model_args={"embed_dim": 8, "depth": 2, "num_heads": 2})
 Ways = Mapping[tuple[Way | str, str], Mapping[int, float]]  # a join's name stands for its usual way

@@ -14,9 +14,9 @@ from lape.analysis import Correlation, correlation, decomposition
 from lape.analysis.subjects import ANALYSES, Specimen
 from lape.cli import command_line as cli
 from lape.data.sources import digits
+from lape.models.registry import create_model
 from lape.report import plots
 from lape.report.analysis import SHEETS
-from lape.surgery.operation import create_model
 from lape.training.evaluation import trained
 
 SMALL = ["--model-args", '{"depth": 3, "embed_dim": 16, "num_heads": 2}']

@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lape.errors import RunError, UsageError
     from lape.hosts import Block, Host
+    from lape.models.registry import create_model
     from lape.sharing.exporting import export
     from lape.sharing.hub import Known, from_pretrained, push_to_hub, save_pretrained
-    from lape.surgery.operation import apply, create_model, fold, ladder, remove
+    from lape.surgery.operation import apply, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
 # Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
@@ -27,7 +28,7 @@ _ROOMS = {
     "RunError": "errors",
     "UsageError": "errors",
     "apply": "surgery.operation",
-    "create_model": "surgery.operation",
+    "create_model": "models.registry",
     "export": "sharing.exporting",
     "fold": "surgery.operation",
     "from_pretrained": "sharing.hub",

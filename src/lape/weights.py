@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.errors import RunError, UsageError, first_line
+from lape.experiment import Experiment
 from lape.hosts import RECORD, Host, find, grid_of
 from lape.hosts import read as read_entry
 from lape.method import POSITION_EMBEDDINGS, Grid
@@ -103,6 +104,29 @@ def _state(stored: Any, where: str | Path) -> Weights:
     if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()) or not stored:
         raise RunError(f"{where} holds no weights: a mapping of names to tensors is expected, or one under 'model'.")
     return {name.removeprefix("module."): value for name, value in stored.items()}
+
+
+def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Fill a model; raises RunError naming the file and the first difference where it is of another model."""
+    own = module.state_dict()
+    for name in [*own, *weights]:
+        here, there = (tuple(side[name].shape) if name in side else None for side in (own, weights))
+        if here != there:
+            told = f"{name} is {there or 'missing'} in the file and {here or 'missing'} in the model"
+            raise RunError(f"{path} is of another model: {told}. Name the model that it was saved from.")
+    try:
+        broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+        module.load_state_dict(weights)
+    except RuntimeError as error:  # tensors of another kind, as sparse ones
+        raise RunError(f"{path} does not fit the model ({first_line(error)}). Give another file.") from error
+    if broken:
+        raise RunError(f"{path} is damaged: {broken} is not finite in it. Give another file.")
+
+
+def judged_weights(saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return those weights of a checkpoint that its run validates: their average (EMA), or the weights themselves."""
+    averaged = saved.get("ema") if Experiment.of(saved["experiment"]).ema_evaluated else None
+    return averaged or saved["model"]
 
 
 def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
@@ -279,8 +303,6 @@ def _pretrained(source: str | Path | Mapping[str, Any]) -> tuple[Weights, str]:
         return _of_timm(str(source)), str(source)
     stored = opened(path)
     if isinstance(stored, Mapping) and {"experiment", "model"} <= stored.keys():  # of a run of ours
-        from lape.training.evaluation import judged_weights
-
         stored = judged_weights(stored)
     return _state(stored, path), str(source)
 

@@ -107,7 +107,8 @@ def _compiled(graphs: int) -> AbstractContextManager[object]:
 def _contenders(model: str, joins: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
     import timm
 
-    from lape.surgery.operation import apply, create_model, fold, joins_of, remove
+    from lape.models.registry import create_model
+    from lape.surgery.operation import apply, fold, joins_of, remove
 
     untouched = remove(create_model(model, join="default"))  # refuses names that are not known
     yield "untouched", untouched

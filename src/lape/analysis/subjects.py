@@ -16,7 +16,8 @@ from lape.errors import UsageError
 from lape.experiment import Experiment, refuse_fetching
 from lape.hosts import find as transformer
 from lape.method import Grid
-from lape.surgery.operation import create_model, positions
+from lape.models.registry import create_model
+from lape.surgery.operation import positions
 from lape.tasks.work import ClassificationWork, Source, Work, refuse_said, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST

@@ -124,7 +124,7 @@ class CocoSplit:
             )
 
 
-def coco(data_dir: Path | None) -> InstanceSource:
+def coco(data_dir: Path | None, download: bool = False) -> InstanceSource:
     """COCO 2017 as everybody has it: `data_dir` holds annotations/, train2017/ and val2017/ (or images/train2017/ ...).
 
     Raises as `instances` does, and UsageError where no folder is named.

@@ -105,7 +105,7 @@ class AdeSplit:
         self.map(index)
 
 
-def ade20k(data_dir: Path | None) -> MapSource:
+def ade20k(data_dir: Path | None, download: bool = False) -> MapSource:
     """ADE20K's 150 classes as everybody has them: `data_dir` is or holds ADEChallengeData2016.
 
     Raises as `maps` does, and UsageError where no folder is named. Classes without a file of names have numbers.

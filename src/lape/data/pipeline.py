@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lape.data.sources import ImageSource, Split
+from lape.data.sources import ImageSource, PictureSource, Split
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation
-
-if TYPE_CHECKING:
-    from lape.tasks.work import Source
 
 Key = tuple[int, Tensor]  # epoch, numbers of samples (B,)
 Batch = tuple[Tensor, ...]  # images (B, C, H, W), labels (B,), and where the device augments draws (B, columns)
@@ -63,7 +60,7 @@ class Draws:
 class Normalise:
     """Whole colour values, 0 to 255, to mean 0 and deviation 1: (x / 255 - mean) / std in every channel."""
 
-    def __init__(self, source: "Source", device: torch.device | str = "cpu") -> None:
+    def __init__(self, source: PictureSource[Any], device: torch.device | str = "cpu") -> None:
         scale = torch.tensor([source.mean, source.std], dtype=torch.float32, device=device)
         self.mean, self.std = scale.view(2, 1, -1, 1, 1) * 255
 

@@ -191,7 +191,7 @@ def _box(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
-def shapes_detection(data_dir: Path | None) -> InstanceSource:
+def shapes_detection(data_dir: Path | None, download: bool = False) -> InstanceSource:
     """600 and 150 pictures of 1 to 4 shapes, 128×128; raises UsageError where scikit-image is not installed."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -210,7 +210,7 @@ def shapes_detection(data_dir: Path | None) -> InstanceSource:
     )
 
 
-def shapes_segmentation(data_dir: Path | None) -> MapSource:
+def shapes_segmentation(data_dir: Path | None, download: bool = False) -> MapSource:
     """The pictures of shapes_detection, where every pixel is background or one of the shapes; raises as that does."""
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 

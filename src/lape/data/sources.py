@@ -1,13 +1,13 @@
 """Where images come from: named sets, and folders with one folder per class."""
 
 import gzip
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from pkgutil import resolve_name
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +18,6 @@ from torch import Tensor
 from lape.data import SETS
 from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation, Experiment
-
-if TYPE_CHECKING:
-    from lape.tasks.work import Source
-
-    Reader = Callable[[Path | None, bool], Source]  # the folder of a set, and whether it may be downloaded to there
 
 Read = TypeVar("Read")
 SplitType = TypeVar("SplitType")
@@ -143,6 +138,10 @@ class PictureSource(Generic[SplitType]):
     augmentation: Augmentation
 
 
+# The reader of a named set: it is told the folder of the set, and whether the set may be downloaded to there.
+Reader = Callable[[Path | None, bool], PictureSource[Any]]
+
+
 @dataclass(frozen=True)
 class ImageSource(PictureSource[Split]):
     """A dataset for classification."""
@@ -225,26 +224,6 @@ def imagenet(data_dir: Path | None, download: bool) -> ImageSource:
     return replace(folder(data_dir), name="imagenet")
 
 
-def _of(room: str, name: str) -> "Reader":
-    """A reader of another room, which is loaded when it is asked for; its set is not downloaded."""
-    return lambda data_dir, download: getattr(import_module(f"lape.data.{room}"), name)(data_dir)
-
-
-SOURCES: "Mapping[str, Reader]" = MappingProxyType(
-    dict(
-        zip(
-            SETS,
-            (
-                *(digits, fashion_mnist, cifar10, cifar100, imagenet),
-                *(_of("instances", "coco"), _of("maps", "ade20k")),
-                *(_of("shapes", "shapes_detection"), _of("shapes", "shapes_segmentation")),
-            ),
-            strict=True,
-        )
-    )
-)
-
-
 def folder(root: Path) -> ImageSource:
     """Images in `root`/train/<class>/ and `root`/val/<class>/ (or validation, or test), at any depth below a class.
 
@@ -293,20 +272,21 @@ def folder(root: Path) -> ImageSource:
     )
 
 
-def find(data: str, data_dir: Path | None = None, download: bool = True) -> "Source":
+def find(data: str, data_dir: Path | None = None, download: bool = True) -> PictureSource[Any]:
     """Return the set of that name, or of the folder, by its layout; UsageError where there is neither.
 
     Without `download` a set that is not in `data_dir` is a RunError: what only a file names is not written to. The
     cache of the user always may be.
     """
-    if data not in SOURCES and Path(data).is_dir():
+    if data not in SETS and Path(data).is_dir():
         return _in(Path(data))
-    if data not in SOURCES and Path(data).name != data:
-        raise UsageError(f"There is no folder {data}. --data takes one of {', '.join(SOURCES)}, or a folder of images.")
-    return choose(SOURCES, data, "a dataset or a folder")(data_dir, download or data_dir is None)
+    if data not in SETS and Path(data).name != data:
+        raise UsageError(f"There is no folder {data}. --data takes one of {', '.join(SETS)}, or a folder of images.")
+    reader: Reader = resolve_name(choose(SETS, data, "a dataset or a folder"))
+    return reader(data_dir, download or data_dir is None)
 
 
-def of(experiment: Experiment, download: bool = True) -> "Source":
+def of(experiment: Experiment, download: bool = True) -> PictureSource[Any]:
     """Return the set of an experiment, with all of its training images or some; raises as `find` and `some` do."""
     source = find(experiment.data, experiment.data_dir, download)
     if experiment.train_images and isinstance(source, ImageSource):
@@ -314,7 +294,7 @@ def of(experiment: Experiment, download: bool = True) -> "Source":
     return source
 
 
-def _in(root: Path) -> "Source":
+def _in(root: Path) -> PictureSource[Any]:
     """Read a folder in COCO's layout, in ADE20K's, or with a folder for each class."""
     if any(root.glob("annotations/instances_*.json")):
         return import_module("lape.data.instances").instances(root)

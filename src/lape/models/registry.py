@@ -1,4 +1,4 @@
-"""Models of the paper, and small ones; importing this package adds their names to timm's registry.
+"""Models of the paper, and small ones; importing this module adds their names to timm's registry.
 
 `timm.create_model(name, join="lape", pe=..., pe_norm=...)` creates one with a join applied; without `join`, `pe` and
 `pe_norm` it is the model alone, as its first authors or timm made it.
@@ -16,7 +16,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, load_pretra
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from lape.errors import UsageError
+from lape.errors import RunError, UsageError, choose, first_line
 from lape.hosts import find
 from lape.models import ceit, compact, deit, mask_rcnn, segmenter, swin, t2t_vit, upernet, vit
 from lape.models.ceit import CeiT
@@ -182,3 +182,32 @@ def _register(name: str, family: Family) -> None:
 
 for _name, _family in MODELS.items():
     _register(_name, _family)
+
+
+def create_model(
+    name: str,
+    join: str = "lape",
+    pe: str | None = None,
+    pe_norm: str = "layernorm",
+    start: str = "fresh",
+    **options: Any,
+) -> nn.Module:
+    """Create a model of timm's registry, ours included, and apply a join to it; `options` are timm's.
+
+    Raises UsageError for a name that timm does not know, with the nearest that it does, for options that the model does
+    not take, and as `apply` does; RunError where pretrained weights cannot be had.
+    """
+    known = name.partition(".")[0]
+    if "/" not in name and ":" not in name:
+        choose(dict.fromkeys(timm.list_models()), known, "a model that timm knows")
+    joined = {"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}
+    try:
+        model = timm.create_model(name, **options | joined if known in MODELS else options)
+    except (UsageError, RunError):
+        raise
+    except OSError as error:  # of the disk, of the network
+        raise RunError(f"The weights of {name} cannot be had ({first_line(error)}). Create it without them.") from error
+    except Exception as error:  # whatever timm's constructors stumble over
+        told = first_line(error)
+        raise UsageError(f"{name} does not take these options: {told}. Leave them out, or name a ViT.") from error
+    return model if known in MODELS else apply(model, **joined)

@@ -18,7 +18,7 @@ from lape.studies.study import VARIED, Study
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from lape.studies.analysis import Analysis, Numbers
+    from lape.studies.study import Analysis, Numbers
 
 
 Columns = dict[str, Callable[[Row], str]]

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-import lape
 from lape.errors import RunError, UsageError, first_line
 from lape.models.mask_rcnn import MaskRCNN
 from lape.sharing import hub
-from lape.training.checkpoints import load
+from lape.surgery.operation import fold as folded
+from lape.weights import fill
 
 # The largest difference of an output that a file may have, beside the model's largest: other kernels round otherwise,
 # by some 1e-6; another function differs by more than this.
@@ -128,7 +128,7 @@ def export(
         step = _step(original)
         batches += [_larger(batches[1], 2 * step, step), _larger(batches[2], 0, 3 * step)]
         _refuse_one_size(original, batches[-1])
-    program = _program(lape.fold(copy.deepcopy(original)) if fold else original, batches[0], dynamic_size)
+    program = _program(folded(copy.deepcopy(original)) if fold else original, batches[0], dynamic_size)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -164,7 +164,7 @@ def brought_back(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]
     own = found.work.source
     if model_args:
         model, weights = hub.made(hub.described(model), str(found.path), **model_args).eval(), model.state_dict()
-        load(model, weights, found.path)
+        fill(model, weights, found.path)
     told = {"label_names": own.classes, "mean": getattr(own, "mean", None), "std": getattr(own, "std", None)}
     model.pretrained_cfg = model.pretrained_cfg | {name: value for name, value in told.items() if value}
     metrics = {f"{TITLES[name]}, %": value for name, value in found.metrics.items() if name in TITLES}

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
-from lape.surgery.operation import RECORD, create_model
-from lape.training.checkpoints import load, write
-from lape.weights import opened
+from lape.models.registry import create_model
+from lape.surgery.operation import RECORD
+from lape.training.checkpoints import write
+from lape.weights import fill, opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 HEADER = "lape"  # the key of the configuration in the header of a weight file
@@ -204,7 +205,7 @@ def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
     model = made(_config(config), str(config), **model_args)
     floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     model = model.to(next(floating, torch.float32))
-    load(model, tensors, weights)
+    fill(model, tensors, weights)
     return model.eval()
 
 

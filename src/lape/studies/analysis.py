@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,27 +17,13 @@ from lape.data.sources import find
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies.statistics import Way
-from lape.studies.study import Result, Study
+from lape.studies.study import Analysis, Numbers, Result, Study
 from lape.tasks.work import ClassificationWork, Source
 from lape.training.checkpoints import LAST, write_json
 from lape.training.evaluation import Trained, trained
 
 ANALYSIS = "analysis.json"
 IMAGES = 64  # of the validation set, drawn once and for all, for the decomposition
-
-Numbers = tuple[float, ...]  # (layers,)
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What one trained model's attention is told of positions, layer by layer (see `lape.analysis`)."""
-
-    width: int  # D
-    two_dimensionality: Numbers
-    half_distance: Numbers
-    layer_difference: Numbers
-    shape: Shape  # the three as one number each
-    weights: tuple[Numbers, ...] | None  # λ1, λ2, λ3 (3, layers), where the join has them and its images were there
 
 
 def brought_back(result: Result, source_of: Callable[[Experiment, Source], Source] = lambda _, own: own) -> Trained:

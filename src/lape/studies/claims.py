@@ -15,7 +15,7 @@ from lape.studies.statistics import BASELINE, LAPE, Difference, Verdict, Way, di
 from lape.studies.study import Result, Study
 
 if TYPE_CHECKING:
-    from lape.studies.analysis import Analysis
+    from lape.studies.study import Analysis
 
 BySeed = Mapping[int, float]
 Series = Callable[[Study], BySeed]  # one number for each seed that has one

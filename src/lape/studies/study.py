@@ -15,9 +15,10 @@ from lape.tasks.measures import TITLES
 from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
-    from lape.studies.analysis import Analysis
+    from lape.analysis import Shape
 
 LeftOut = Mapping[str, Sequence[tuple[Way, str]]]  # ways and tables, by the reason
+Numbers = tuple[float, ...]  # (layers,)
 VARIED = ("join", "pe", "pe_norm", "start", "seed")
 
 
@@ -74,6 +75,18 @@ def _finite(number: Any) -> float:
 
 
 @dataclass(frozen=True)
+class Analysis:
+    """What one trained model's attention is told of positions, layer by layer (see `lape.analysis`)."""
+
+    width: int  # D
+    two_dimensionality: Numbers
+    half_distance: Numbers
+    layer_difference: Numbers
+    shape: "Shape"  # the three as one number each
+    weights: tuple[Numbers, ...] | None  # λ1, λ2, λ3 (3, layers), where the join has them and its images were there
+
+
+@dataclass(frozen=True)
 class Study:
     """Finished runs that differ in way of joining, table and seed alone, and what is known of how they came about."""
 
@@ -83,7 +96,7 @@ class Study:
     left_out: LeftOut = field(default_factory=dict)  # combinations of what was asked for that mean nothing
     images: tuple[int, int] | None = None  # for training, for validation
     jobs: int | None = None  # runs side by side; None where that is not known
-    analyses: "Mapping[Combination, Analysis]" = field(default_factory=dict)
+    analyses: Mapping[Combination, Analysis] = field(default_factory=dict)
     not_analysed: LeftOut = field(default_factory=dict)
 
     @property

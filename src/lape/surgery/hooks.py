@@ -7,18 +7,33 @@ paths, add the rung's attention part; and when it is done, whatever it did not t
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.errors import UsageError
-from lape.hosts import Block, parts
+from lape.hosts import Block, Host, parts
 from lape.method import Rung
 
-if TYPE_CHECKING:
-    from lape.surgery.positions import Positions
+
+class Rungs(Protocol):
+    """What hooks ask the positions of a model."""
+
+    host: Host
+
+    def rung(self, layer: int) -> Rung:
+        """Return the rung of a layer in the running forward."""
+        ...
+
+    def tokens_axis(self, tokens: Tensor) -> int:
+        """Return the axis of tokens."""
+        ...
+
+    def laid_out(self, part: Tensor, tokens: Tensor) -> Tensor:
+        """Return a part (1, N, D) of a rung as tokens lie."""
+        ...
 
 
 @dataclass
@@ -50,7 +65,7 @@ def called(block: nn.Module, row: Block) -> nn.Module:
 class BlockHooks:
     """The hooks of one block; `layer` is its number among the blocks that the model has now."""
 
-    positions: "Positions"
+    positions: Rungs
     block: nn.Module
     row: Block
     layer: int

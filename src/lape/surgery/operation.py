@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lape.errors import RunError, UsageError, choose, first_line
+from lape.errors import UsageError
 from lape.hosts import RECORD, Host, block_row, find, grid_of, lacks, parts, read, table_of
 from lape.method import (
     JOINS,
@@ -220,39 +220,6 @@ def _own(vit: nn.Module, host: Host, join: str) -> str:
             "join. Give it one beside them: pe='learnable'."
         )
     return "none"
-
-
-def create_model(
-    name: str,
-    join: str = "lape",
-    pe: str | None = None,
-    pe_norm: str = "layernorm",
-    start: str = "fresh",
-    **options: Any,
-) -> nn.Module:
-    """Create a model of timm's registry, ours included, and apply a join to it; `options` are timm's.
-
-    Raises UsageError for a name that timm does not know, with the nearest that it does, for options that the model does
-    not take, and as `apply` does; RunError where pretrained weights cannot be had.
-    """
-    import timm
-
-    from lape.models.registry import MODELS
-
-    known = name.partition(".")[0]
-    if "/" not in name and ":" not in name:
-        choose(dict.fromkeys(timm.list_models()), known, "a model that timm knows")
-    joined = {"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}
-    try:
-        model = timm.create_model(name, **options | joined if known in MODELS else options)
-    except (UsageError, RunError):
-        raise
-    except OSError as error:  # of the disk, of the network
-        raise RunError(f"The weights of {name} cannot be had ({first_line(error)}). Create it without them.") from error
-    except Exception as error:  # whatever timm's constructors stumble over
-        told = first_line(error)
-        raise UsageError(f"{name} does not take these options: {told}. Leave them out, or name a ViT.") from error
-    return model if known in MODELS else apply(model, **joined)
 
 
 def _build(record: Positions, own: nn.Parameter | None) -> None:

@@ -12,26 +12,24 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-import lape
 from lape.data import dense, pipeline
 from lape.data.files import check_files
 from lape.data.instances import InstanceSource
 from lape.data.maps import MapSource
 from lape.data.pipeline import Normalise, reseed, seed_of
 from lape.data.preparation import Finishing, Preparation
-from lape.data.sources import MODES, ImageSource
+from lape.data.sources import MODES, ImageSource, PictureSource
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation, Dense, Experiment, told
 from lape.hosts import find
-from lape.models.registry import DETECTORS, SEGMENTERS
+from lape.models.registry import DETECTORS, SEGMENTERS, create_model
 from lape.surgery.positions import by
 from lape.tasks.classification import Classification, Distillation, Named
 from lape.tasks.detection import Detection, Found
 from lape.tasks.segmentation import Inference, Segmentation
-from lape.training.checkpoints import load
-from lape.weights import read
+from lape.weights import fill, read
 
-Source = ImageSource | InstanceSource | MapSource
+Source = PictureSource[Any]
 Task = Classification | Detection | Segmentation
 Answer = Named | Found | Tensor  # a class for the whole, objects, or the class of every pixel (H, W)
 
@@ -308,7 +306,7 @@ def _created(experiment: Experiment, source: Source, options: Mapping[str, Any])
     }
     joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm, "start": experiment.start}
     refuse_said(experiment.model_args, {name: SAID.get(name, f"--{name}") for name in given | joined})
-    module: Any = lape.create_model(experiment.model, **joined, **given, **experiment.model_args)
+    module: Any = create_model(experiment.model, **joined, **given, **experiment.model_args)
     if experiment.grad_checkpointing:
         module.set_grad_checkpointing(True)
     return module
@@ -366,7 +364,7 @@ def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:
         weights = read(path)
         head = weights.get(f"{teacher.pretrained_cfg['classifier']}.bias")
         _refuse_other_classes(f"{name} in {path}", asked if head is None else len(head), source)
-        load(teacher, weights, path)
+        fill(teacher, weights, path)
         return teacher.eval()
     try:
         teacher = timm.create_model(name, pretrained=True, in_chans=source.channels)

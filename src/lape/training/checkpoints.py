@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
 
-from lape.errors import RunError, UsageError, first_line
+from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.weights import opened
 
@@ -75,23 +74,6 @@ def experiment_of(stored: Any, path: Path) -> Experiment:
         return Experiment.of(stored)
     except UsageError as error:
         raise RunError(f"{path} names settings that this version does not know ({error}). Move it away.") from error
-
-
-def load(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Fill a model; raises RunError naming the file and the first difference where it is of another model."""
-    own = module.state_dict()
-    for name in [*own, *weights]:
-        here, there = (tuple(side[name].shape) if name in side else None for side in (own, weights))
-        if here != there:
-            told = f"{name} is {there or 'missing'} in the file and {here or 'missing'} in the model"
-            raise RunError(f"{path} is of another model: {told}. Name the model that it was saved from.")
-    try:
-        broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
-        module.load_state_dict(weights)
-    except RuntimeError as error:  # tensors of another kind, as sparse ones
-        raise RunError(f"{path} does not fit the model ({first_line(error)}). Give another file.") from error
-    if broken:
-        raise RunError(f"{path} is damaged: {broken} is not finite in it. Give another file.")
 
 
 def kept_settings(path: Path) -> Any:

@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from lape.data import pipeline
 from lape.data.pipeline import Batches, Whole
@@ -17,7 +16,8 @@ from lape.errors import RunError, UsageError
 from lape.experiment import Experiment, Place
 from lape.tasks.work import Source, Task, Work, without_pictures, work_of
 from lape.training.assembly import launch
-from lape.training.checkpoints import BEST, load, read
+from lape.training.checkpoints import BEST, read
+from lape.weights import fill, judged_weights
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
         work = work_of(experiment, source)
     except (UsageError, RunError) as error:
         raise type(error)(f"{path}: {error}") from error
-    load(work.module, judged_weights(saved), path)
+    fill(work.module, judged_weights(saved), path)
     work.module = fabric.strategy.precision.convert_module(work.module.to(fabric.device)).eval()
     return Trained(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})
 
@@ -112,12 +112,6 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
     batches = pipeline.load(work.validation(), share, found.experiment.workers, pin)
     metrics = evaluate(fabric, found.task, work.module, batches)
     return Judged(found.path, work.source.name, len(held_out), metrics)
-
-
-def judged_weights(saved: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return those weights of a checkpoint that its run validates: their average (EMA), or the weights themselves."""
-    averaged = saved.get("ema") if Experiment.of(saved["experiment"]).ema_evaluated else None
-    return averaged or saved["model"]
 
 
 def _named(classes: Sequence[str]) -> str:

@@ -27,12 +27,12 @@ from lape.experiment import Experiment, told
 from lape.tasks.measures import TITLES
 from lape.tasks.work import described, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
-from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, load, read, refuse_other, save, write_json
+from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, read, refuse_other, save, write_json
 from lape.training.curves import Curves
 from lape.training.evaluation import evaluate
 from lape.training.interruption import Stopped, signals
 from lape.training.provenance import provenance
-from lape.weights import load_backbone
+from lape.weights import fill, load_backbone
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
 SECONDS_BETWEEN_REPORTS = 0.1
@@ -287,9 +287,9 @@ class Run:
             return
         saved = read(path)
         refuse_other(path, saved["experiment"], self.experiment)
-        load(self.module, saved["model"], path)
+        fill(self.module, saved["model"], path)
         if self.ema:
-            load(self.ema.module, saved.get("ema") or {}, path)
+            fill(self.ema.module, saved.get("ema") or {}, path)
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.fabric.strategy.precision.load_state_dict(saved["precision"])
