@@ -4,7 +4,9 @@
 the status is 1 or 2. Some damage cannot be seen, as another colour of a pixel: only that may pass.
 """
 
+import copy
 import faulthandler
+import gzip
 import io
 import json
 import math
@@ -15,6 +17,7 @@ import resource
 import signal
 import struct
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -828,6 +831,145 @@ cases(
         },
     ),
 )
+
+
+# Files without end, and small ones of much content
+
+
+def _pipe(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def _zeros(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+    return path
+
+
+def _in_copy(folder: Path, room: Path, name: str, end: Callable[[Path], Path]) -> Path:
+    """Return a file of a copied folder, which is put in the place of the sound one."""
+    return end(_copied(folder, room) / name)
+
+
+def _exported_folder(sound: Sound, room: Path, end: Callable[[Path], Path], name: str) -> Case:
+    import shutil
+
+    for part in ("config.json", "model.safetensors"):
+        (room / "whole").mkdir(parents=True, exist_ok=True)
+        shutil.copy(sound.weights, room / "whole" / part)
+    file = end(room / "whole" / name)
+    return Case(file, ["export", str(file.parent), "--out", "out.safetensors"])
+
+
+End = Callable[[Path], Path]
+ENDLESS: dict[str, Callable[[Sound, Path, End], Case]] = {
+    "checkpoint": lambda sound, room, end: _evaluated(end(room / "x.pt")),
+    "weights": lambda sound, room, end: _begun(end(room / "x.pt")),
+    "safetensors": lambda sound, room, end: _exported(end(room / "x.safetensors")),
+    "checkpoint to go on from": lambda sound, room, end: _resumed(
+        _in_copy(sound.run, room, "last.pt", end).parent, "last.pt"
+    ),
+    "configuration": lambda sound, room, end: Case(
+        end(room / "own.yaml"), ["train", *SMALL, "--config", str(room / "own.yaml"), "--out", "out"]
+    ),
+    "configuration before another": lambda sound, room, end: Case(
+        end(room / "own.yaml"),
+        [
+            *("train", *SMALL, "--config", str(room / "own.yaml")),
+            *("--config", str(_written(room / "empty.yaml", b"{}")), "--out", "out"),
+        ],
+    ),
+    "recipe": lambda sound, room, end: _told(end(room / "own.yaml")),
+    "settings": lambda sound, room, end: Case(
+        file := _in_copy(sound.run, room, "experiment.json", end), ["train", "--resume", "--out", str(file.parent)]
+    ),
+    "result": lambda sound, room, end: _resulted(_in_copy(sound.run, room, "result.json", end)),
+    "configuration of the Hub": lambda sound, room, end: _exported_folder(sound, room, end, "config.json"),
+    "weights of the Hub": lambda sound, room, end: _exported_folder(sound, room, end, "model.safetensors"),
+    "picture to predict": lambda sound, room, end: _predicted(sound, end(room / "x.png")),
+    "picture to train on": lambda sound, room, end: _trained(
+        _in_copy(sound.pets, room, "train/cat/0.png", end), room / "pets", PETS
+    ),
+    "map": lambda sound, room, end: _trained(
+        _in_copy(sound.ade20k, room, "annotations/training/0.png", end), room / "ade20k", SEGMENTER
+    ),
+    "classes": lambda sound, room, end: _trained(
+        _in_copy(sound.ade20k, room, "classes.txt", end), room / "ade20k", SEGMENTER
+    ),
+    "annotations": lambda sound, room, end: _trained(
+        _in_copy(sound.coco, room, "annotations/instances_train2017.json", end), room / "coco", DETECTOR
+    ),
+}
+for end in (_pipe, _zeros):
+    cases(
+        "pipe" if end is _pipe else "device",
+        ENDLESS,
+        lambda sound, room, name, end=end: ENDLESS[name](sound, room, end),
+    )
+
+
+def _reported(sound: Sound, room: Path, end: End) -> Case:
+    """A report leaves out what it cannot read, and says so."""
+    file = _in_copy(sound.run, room, "result.json", end)
+    return Case(file, ["report", str(file.parent), str(sound.run), "--out", "out.html"], passes=True)
+
+
+cases("result in a report", ["pipe"], lambda sound, room, _: _reported(sound, room, _pipe))
+cases("result in a report", ["device"], lambda sound, room, _: _reported(sound, room, _zeros))
+
+
+def _packed(path: Path, content: bytes) -> Path:
+    """Write a checkpoint again with its parts packed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(io.BytesIO(content)) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in stored.infolist():
+            archive.writestr(entry.filename, stored.read(entry))
+    return path
+
+
+def _large(sound: Sound) -> bytes:
+    return _tensors({**_loaded(sound.run / "best.pt"), "model": {"x": torch.zeros(1 << 30, dtype=torch.uint8)}})
+
+
+def _overlapping(path: Path) -> Path:
+    """Write a zip of a thousand names for one content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data/0", bytes(1 << 20))
+        (first,) = archive.infolist()
+        for number in range(1, 1000):
+            entry = copy.copy(first)
+            entry.filename = f"archive/data/{number}"
+            archive.filelist.append(entry)
+    return path
+
+
+cases("packed", ["checkpoint"], lambda sound, room, _: _evaluated(_packed(room / "x.pt", _large(sound))))
+cases("packed", ["weights"], lambda sound, room, _: _begun(_packed(room / "x.pt", _large(sound))))
+cases("packed", ["a thousand names"], lambda sound, room, _: _evaluated(_overlapping(room / "x.pt")))
+
+
+def _garments(room: Path, head: bytes, zeros: int) -> Case:
+    file = room / "garments" / "train-images-idx3-ubyte.gz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(file, "wb") as stream:
+        stream.write(head)
+        for _ in range(zeros >> 20):
+            stream.write(bytes(1 << 20))
+    words = ["train", *SMALL, "--data", "fashion-mnist", "--data-dir", str(file.parent), "--out", "out"]
+    return Case(file, words, named=file.stem)
+
+
+OF_IDX: dict[str, tuple[bytes, int]] = {
+    "more than it says": (struct.pack(">4B3I", 0, 0, 8, 3, 6, 28, 28), 2 << 30),
+    "says too much": (struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 28, 28), 1 << 30),
+    "axes without end": (b"\0\0\x08\xff", 1 << 20),
+}
+cases("packed garments", OF_IDX, lambda sound, room, name: _garments(room, *OF_IDX[name]))
 
 
 # The law

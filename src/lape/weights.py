@@ -9,13 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from os import SEEK_END
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor, nn
 
+from lape import reading
 from lape.errors import RunError, UsageError, first_line
 from lape.hosts import RECORD, Host, find, grid_of
 from lape.hosts import read as read_entry
@@ -77,14 +80,18 @@ def read(path: str | Path) -> Weights:
 def opened(path: Path) -> Any:
     """Return what a file of tensors and plain values holds, on the CPU; raises RunError, naming it, where it cannot."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        with reading.opened(path) as file:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
 
-            return load_file(path)
-        # The authors' and DeiT's checkpoints hold their arguments, a plain namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
+                return load_file(path)
+            # The authors' and DeiT's checkpoints hold their arguments, a plain namespace, beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                _refuse_packed(file)
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
     except UnpicklingError as error:
         raise RunError(
             f"{path} holds more than tensors and plain values, and reading it could run code; it was not read. "
@@ -94,6 +101,20 @@ def opened(path: Path) -> Any:
         raise RunError(f"{path} does not exist. Check the path.") from error
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
         raise RunError(f"{path} cannot be read as a checkpoint ({first_line(error)}). Is it complete?") from error
+
+
+def _refuse_packed(file: BinaryIO) -> None:
+    """Raise ValueError for a zip that unpacks to more than it is: torch.save packs nothing, and all of it once."""
+    begins = file.read(4)
+    if begins == b"PK\x03\x04":  # torch reads everything else as a pickle
+        with ZipFile(file) as archive:
+            entries = archive.infolist()
+        packed = next((entry.filename for entry in entries if entry.compress_type != ZIP_STORED), None)
+        if packed:
+            raise ValueError(f"{packed} is packed in it, and torch.save packs nothing")
+        if sum(entry.file_size for entry in entries) > file.seek(0, SEEK_END):
+            raise ValueError("its parts are larger than the whole")
+    file.seek(0)
 
 
 def _state(stored: Any, where: str | Path) -> Weights:

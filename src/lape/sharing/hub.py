@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lape import reading
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
@@ -233,13 +234,15 @@ def _config(path: Path) -> Any:
     """Read a configuration from its own file, or from the header of a weight file."""
     try:
         if path.suffix != ".safetensors":
-            return json.loads(path.read_text(encoding="utf-8"))
+            return reading.values(path, reading.RECORD)
         from safetensors import safe_open
 
-        with safe_open(path, framework="pt") as file:
+        with reading.opened(path), safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
         if HEADER in header:
             return json.loads(header[HEADER])
+    except RunError:
+        raise
     except Exception as error:  # of the disk, of JSON, of safetensors
         raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
     raise RunError(f"{path} holds weights and no configuration. Create the model, then lape.load_weights(model, path).")

@@ -9,6 +9,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from lape import reading
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
 from lape.weights import opened
@@ -97,8 +98,8 @@ def load(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> 
 def kept_settings(path: Path) -> Any:
     """Return what a run wrote of its settings; raises RunError, naming the file, where that is none."""
     try:
-        stored = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        stored = reading.values(path, reading.SETTINGS)
+    except ValueError as error:
         raise RunError(f"{path} cannot be read as JSON ({error}). Give another --out.") from error
     experiment_of(stored, path)
     return stored
