@@ -922,17 +922,19 @@ cases("result in a report", ["pipe"], lambda sound, room, _: _reported(sound, ro
 cases("result in a report", ["device"], lambda sound, room, _: _reported(sound, room, _zeros))
 
 
-def _packed(path: Path, content: bytes) -> Path:
-    """Write a checkpoint again with its parts packed."""
+def _packed(path: Path, sound: Path) -> Path:
+    """Write a checkpoint again with its parts packed, the largest with zeros behind it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(io.BytesIO(content)) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(sound) as stored, zipfile.ZipFile(path, "w") as archive:
+        largest = max(stored.infolist(), key=lambda entry: (".pkl" not in entry.filename, entry.file_size))
         for entry in stored.infolist():
-            archive.writestr(entry.filename, stored.read(entry))
+            made = zipfile.ZipInfo(entry.filename)
+            made.compress_type, made._compresslevel = zipfile.ZIP_DEFLATED, 1
+            with archive.open(made, "w") as part:
+                part.write(stored.read(entry))
+                for _ in range(24 if entry is largest else 0):
+                    part.write(bytes(1 << 26))
     return path
-
-
-def _large(sound: Sound) -> bytes:
-    return _tensors({**_loaded(sound.run / "best.pt"), "model": {"x": torch.zeros(1 << 30, dtype=torch.uint8)}})
 
 
 def _overlapping(path: Path) -> Path:
@@ -948,31 +950,103 @@ def _overlapping(path: Path) -> Path:
     return path
 
 
-cases("packed", ["checkpoint"], lambda sound, room, _: _evaluated(_packed(room / "x.pt", _large(sound))))
-cases("packed", ["weights"], lambda sound, room, _: _begun(_packed(room / "x.pt", _large(sound))))
+cases("packed", ["checkpoint"], lambda sound, room, _: _evaluated(_packed(room / "x.pt", sound.run / "best.pt")))
+cases("packed", ["weights"], lambda sound, room, _: _begun(_packed(room / "x.pt", sound.run / "best.pt")))
 cases("packed", ["a thousand names"], lambda sound, room, _: _evaluated(_overlapping(room / "x.pt")))
 
 
 def _garments(room: Path, head: bytes, zeros: int) -> Case:
     file = room / "garments" / "train-images-idx3-ubyte.gz"
     file.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(file, "wb") as stream:
-        stream.write(head)
-        for _ in range(zeros >> 20):
-            stream.write(bytes(1 << 20))
+    part = gzip.compress(bytes(1 << 26))
+    file.write_bytes(gzip.compress(head) + part * (zeros >> 26))  # members of a file are unpacked one after the other
     words = ["train", *SMALL, "--data", "fashion-mnist", "--data-dir", str(file.parent), "--out", "out"]
     return Case(file, words, named=file.stem)
 
 
 OF_IDX: dict[str, tuple[bytes, int]] = {
     "more than it says": (struct.pack(">4B3I", 0, 0, 8, 3, 6, 28, 28), 2 << 30),
-    "says too much": (struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 28, 28), 1 << 30),
-    "axes without end": (b"\0\0\x08\xff", 1 << 20),
+    "says too much": (struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 28, 28), 2 << 30),
+    "axes without end": (b"\0\0\x08\xff", 2 << 30),
 }
 cases("packed garments", OF_IDX, lambda sound, room, name: _garments(room, *OF_IDX[name]))
 
 
+# Small files of large models
+
+MONSTROUS: dict[str, Change] = {
+    "deep": put("model_args", "depth", 10**7),
+    "deeper than a list": put("model_args", "depth", 10**9),
+    "just too deep": put("model_args", "depth", 60_000),
+    "wide": put("model_args", "embed_dim", 20_000),
+    "of many patches": put("model_args", "img_size", 60_000),
+}
+
+
+def _monstrous(sound: Sound, room: Path, use: str, change: Change) -> Case:
+    run = _of_experiment(sound, room, change)
+    if use == "resume":
+        (run / "result.json").unlink()
+    named = "last.pt" if use == "resume" else "best.pt"
+    return Case(run, USES[use](sound, run), named=named)
+
+
+MADE = [use for use in USES if use not in ("report", "results")]  # which make no model
+for use in MADE:
+    cases(
+        f"run of a monster, {use}",
+        [name for name in MONSTROUS if name != "of many patches" and (name == "deep" or use in ("eval", "resume"))],
+        lambda sound, room, name, use=use: _monstrous(sound, room, use, MONSTROUS[name]),
+    )
+cases(
+    "configuration of a monster",
+    MONSTROUS,
+    lambda sound, room, name: _exported(
+        _safetensors(
+            sound.weights,
+            json.dumps(MONSTROUS[name]({"architecture": "vit_nano_patch2_8", "model_args": dict(MODEL)})).encode(),
+            room,
+        )
+    ),
+)
+cases(
+    "configuration of a monster",
+    ["stages"],
+    lambda sound, room, _: _exported(
+        _safetensors(
+            sound.weights,
+            json.dumps(
+                {"architecture": "swin_tiny_patch4_window7_224", "model_args": {"depths": [60_000] * 10_000}}
+            ).encode(),
+            room,
+        )
+    ),
+)
+
+
+def _swollen(sound: Sound, room: Path, name: str) -> Case:
+    state = _loaded(sound.run / "best.pt")
+    one = torch.zeros(1)
+    state |= {
+        "weights": {"model": {"x": one.expand(1 << 32)}},
+        "a thousand": {"model": {str(number): one.expand(1 << 20) for number in range(4000)}},
+        "elsewhere": {"optimizer": {"state": [{"x": one.expand(1 << 32)}]}},
+        "the widest": {
+            "model": {"head.weight": one.expand(10, 10**9)},
+            "experiment": put("model_args", "embed_dim", 10**9)(state["experiment"]),
+        },
+    }[name]
+    return _evaluated(_written(room / "x.pt", _tensors(state)))
+
+
+cases("one number for many", ["weights", "a thousand", "elsewhere", "the widest"], _swollen)
+
+
 # The law
+
+
+class Late(BaseException):
+    """No error of the system, which a command would tell as the file's."""
 
 
 @pytest.fixture
@@ -1002,7 +1076,7 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"not refused in {SECONDS} seconds")
+        raise Late(f"not refused in {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
@@ -1016,6 +1090,8 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
 @pytest.mark.parametrize("name", CASES)
 def test_no_file_runs_code_or_hangs_or_ends_in_a_traceback(name, sound, here, capfd):
     case = CASES[name](sound, here / "files")
+    with suppress(OSError):  # where the system is no Linux
+        Path("/proc/self/clear_refs").write_text("5")  # forget the most memory so far, which making the case took
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status = cli.main(case.words)
     out, err = capfd.readouterr()

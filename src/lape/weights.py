@@ -27,6 +27,7 @@ from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
 from lape.surgery.view import View
 
 Weights = dict[str, Tensor]
+Many = list | tuple | set
 
 _RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")
 _OF_A_JOIN = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|pos_embed|absolute_pos_embed)$")
@@ -89,7 +90,9 @@ def opened(path: Path) -> Any:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
                 _refuse_packed(file)
-                return torch.load(file, map_location="cpu", weights_only=True)
+                stored = torch.load(file, map_location="cpu", weights_only=True)
+                _refuse_swollen(stored, file.seek(0, SEEK_END))
+                return stored
     except RunError:
         raise
     except UnpicklingError as error:
@@ -115,6 +118,21 @@ def _refuse_packed(file: BinaryIO) -> None:
         if sum(entry.file_size for entry in entries) > file.seek(0, SEEK_END):
             raise ValueError("its parts are larger than the whole")
     file.seek(0)
+
+
+def _refuse_swollen(stored: Any, size: int) -> None:
+    """Raise ValueError for tensors that say more than a file of that size holds, as one number seen a million times."""
+    told, waiting, seen = 0, [stored], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            told += part.numel() * part.element_size()
+        elif id(part) not in seen:
+            seen.add(id(part))
+            inside = vars(part) if isinstance(part, argparse.Namespace) else part
+            waiting += inside.values() if isinstance(inside, Mapping) else inside if isinstance(inside, Many) else ()
+    if told > 4 * size + (1 << 20):  # some tensors have several names, and little ones many
+        raise ValueError(f"its tensors say that they take {told} bytes, and it has {size}")
 
 
 def _state(stored: Any, where: str | Path) -> Weights:

@@ -23,6 +23,7 @@ from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
 from lape.surgery.operation import RECORD, create_model
 from lape.training.checkpoints import load, write
+from lape.training.rebuilding import Build, LikeItsFile, as_asked
 from lape.weights import opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -117,8 +118,8 @@ def _joined(model: nn.Module) -> dict[str, str]:
     return {"join": chosen.join.name, "pe": chosen.embedding.name, "pe_norm": norm, "start": chosen.start.name}
 
 
-def made(config: Mapping[str, Any], where: str, **model_args: Any) -> nn.Module:
-    """Make the model that a configuration tells of, and more keywords, with initial weights."""
+def made(config: Mapping[str, Any], where: str, build: Build = as_asked, **model_args: Any) -> nn.Module:
+    """Make the model that a configuration tells of, and more keywords, with initial weights, built so."""
     import timm
     from timm.models import PretrainedCfg
 
@@ -134,7 +135,9 @@ def made(config: Mapping[str, Any], where: str, **model_args: Any) -> nn.Module:
             cfg["label_names"] = tuple(config["label_names"])
         args["pretrained_cfg"] = cfg | {"architecture": name}
         make = create_model if "join" in args else timm.create_model
-        return make(name, **args)
+        return build(lambda: make(name, **args), args)
+    except RunError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{where} describes a model that cannot be made here: {told}") from error
@@ -202,7 +205,7 @@ def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
     if weights.suffix != ".safetensors":
         raise RunError(f"{weights} is no .safetensors file. For weights alone there is lape.load_weights.")
     tensors = opened(weights)
-    model = made(_config(config), str(config), **model_args)
+    model = made(_config(config), str(config), LikeItsFile(tensors, weights), **model_args)
     floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     model = model.to(next(floating, torch.float32))
     load(model, tensors, weights)

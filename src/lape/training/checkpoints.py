@@ -78,14 +78,18 @@ def experiment_of(stored: Any, path: Path) -> Experiment:
         raise RunError(f"{path} names settings that this version does not know ({error}). Move it away.") from error
 
 
-def load(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Fill a model; raises RunError naming the file and the first difference where it is of another model."""
-    own = module.state_dict()
+def refuse_another(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise RunError, naming the file and the first difference, where its weights are another model's."""
     for name in [*own, *weights]:
         here, there = (tuple(side[name].shape) if name in side else None for side in (own, weights))
         if here != there:
             told = f"{name} is {there or 'missing'} in the file and {here or 'missing'} in the model"
             raise RunError(f"{path} is of another model: {told}. Name the model that it was saved from.")
+
+
+def load(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Fill a model; raises RunError naming the file and the first difference where it is of another model."""
+    refuse_another(module.state_dict(), weights, path)
     try:
         broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
         module.load_state_dict(weights)
