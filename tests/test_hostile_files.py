@@ -4,7 +4,9 @@
 the status is 1 or 2. Some damage cannot be seen, as another colour of a pixel: only that may pass.
 """
 
+import copy
 import faulthandler
+import gzip
 import io
 import json
 import math
@@ -15,6 +17,7 @@ import resource
 import signal
 import struct
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -830,7 +833,220 @@ cases(
 )
 
 
+# Files without end, and small ones of much content
+
+
+def _pipe(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    return path
+
+
+def _zeros(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+    return path
+
+
+def _in_copy(folder: Path, room: Path, name: str, end: Callable[[Path], Path]) -> Path:
+    """Return a file of a copied folder, which is put in the place of the sound one."""
+    return end(_copied(folder, room) / name)
+
+
+def _exported_folder(sound: Sound, room: Path, end: Callable[[Path], Path], name: str) -> Case:
+    import shutil
+
+    for part in ("config.json", "model.safetensors"):
+        (room / "whole").mkdir(parents=True, exist_ok=True)
+        shutil.copy(sound.weights, room / "whole" / part)
+    file = end(room / "whole" / name)
+    return Case(file, ["export", str(file.parent), "--out", "out.safetensors"])
+
+
+End = Callable[[Path], Path]
+ENDLESS: dict[str, Callable[[Sound, Path, End], Case]] = {
+    "checkpoint": lambda sound, room, end: _evaluated(end(room / "x.pt")),
+    "weights": lambda sound, room, end: _begun(end(room / "x.pt")),
+    "safetensors": lambda sound, room, end: _exported(end(room / "x.safetensors")),
+    "checkpoint to go on from": lambda sound, room, end: _resumed(
+        _in_copy(sound.run, room, "last.pt", end).parent, "last.pt"
+    ),
+    "configuration": lambda sound, room, end: Case(
+        end(room / "own.yaml"), ["train", *SMALL, "--config", str(room / "own.yaml"), "--out", "out"]
+    ),
+    "configuration before another": lambda sound, room, end: Case(
+        end(room / "own.yaml"),
+        [
+            *("train", *SMALL, "--config", str(room / "own.yaml")),
+            *("--config", str(_written(room / "empty.yaml", b"{}")), "--out", "out"),
+        ],
+    ),
+    "recipe": lambda sound, room, end: _told(end(room / "own.yaml")),
+    "settings": lambda sound, room, end: Case(
+        file := _in_copy(sound.run, room, "experiment.json", end), ["train", "--resume", "--out", str(file.parent)]
+    ),
+    "result": lambda sound, room, end: _resulted(_in_copy(sound.run, room, "result.json", end)),
+    "configuration of the Hub": lambda sound, room, end: _exported_folder(sound, room, end, "config.json"),
+    "weights of the Hub": lambda sound, room, end: _exported_folder(sound, room, end, "model.safetensors"),
+    "picture to predict": lambda sound, room, end: _predicted(sound, end(room / "x.png")),
+    "picture to train on": lambda sound, room, end: _trained(
+        _in_copy(sound.pets, room, "train/cat/0.png", end), room / "pets", PETS
+    ),
+    "map": lambda sound, room, end: _trained(
+        _in_copy(sound.ade20k, room, "annotations/training/0.png", end), room / "ade20k", SEGMENTER
+    ),
+    "classes": lambda sound, room, end: _trained(
+        _in_copy(sound.ade20k, room, "classes.txt", end), room / "ade20k", SEGMENTER
+    ),
+    "annotations": lambda sound, room, end: _trained(
+        _in_copy(sound.coco, room, "annotations/instances_train2017.json", end), room / "coco", DETECTOR
+    ),
+}
+for end in (_pipe, _zeros):
+    cases(
+        "pipe" if end is _pipe else "device",
+        ENDLESS,
+        lambda sound, room, name, end=end: ENDLESS[name](sound, room, end),
+    )
+
+
+def _reported(sound: Sound, room: Path, end: End) -> Case:
+    """A report leaves out what it cannot read, and says so."""
+    file = _in_copy(sound.run, room, "result.json", end)
+    return Case(file, ["report", str(file.parent), str(sound.run), "--out", "out.html"], passes=True)
+
+
+cases("result in a report", ["pipe"], lambda sound, room, _: _reported(sound, room, _pipe))
+cases("result in a report", ["device"], lambda sound, room, _: _reported(sound, room, _zeros))
+
+
+def _packed(path: Path, sound: Path) -> Path:
+    """Write a checkpoint again with its parts packed, the largest with zeros behind it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(sound) as stored, zipfile.ZipFile(path, "w") as archive:
+        largest = max(stored.infolist(), key=lambda entry: (".pkl" not in entry.filename, entry.file_size))
+        for entry in stored.infolist():
+            made = zipfile.ZipInfo(entry.filename)
+            made.compress_type, made._compresslevel = zipfile.ZIP_DEFLATED, 1
+            with archive.open(made, "w") as part:
+                part.write(stored.read(entry))
+                for _ in range(24 if entry is largest else 0):
+                    part.write(bytes(1 << 26))
+    return path
+
+
+def _overlapping(path: Path) -> Path:
+    """Write a zip of a thousand names for one content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data/0", bytes(1 << 20))
+        (first,) = archive.infolist()
+        for number in range(1, 1000):
+            entry = copy.copy(first)
+            entry.filename = f"archive/data/{number}"
+            archive.filelist.append(entry)
+    return path
+
+
+cases("packed", ["checkpoint"], lambda sound, room, _: _evaluated(_packed(room / "x.pt", sound.run / "best.pt")))
+cases("packed", ["weights"], lambda sound, room, _: _begun(_packed(room / "x.pt", sound.run / "best.pt")))
+cases("packed", ["a thousand names"], lambda sound, room, _: _evaluated(_overlapping(room / "x.pt")))
+
+
+def _garments(room: Path, head: bytes, zeros: int) -> Case:
+    file = room / "garments" / "train-images-idx3-ubyte.gz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = gzip.compress(bytes(1 << 26))
+    file.write_bytes(gzip.compress(head) + part * (zeros >> 26))  # members of a file are unpacked one after the other
+    words = ["train", *SMALL, "--data", "fashion-mnist", "--data-dir", str(file.parent), "--out", "out"]
+    return Case(file, words, named=file.stem)
+
+
+OF_IDX: dict[str, tuple[bytes, int]] = {
+    "more than it says": (struct.pack(">4B3I", 0, 0, 8, 3, 6, 28, 28), 2 << 30),
+    "says too much": (struct.pack(">4B3I", 0, 0, 8, 3, 2**31, 28, 28), 2 << 30),
+    "axes without end": (b"\0\0\x08\xff", 2 << 30),
+}
+cases("packed garments", OF_IDX, lambda sound, room, name: _garments(room, *OF_IDX[name]))
+
+
+# Small files of large models
+
+MONSTROUS: dict[str, Change] = {
+    "deep": put("model_args", "depth", 10**7),
+    "deeper than a list": put("model_args", "depth", 10**9),
+    "just too deep": put("model_args", "depth", 60_000),
+    "wide": put("model_args", "embed_dim", 20_000),
+    "of many patches": put("model_args", "img_size", 60_000),
+}
+
+
+def _monstrous(sound: Sound, room: Path, use: str, change: Change) -> Case:
+    run = _of_experiment(sound, room, change)
+    if use == "resume":
+        (run / "result.json").unlink()
+    named = "last.pt" if use == "resume" else "best.pt"
+    return Case(run, USES[use](sound, run), named=named)
+
+
+MADE = [use for use in USES if use not in ("report", "results")]  # which make no model
+for use in MADE:
+    cases(
+        f"run of a monster, {use}",
+        [name for name in MONSTROUS if name != "of many patches" and (name == "deep" or use in ("eval", "resume"))],
+        lambda sound, room, name, use=use: _monstrous(sound, room, use, MONSTROUS[name]),
+    )
+cases(
+    "configuration of a monster",
+    MONSTROUS,
+    lambda sound, room, name: _exported(
+        _safetensors(
+            sound.weights,
+            json.dumps(MONSTROUS[name]({"architecture": "vit_nano_patch2_8", "model_args": dict(MODEL)})).encode(),
+            room,
+        )
+    ),
+)
+cases(
+    "configuration of a monster",
+    ["stages"],
+    lambda sound, room, _: _exported(
+        _safetensors(
+            sound.weights,
+            json.dumps(
+                {"architecture": "swin_tiny_patch4_window7_224", "model_args": {"depths": [60_000] * 10_000}}
+            ).encode(),
+            room,
+        )
+    ),
+)
+
+
+def _swollen(sound: Sound, room: Path, name: str) -> Case:
+    state = _loaded(sound.run / "best.pt")
+    one = torch.zeros(1)
+    state |= {
+        "weights": {"model": {"x": one.expand(1 << 32)}},
+        "a thousand": {"model": {str(number): one.expand(1 << 20) for number in range(4000)}},
+        "elsewhere": {"optimizer": {"state": [{"x": one.expand(1 << 32)}]}},
+        "the widest": {
+            "model": {"head.weight": one.expand(10, 10**9)},
+            "experiment": put("model_args", "embed_dim", 10**9)(state["experiment"]),
+        },
+    }[name]
+    return _evaluated(_written(room / "x.pt", _tensors(state)))
+
+
+cases("one number for many", ["weights", "a thousand", "elsewhere", "the widest"], _swollen)
+
+
 # The law
+
+
+class Late(BaseException):
+    """No error of the system, which a command would tell as the file's."""
 
 
 @pytest.fixture
@@ -860,7 +1076,7 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"not refused in {SECONDS} seconds")
+        raise Late(f"not refused in {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
@@ -874,6 +1090,8 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
 @pytest.mark.parametrize("name", CASES)
 def test_no_file_runs_code_or_hangs_or_ends_in_a_traceback(name, sound, here, capfd):
     case = CASES[name](sound, here / "files")
+    with suppress(OSError):  # where the system is no Linux
+        Path("/proc/self/clear_refs").write_text("5")  # forget the most memory so far, which making the case took
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status = cli.main(case.words)
     out, err = capfd.readouterr()

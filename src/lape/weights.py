@@ -9,13 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from os import SEEK_END
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor, nn
 
+from lape import reading
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
 from lape.hosts import RECORD, Host, find, grid_of
@@ -25,6 +28,7 @@ from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
 from lape.surgery.view import View
 
 Weights = dict[str, Tensor]
+Many = list | tuple | set
 
 _RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")
 _OF_A_JOIN = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|pos_embed|absolute_pos_embed)$")
@@ -78,14 +82,20 @@ def read(path: str | Path) -> Weights:
 def opened(path: Path) -> Any:
     """Return what a file of tensors and plain values holds, on the CPU; raises RunError, naming it, where it cannot."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        with reading.opened(path) as file:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
 
-            return load_file(path)
-        # The authors' and DeiT's checkpoints hold their arguments, a plain namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
+                return load_file(path)
+            # The authors' and DeiT's checkpoints hold their arguments, a plain namespace, beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                _refuse_packed(file)
+                stored = torch.load(file, map_location="cpu", weights_only=True)
+                _refuse_swollen(stored, file.seek(0, SEEK_END))
+                return stored
+    except RunError:
+        raise
     except UnpicklingError as error:
         raise RunError(
             f"{path} holds more than tensors and plain values, and reading it could run code; it was not read. "
@@ -97,6 +107,35 @@ def opened(path: Path) -> Any:
         raise RunError(f"{path} cannot be read as a checkpoint ({first_line(error)}). Is it complete?") from error
 
 
+def _refuse_packed(file: BinaryIO) -> None:
+    """Raise ValueError for a zip that unpacks to more than it is: torch.save packs nothing, and all of it once."""
+    begins = file.read(4)
+    if begins == b"PK\x03\x04":  # torch reads everything else as a pickle
+        with ZipFile(file) as archive:
+            entries = archive.infolist()
+        packed = next((entry.filename for entry in entries if entry.compress_type != ZIP_STORED), None)
+        if packed:
+            raise ValueError(f"{packed} is packed in it, and torch.save packs nothing")
+        if sum(entry.file_size for entry in entries) > file.seek(0, SEEK_END):
+            raise ValueError("its parts are larger than the whole")
+    file.seek(0)
+
+
+def _refuse_swollen(stored: Any, size: int) -> None:
+    """Raise ValueError for tensors that say more than a file of that size holds, as one number seen a million times."""
+    told, waiting, seen = 0, [stored], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            told += part.numel() * part.element_size()
+        elif id(part) not in seen:
+            seen.add(id(part))
+            inside = vars(part) if isinstance(part, argparse.Namespace) else part
+            waiting += inside.values() if isinstance(inside, Mapping) else inside if isinstance(inside, Many) else ()
+    if told > 4 * size + (1 << 20):  # some tensors have several names, and little ones many
+        raise ValueError(f"its tensors say that they take {told} bytes, and it has {size}")
+
+
 def _state(stored: Any, where: str | Path) -> Weights:
     for name in ("model", "state_dict"):
         if isinstance(stored, Mapping) and isinstance(stored.get(name), Mapping):
@@ -106,14 +145,18 @@ def _state(stored: Any, where: str | Path) -> Weights:
     return {name.removeprefix("module."): value for name, value in stored.items()}
 
 
-def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Fill a model; raises RunError naming the file and the first difference where it is of another model."""
-    own = module.state_dict()
+def refuse_another(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise RunError, naming the file and the first difference, where its weights are another model's."""
     for name in [*own, *weights]:
         here, there = (tuple(side[name].shape) if name in side else None for side in (own, weights))
         if here != there:
             told = f"{name} is {there or 'missing'} in the file and {here or 'missing'} in the model"
             raise RunError(f"{path} is of another model: {told}. Name the model that it was saved from.")
+
+
+def fill(module: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Fill a model; raises RunError naming the file and the first difference where it is of another model."""
+    refuse_another(module.state_dict(), weights, path)
     try:
         broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
         module.load_state_dict(weights)

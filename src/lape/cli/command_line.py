@@ -14,7 +14,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from lape import __version__
+from lape import __version__, reading
 from lape.cli.commands import COMMANDS, Command, first_process, say
 from lape.errors import RunError, UsageError
 from lape.experiment import SECTIONS, Experiment
@@ -196,12 +196,12 @@ def _with_kept_settings(words: list[str]) -> list[str]:
     """Let `lape train --resume --out FOLDER` take its settings from the folder."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--out", type=Path)
-    own.add_argument("--config")
+    own.add_argument("--config", type=Path, action="append", default=[])
     own.add_argument("--resume", default="false")
     seen, _ = own.parse_known_args(words)
-    if seen.config:
-        _refuse_monsters(Path(seen.config))
-    elif seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
+    for config in seen.config:
+        _refuse_monsters(config)
+    if not seen.config and seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
         from lape.training.checkpoints import kept_settings
 
         _refuse_opening(kept, kept_settings(kept), words)
@@ -228,7 +228,7 @@ def _refuse_monsters(config: Path) -> None:
     from lape.recipes import refuse_monsters
 
     try:
-        refuse_monsters(config.read_text(encoding="utf-8"))
+        refuse_monsters(reading.text(config, reading.SETTINGS))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{config} cannot be read as settings ({' '.join(str(error).split())}).") from error
 

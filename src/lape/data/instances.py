@@ -1,6 +1,5 @@
 """Pictures whose objects have boxes, classes and masks: COCO, and sets of one's own in its layout."""
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lape import reading
 from lape.data.sources import PictureSource, PictureSplit, opened
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
@@ -205,8 +205,8 @@ def _pictures(root: Path, file: Path) -> Path:
 def _read(file: Path, folder: Path, training: bool) -> tuple[dict[int, str], CocoSplit]:
     """Return the names of the categories by rising id, and what an annotation file says of a folder's pictures."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = reading.values(file, reading.ANNOTATIONS)
+    except (OSError, ValueError) as error:
         raise RunError(f"{file} cannot be read as JSON ({error}). Fetch or write it again.") from error
     images, annotations, categories = (_by_id(content, part, file) for part in ("images", "annotations", "categories"))
     for number, image in images.items():

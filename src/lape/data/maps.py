@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lape import reading
 from lape.data.sources import PictureSource, PictureSplit, opened
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
@@ -144,7 +145,7 @@ def _classes(root: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
     try:
-        text = path.read_text(encoding="utf-8-sig").splitlines()
+        text = reading.text(path, reading.SETTINGS).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path} cannot be read ({error}). Write it again, in UTF-8.") from error
     if path == table:

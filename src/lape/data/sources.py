@@ -1,8 +1,11 @@
 """Where images come from: named sets, and folders with one folder per class."""
 
 import gzip
+import math
+import struct
+import zlib
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +15,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from lape import reading
 from lape.data import SETS
 from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation, Experiment
@@ -26,6 +30,7 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 # Whatever else Pillow opens is no picture of a set: PostScript, for one, is a program, which it hands to Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 CACHE = Path.home() / ".cache" / "lape"
+LARGEST_IDX = 1 << 28  # bytes; five times the largest file of Fashion-MNIST
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 
 # What a photograph of any size gets where neither its set nor the user says otherwise.
@@ -54,8 +59,12 @@ DIGITS = replace(OBJECTS, shift=0, hflip=0.0)
 def opened(path: Path) -> Generator[Image.Image, None, None]:
     """Open an image file; raises RunError naming one that cannot be read, whether at once or when its pixels are."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with reading.opened(path) as file, Image.open(file, formats=FORMATS) as image:
             yield image
+    except UnidentifiedImageError as error:
+        raise RunError(
+            f"{path} cannot be read as an image (it is none of {', '.join(FORMATS)}). Replace or remove it."
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RunError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
 
@@ -315,11 +324,20 @@ def _downloaded(name: str, root: Path, read: Callable[[], Read]) -> Read:
 
 def _idx(folder: Path, stem: str) -> NDArray[np.uint8]:
     """Read an IDX file of bytes: two zeros, type 8, the number of axes, their lengths as big-endian words, the data."""
+    axes = int(stem.removesuffix("-ubyte")[-1])
     packed = folder / f"{stem}.gz"
     try:
-        content = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / stem).read_bytes()
-        axes = content[3]
-        shape = np.frombuffer(content, ">u4", axes, offset=4)
-        return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * axes).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as error:
+        with ExitStack() as files:
+            file = files.enter_context(reading.opened(packed if packed.exists() else folder / stem))
+            stream = files.enter_context(gzip.GzipFile(fileobj=file)) if packed.exists() else file
+            if (kind := stream.read(4)) != bytes((0, 0, 8, axes)):
+                raise ValueError(f"it begins with {kind.hex()}")
+            shape = struct.unpack(f">{axes}I", stream.read(4 * axes))
+            if (size := math.prod(shape)) > LARGEST_IDX:
+                raise ValueError(f"it says that it holds {size} bytes, and {LARGEST_IDX} are the most")
+            content = bytearray(stream.read(size + 1))  # a byte too many is seen, and no more than that is unpacked
+            if len(content) != size:
+                raise ValueError(f"it holds {'more' if len(content) > size else 'less'} than the {size} bytes it says")
+            return np.frombuffer(content, np.uint8).reshape(shape)
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
         raise RunError(f"{folder / stem} cannot be read as an IDX file ({error}). Fetch it again.") from error

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from lape import reading
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment, told
 from lape.tasks.measures import TITLES
@@ -133,7 +134,7 @@ def refuse_monsters(text: str) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = reading.text(path, reading.SETTINGS)
         refuse_monsters(text)
         parts = yaml.load(text, Numbers)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

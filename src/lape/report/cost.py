@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from lape import reading
 from lape.analysis.cost import Cost, ratio
 from lape.errors import RunError
 from lape.report.words import as_markdown, duration
@@ -110,7 +111,7 @@ class Filed:
 def filed(path: Path) -> Filed:
     """Read what `as_json` wrote; raises RunError for a file that is something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.values(path, reading.RECORD)
         found = Filed(path, str(content["explanation"]), [Cost(**cost) for cost in content["costs"]])
         cells(found.costs)
     except (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:

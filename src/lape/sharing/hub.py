@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lape import reading
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
+from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model
 from lape.surgery.operation import RECORD
 from lape.training.checkpoints import write
@@ -117,8 +119,8 @@ def _joined(model: nn.Module) -> dict[str, str]:
     return {"join": chosen.join.name, "pe": chosen.embedding.name, "pe_norm": norm, "start": chosen.start.name}
 
 
-def made(config: Mapping[str, Any], where: str, **model_args: Any) -> nn.Module:
-    """Make the model that a configuration tells of, and more keywords, with initial weights."""
+def made(config: Mapping[str, Any], where: str, build: Build = as_asked, **model_args: Any) -> nn.Module:
+    """Make the model that a configuration tells of, and more keywords, with initial weights, built so."""
     import timm
     from timm.models import PretrainedCfg
 
@@ -134,7 +136,9 @@ def made(config: Mapping[str, Any], where: str, **model_args: Any) -> nn.Module:
             cfg["label_names"] = tuple(config["label_names"])
         args["pretrained_cfg"] = cfg | {"architecture": name}
         make = create_model if "join" in args else timm.create_model
-        return make(name, **args)
+        return build(lambda: make(name, **args), args)
+    except RunError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise RunError(f"{where} describes a model that cannot be made here: {told}") from error
@@ -202,7 +206,7 @@ def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
     if weights.suffix != ".safetensors":
         raise RunError(f"{weights} is no .safetensors file. For weights alone there is lape.load_weights.")
     tensors = opened(weights)
-    model = made(_config(config), str(config), **model_args)
+    model = made(_config(config), str(config), LikeItsFile(tensors, weights), **model_args)
     floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     model = model.to(next(floating, torch.float32))
     fill(model, tensors, weights)
@@ -234,13 +238,15 @@ def _config(path: Path) -> Any:
     """Read a configuration from its own file, or from the header of a weight file."""
     try:
         if path.suffix != ".safetensors":
-            return json.loads(path.read_text(encoding="utf-8"))
+            return reading.values(path, reading.RECORD)
         from safetensors import safe_open
 
-        with safe_open(path, framework="pt") as file:
+        with reading.opened(path), safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
         if HEADER in header:
             return json.loads(header[HEADER])
+    except RunError:
+        raise
     except Exception as error:  # of the disk, of JSON, of safetensors
         raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
     raise RunError(f"{path} holds weights and no configuration. Create the model, then lape.load_weights(model, path).")

@@ -1,6 +1,5 @@
 """The analysis of finished runs in numbers: computed once for each, and kept in its folder."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
@@ -9,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lape import __version__
+from lape import __version__, reading
 from lape.analysis import Correlation, Shape, correlation, decomposition, entering
 from lape.data import pipeline
 from lape.data.pipeline import Whole
@@ -126,14 +125,14 @@ def _keep(result: Result, analysis: Analysis) -> Analysis:
 def _kept(result: Result) -> Analysis | None:
     path, key = result.folder / ANALYSIS, _key(result)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.values(path, reading.RECORD)
         if content.pop("checkpoint") != key:
             return None
         lists = {name: _back(content[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
         shape = Shape(**{name: float(value) for name, value in content["shape"].items()})
         weights = None if content["weights"] is None else tuple(map(_back, content["weights"]))
         return Analysis(int(content["width"]), shape=shape, weights=weights, **lists)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lape import reading
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies.statistics import LAPE, Combination, Gap, Point, Row, Run, Way, gaps, rows
@@ -46,7 +47,7 @@ def read(folder: Path) -> Result:
     """Read the `result.json` of a finished run; raise RunError where it is not what a run writes."""
     path = folder / RESULT
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = reading.values(path, reading.RECORD)
         score = record["score"]
         run = Run(
             combination(Experiment.of(record["experiment"])),

@@ -22,6 +22,7 @@ from lape.data.sources import MODES, ImageSource, PictureSource
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation, Dense, Experiment, told
 from lape.hosts import find
+from lape.models.rebuilding import Build, as_asked
 from lape.models.registry import DETECTORS, SEGMENTERS, create_model
 from lape.surgery.positions import by
 from lape.tasks.classification import Classification, Distillation, Named
@@ -55,7 +56,7 @@ class ClassificationWork:
 
     validation_batch: int | None = None  # images at once; None: as many as in training
 
-    def __init__(self, experiment: Experiment, source: ImageSource) -> None:
+    def __init__(self, experiment: Experiment, source: ImageSource, build: Build) -> None:
         _refuse_foreign(experiment, source, OF_CLASSIFICATION)
         self.experiment, self.source = experiment, source
         self.chosen = pipeline.augmentation(experiment, source)
@@ -67,7 +68,7 @@ class ClassificationWork:
                 f"{source.name} has a class for each image, and {experiment.model} tells more than that. Take a "
                 "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
             )
-        self.module = module = _created(experiment, source, {"img_size": asked})
+        self.module = module = _created(experiment, source, build, {"img_size": asked})
         self.size: tuple[int, int] = asked or tuple(module.pretrained_cfg["input_size"][-2:])
         stem: Any = find(module)[0].patch_embed
         patch = getattr(stem, "multiple_of", stem.patch_size)  # a stem may take any size
@@ -131,7 +132,7 @@ class DetectionWork:
     validation_batch = 1
     repeats = 1
 
-    def __init__(self, experiment: Experiment, source: InstanceSource) -> None:
+    def __init__(self, experiment: Experiment, source: InstanceSource, build: Build) -> None:
         _refuse_foreign(experiment, source, OF_DETECTION)
         if experiment.precision.endswith("16-true"):
             raise UsageError(
@@ -146,7 +147,7 @@ class DetectionWork:
                 f"{source.name} is a set for detection, and {experiment.model} is no detector. Take one of "
                 f"{', '.join(sorted(DETECTORS))}, or another set."
             )
-        self.module = _created(experiment, source, sides)
+        self.module = _created(experiment, source, build, sides)
         _refuse_a_table_of_no_patch(experiment, self.module)
 
     def task(self, fabric: Fabric) -> Detection:
@@ -180,7 +181,7 @@ class SegmentationWork:
     validation_batch = 1
     repeats = 1
 
-    def __init__(self, experiment: Experiment, source: MapSource) -> None:
+    def __init__(self, experiment: Experiment, source: MapSource, build: Build) -> None:
         _refuse_foreign(experiment, source, OF_SEGMENTATION)
         self.experiment, self.source = experiment, source
         self.augmentation, self.dense = filled(experiment, source)
@@ -189,7 +190,7 @@ class SegmentationWork:
                 f"{source.name} is a set for segmentation, and {experiment.model} does not tell the class of a pixel. "
                 f"Take one of {', '.join(sorted(SEGMENTERS))}, or another set."
             )
-        self.module = _created(experiment, source, {})
+        self.module = _created(experiment, source, build, {})
         _refuse_a_table_of_no_patch(experiment, self.module)
 
     def task(self, fabric: Fabric) -> Segmentation:
@@ -250,12 +251,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-def work_of(experiment: Experiment, source: Source) -> Work:
-    """Return the work of an experiment on a set, with its model, which is new.
+def work_of(experiment: Experiment, source: Source, build: Build = as_asked) -> Work:
+    """Return the work of an experiment on a set, with its model, which is new, and built so.
 
     Raises UsageError for a model, a setting or a size that does not go with the set.
     """
-    return KINDS[_kind(source)].work(experiment, source)
+    return KINDS[_kind(source)].work(experiment, source, build)
 
 
 def _kind(source: Source) -> str:
@@ -295,9 +296,8 @@ def filled(experiment: Experiment, source: InstanceSource | MapSource) -> tuple[
     return own(source.augmentation), own(source.dense)
 
 
-def _created(experiment: Experiment, source: Source, options: Mapping[str, Any]) -> Any:
+def _created(experiment: Experiment, source: Source, build: Build, options: Mapping[str, Any]) -> Any:
     """Create the model of an experiment for the classes of a set, from its seed."""
-    reseed(seed_of(experiment.seed))
     given = {
         "num_classes": len(source.classes),
         "in_chans": source.channels,
@@ -306,7 +306,12 @@ def _created(experiment: Experiment, source: Source, options: Mapping[str, Any])
     }
     joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm, "start": experiment.start}
     refuse_said(experiment.model_args, {name: SAID.get(name, f"--{name}") for name in given | joined})
-    module: Any = create_model(experiment.model, **joined, **given, **experiment.model_args)
+
+    def make() -> nn.Module:
+        reseed(seed_of(experiment.seed))
+        return create_model(experiment.model, **joined, **given, **experiment.model_args)
+
+    module: Any = build(make, experiment.model_args)
     if experiment.grad_checkpointing:
         module.set_grad_checkpointing(True)
     return module

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import torch
 
+from lape import reading
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.weights import opened
@@ -79,8 +80,8 @@ def experiment_of(stored: Any, path: Path) -> Experiment:
 def kept_settings(path: Path) -> Any:
     """Return what a run wrote of its settings; raises RunError, naming the file, where that is none."""
     try:
-        stored = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        stored = reading.values(path, reading.SETTINGS)
+    except ValueError as error:
         raise RunError(f"{path} cannot be read as JSON ({error}). Give another --out.") from error
     experiment_of(stored, path)
     return stored

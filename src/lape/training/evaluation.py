@@ -14,6 +14,7 @@ from lape.data.pipeline import Batches, Whole
 from lape.data.sources import find
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment, Place
+from lape.models.rebuilding import LikeItsFile
 from lape.tasks.work import Source, Task, Work, without_pictures, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST, read
@@ -69,6 +70,7 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
     taught = {"teacher": None, "teacher_weights": None}
     asked = {name: value for name, value in changed.items() if value is not None}
     experiment = replace(experiment, **(elsewhere | taught | asked))
+    weights = judged_weights(saved)
     try:
         own = without_pictures(saved["set"])
     except UsageError as error:
@@ -79,10 +81,10 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     try:
-        work = work_of(experiment, source)
-    except (UsageError, RunError) as error:
-        raise type(error)(f"{path}: {error}") from error
-    fill(work.module, judged_weights(saved), path)
+        work = work_of(experiment, source, LikeItsFile(weights, path))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    fill(work.module, weights, path)
     work.module = fabric.strategy.precision.convert_module(work.module.to(fabric.device)).eval()
     return Trained(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})
 

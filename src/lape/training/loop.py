@@ -24,6 +24,7 @@ from lape.data import pipeline, sources
 from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment, told
+from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
 from lape.tasks.work import described, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
@@ -106,7 +107,9 @@ class Run:
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
             self.source = sources.of(experiment, download=not resume)
-        self.work: Any = work_of(experiment, self.source)
+        self.saved = self._kept() if resume else None
+        build = LikeItsFile(self.saved["model"], folder / LAST) if self.saved else as_asked
+        self.work: Any = work_of(experiment, self.source, build)
         self.order = Order(
             experiment.seed,
             len(self.source.train),
@@ -118,7 +121,7 @@ class Run:
         self.preparation = self.work.preparation(self.order.share, fabric.device)
         with fabric.rank_zero_first(local=True):
             self.task = self.work.task(fabric)
-            begins = experiment.weights if not (resume and (folder / LAST).exists()) else None
+            begins = experiment.weights if self.saved is None else None
             self.started = load_backbone(self.work.module, begins) if begins else None
         self.module = _synchronised(self.work.module, experiment, fabric)
         optimizer = optimizer_of(experiment, self.module)
@@ -280,13 +283,21 @@ class Run:
             }
             save(self.folder / LAST, state)
 
-    def restore(self) -> None:
-        """Take up the last checkpoint, where there is one."""
+    def _kept(self) -> dict[str, Any] | None:
+        """Read the last checkpoint, where there is one."""
         path = self.folder / LAST
         if not path.exists():
-            return
+            return None
         saved = read(path)
         refuse_other(path, saved["experiment"], self.experiment)
+        return saved
+
+    def restore(self) -> None:
+        """Take up the last checkpoint, where there is one."""
+        path, saved = self.folder / LAST, self.saved
+        if saved is None:
+            return
+        self.saved = None  # it takes as much memory as all that is trained
         fill(self.module, saved["model"], path)
         if self.ema:
             fill(self.ema.module, saved.get("ema") or {}, path)
