@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from lape.characters import LONE
 from lape.data import SETS
 from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation, Experiment
@@ -262,6 +263,8 @@ def folder(root: Path) -> ImageSource:
     for part, found in ((train, classes), (held_out, own)):
         if not found:
             raise UsageError(f"A folder of images needs one folder per class in {part}; there is none.")
+    if lone := next(filter(LONE.search, classes), None):
+        raise UsageError(f"A class is named by Unicode text, and the folder {lone!r} in {train} is not. Rename it.")
     if foreign := sorted(set(own) - set(classes)):
         raise UsageError(
             f"{held_out / foreign[0]} is a class that {train} does not have. "
