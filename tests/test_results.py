@@ -8,7 +8,7 @@ import pytest
 
 from lape import recipes
 from lape.cli.command_line import main
-from lape.errors import RunError, UsageError
+from lape.errors import UsageError
 from lape.experiment import Experiment
 from lape.models.catalogue import entries, names
 from lape.models.registry import MODELS
@@ -69,11 +69,16 @@ def test_each_join_is_a_row_and_one_that_the_paper_has_not_says_so(tmp_path):
     assert f"{CCT}, shared: the paper has no such row." in remarks(found)
 
 
-def test_the_same_seed_twice_would_count_twice_and_is_refused(tmp_path):
+def test_the_same_seed_twice_would_count_twice_and_counts_once(tmp_path):
     for place in ("a", "b"):
         finished(tmp_path / place, of(CCT), 80.0)
-    with pytest.raises(UsageError, match=r"Seed 121 of one experiment is there twice.*a/result\.json.*b/result\.json"):
-        results.find([tmp_path])
+    found = results.find([tmp_path])
+    assert found.rows[0].seeds == (121,)
+    (reason,) = found.left_out.values()
+    assert (list(found.left_out), reason) == (
+        [tmp_path / "b"],
+        f"Seed 121 of one experiment is there twice; {tmp_path / 'a'} stands for both.",
+    )
 
 
 def test_runs_of_no_recipe_are_named_apart(tmp_path):
@@ -83,15 +88,16 @@ def test_runs_of_no_recipe_are_named_apart(tmp_path):
     assert "Not of a recipe" in remarks(found)[0]
 
 
-def test_nothing_there_and_what_cannot_be_read_are_refused(tmp_path):
+def test_nothing_there_is_refused_and_what_cannot_be_read_left_out(tmp_path, capsys):
     with pytest.raises(UsageError, match="No finished run"):
         results.find([tmp_path])
     finished(tmp_path / "a", of(CCT), 80.0)
     record = json.loads((tmp_path / "a/result.json").read_text())
     record["experiment"]["colour"] = "red"
     (tmp_path / "a/result.json").write_text(json.dumps(record))
-    with pytest.raises(RunError, match="colour"):
-        results.find([tmp_path])
+    assert "colour" in results.find([tmp_path]).left_out[tmp_path / "a"]
+    assert main(["results", str(tmp_path)]) == 1
+    assert "lape: Of 1 runs none can be read" in capsys.readouterr().err
 
 
 def test_the_file_of_a_table_names_its_runs(tmp_path, capsys):
@@ -217,9 +223,10 @@ def test_one_seed_is_enough_where_the_papers_number_is_of_one_run(tmp_path: Path
     assert remarks(results.find([tmp_path])) == []
 
 
-def test_a_recipe_that_expects_what_its_runs_do_not_measure_is_refused(tmp_path) -> None:
+def test_a_run_whose_recipe_expects_what_it_does_not_measure_is_left_out(tmp_path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("expected: {mIoU: {lape: 40.0}}")
     finished(tmp_path / "a", Experiment(recipe=str(own)), 80.0)
-    with pytest.raises(UsageError, match=r"expects a number of mIoU, and the run in .* has accuracy"):
-        results.find([tmp_path])
+    found = results.find([tmp_path])
+    assert found.rows == ()
+    assert "expects a number of mIoU, and the run in" in found.left_out[tmp_path / "a"]

@@ -12,6 +12,7 @@ from reprlib import repr as brief
 from types import UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin
 
+from lape.characters import LONE
 from lape.errors import UsageError
 
 Told = TypeVar("Told")
@@ -346,6 +347,8 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
     def __post_init__(self) -> None:
         refuse_fetching(self.model, self.model_args)
         for name, value in vars(self).items():
+            if isinstance(value, str | Path) and LONE.search(str(value)):
+                raise UsageError(f"{name} is Unicode text, and {str(value)!r} is not. Rename what it names.")
             if any(isinstance(number, float) and not math.isfinite(number) for number in _several(value)):
                 raise UsageError(f"{name} is finite, not {value}.")
         for words, holds, limit, names in LIMITS:

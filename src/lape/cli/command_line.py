@@ -15,7 +15,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lape import __version__, reading
-from lape.cli.commands import COMMANDS, Command, first_process, say
+from lape.cli.commands import COMMANDS, Command, first_process
+from lape.cli.terminal import close_streams, open_streams, say
 from lape.errors import RunError, UsageError
 from lape.experiment import SECTIONS, Experiment
 
@@ -35,10 +36,17 @@ class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, return its exit status: 0; 1 for a failure; 2 for a wrong request; 128 + a signal's number."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    warnings.showwarning = lambda message, *_: say(f"lape: {message}", error=True)
+    open_streams()
+    warnings.showwarning = lambda message, *_: say(f"lape: {' '.join(str(message).splitlines())}", error=True)
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", module="lightning_fabric|torch|timm")
+    status = _status(words)
+    close_streams()
+    return status
+
+
+def _status(words: list[str]) -> int:
     try:
         return _run(words)
     except UsageError as error:
@@ -47,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     except RunError as error:
         say(f"lape: {error}", error=True)
+    except UnicodeEncodeError as error:  # a name with bytes that are no UTF-8, where text alone can be
+        say(f"lape: {error.object} cannot be written here: it is not Unicode text. Choose another name.", error=True)
     except OSError as error:
         say(f"lape: {error.filename or 'a file'}: {error.strerror or error}.", error=True)
     except KeyboardInterrupt:

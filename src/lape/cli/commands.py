@@ -1,12 +1,12 @@
 """What each command does and tells: the parameters of its function are its options."""
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lape.cli.terminal import console, say
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 
@@ -166,15 +166,23 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
     if page.suffix != ".html":
         raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
     found = gather(runs)
-    for folder, reason in found.left_out.items():
-        say(f"left out: {folder}: {reason}", error=True)
-    if not found.studies:
-        raise RunError(f"Of {len(found.left_out)} runs none can be read. Mend one, or name another folder.")
+    _tell(found.left_out, others=found.studies)
     studies = _analysed(found.studies)
     costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
     report.write_page(studies, found.left_out, costs, page)
     console().print(tables.claims(studies))
     say(f"Report: {page}")
+
+
+def _tell(left_out: Mapping[Path, str], others: "Sequence[object]") -> None:
+    """Say which runs are left out, and why; raise RunError where there are no others."""
+    for folder, reason in left_out.items():
+        say(f"left out: {folder}: {reason}", error=True)
+    if not others:
+        first = next(iter(left_out.values()))
+        raise RunError(
+            f"Of {len(left_out)} runs none can be read. Mend one, or name another folder. The first: {first}"
+        )
 
 
 def _analysed(studies: "Sequence[Study]") -> "list[Study]":
@@ -307,9 +315,10 @@ def recipes(name: str | None = None) -> None:
     from lape.report.catalogue import recipes as table
 
     if name:
+        from rich.console import Group
         from rich.text import Text
 
-        console().print(Text(note(recipes.load(name))))
+        console().print(Group(*map(Text, note(recipes.load(name)))))
     else:
         console().print(table([recipes.load(each) for each in recipes.names()]))
 
@@ -326,6 +335,7 @@ def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:
     from lape.training.checkpoints import write_text
 
     found = find(runs)
+    _tell(found.left_out, others=(*found.rows, *found.others))
     console().print(terminal(found))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -375,7 +385,8 @@ def analyze(
     found = list(analysis.find(asked))
     picture = sheet.write(found, out)
     console().print(sheet.terminal(found))
-    say(f"\nWritten: {picture}, .md, .json")
+    say("")
+    say(f"Written: {picture}, .md, .json")
 
 
 @dataclass(frozen=True)
@@ -463,15 +474,3 @@ COMMANDS: Mapping[str, Command] = {
 def first_process() -> bool:
     """Whether this process speaks for all of a launch."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
-
-
-def console(stderr: bool = False) -> Any:
-    """A rich console."""
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
-def say(line: str, error: bool = False) -> None:
-    """Print a line."""
-    print(line, file=sys.stderr if error else sys.stdout, flush=True)

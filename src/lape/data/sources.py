@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from lape import reading
+from lape.characters import LONE
 from lape.data import SETS
 from lape.errors import RunError, UsageError, choose
 from lape.experiment import Augmentation, Experiment
@@ -250,6 +251,8 @@ def folder(root: Path) -> ImageSource:
     for part, found in ((train, classes), (held_out, own)):
         if not found:
             raise UsageError(f"A folder of images needs one folder per class in {part}; there is none.")
+    if lone := next(filter(LONE.search, classes), None):
+        raise UsageError(f"A class is named by Unicode text, and the folder {lone!r} in {train} is not. Rename it.")
     if foreign := sorted(set(own) - set(classes)):
         raise UsageError(
             f"{held_out / foreign[0]} is a class that {train} does not have. "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lape.analysis import Correlation, Decomposition
 from lape.analysis.subjects import Specimen
+from lape.characters import visible
 from lape.errors import UsageError
 from lape.report import plots
 from lape.report.words import as_markdown
@@ -111,8 +112,11 @@ class Sheet(Generic[Found]):
 
 
 def _names(found: Sequence[tuple[Specimen, Any]]) -> list[str]:
-    """Return short names of the models that tell them apart: the last part of each path, or as many as it takes."""
-    paths = [Path(specimen.name).parts for specimen, _ in found]
+    """Return short names of the models that tell them apart: the last part of each path, or as many as it takes.
+
+    They are written on one line of pictures and tables, whatever a folder is called.
+    """
+    paths = [Path(visible(specimen.name)).parts for specimen, _ in found]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):

@@ -31,12 +31,12 @@ def models(entries: Iterable[Entry]) -> "Group":
             {0: "–", len(JOINS): "all"}.get(len(entry.joins), f"{len(entry.joins)} of {len(JOINS)}"),
         )
     said = (
-        f"\njoins: {', '.join(JOINS)}; a fixed sinusoid has no unshared (add --pe learnable). LaPE adds two parameters "
+        f"joins: {', '.join(JOINS)}; a fixed sinusoid has no unshared (add --pe learnable). LaPE adds two parameters "
         "a channel and layer. size: of the square images that a model is made for; --img_size sets another. GFLOPs: of "
         "one image, an addition and a multiplication counted as two; a detector's depend on what it finds. UperNet is "
         "made with transformers: pip install 'lape[dense]'. Every pre-norm VisionTransformer of timm takes a join, too."
     )
-    return Group(table, Text(said))
+    return Group(table, Text(), Text(said))
 
 
 def recipes(chosen: Sequence[Recipe]) -> "Group":
@@ -54,14 +54,14 @@ def recipes(chosen: Sequence[Recipe]) -> "Group":
         for place, by_join in enumerate(recipe.expected.values() or [{}]):  # a line for each measure
             table.add_row("" if place else f" {recipe.name}", " / ".join(f"{number:g}" for number in by_join.values()))
     said = (
-        "\nexpected: the paper's; of two numbers the first is of --join default, the second of --join lape.\n"
-        "lape recipes NAME shows one as a whole."
+        "expected: the paper's; of two numbers the first is of --join default, the second of --join lape.",
+        "lape recipes NAME shows one as a whole.",
     )
-    return Group(table, Text(said))
+    return Group(table, Text(), *map(Text, said))
 
 
-def note(recipe: Recipe) -> str:
-    """Return a recipe as its lab note: command, expectations, open choices and every setting."""
+def note(recipe: Recipe) -> list[str]:
+    """Return the lines of a recipe's lab note: command, expectations, open choices and every setting."""
     expected = ", ".join(
         f"{measure} {number:g} % with join={join}"
         for measure, by_join in recipe.expected.items()
@@ -76,7 +76,7 @@ def note(recipe: Recipe) -> str:
     lines += [f"Command: {recipe.command}"] if recipe.command else []
     lines += [f"Hardware: {recipe.hardware}."] if recipe.hardware else []
     lines += ["", "Choices that the paper leaves open:", *(f"- {text}" for text in recipe.open)] if recipe.open else []
-    return "\n".join([*lines, "", "Settings:", *(f"  {key}: {value}" for key, value in recipe.settings.items())])
+    return [*lines, "", "Settings:", *(f"  {key}: {value}" for key, value in recipe.settings.items())]
 
 
 def _table(headings: Mapping[str, Literal["left", "right"]]) -> "Table":

@@ -82,7 +82,7 @@ def terminal(costs: Sequence[Cost], said: str) -> "Group":
     flops = ", ".join(f"{cost.flops / 1e9:.3f} ({cost.name})" for cost in costs)
     same = len({cost.flops for cost in costs}) == 1
     counted = f"GFLOPs: {costs[0].flops / 1e9:.3f} for each of them." if same else f"GFLOPs: {flops}."
-    return Group(table, Text(f"\n{counted} {said}"))
+    return Group(table, Text(), Text(f"{counted} {said}"))
 
 
 def markdown(costs: Sequence[Cost], said: str) -> str:

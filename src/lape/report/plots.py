@@ -246,7 +246,7 @@ def correlations(found: Mapping[str, Correlation], theme: Theme = LIGHT) -> "Fig
                     for colour, weight in (("#000000", 2.6), ("#ffffff", 1.2)):
                         panel.plot(token_column, token_row, "x", color=colour, markersize=5, markeredgewidth=weight)
                 if layer == 0:
-                    panel.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+                    panel.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center", parse_math=False)
                 if one is some:
                     panel.set_title(f"layer {layer + 1}" if layer == 0 else str(layer + 1), fontsize=8, color=theme.ink)
         bar = part.colorbar(ScalarMappable(scale, "RdBu_r"), ax=panels, fraction=0.04, pad=0.01, aspect=20)
@@ -274,7 +274,7 @@ def decompositions(found: Mapping[str, Decomposition], theme: Theme = LIGHT) -> 
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, (name, one) in zip(parts, found.items(), strict=True):
         part.set_facecolor(theme.paper)
-        part.suptitle(name, fontsize=10, color=theme.ink, x=0.01, ha="left")
+        part.suptitle(name, fontsize=10, color=theme.ink, x=0.01, ha="left", parse_math=False)
         cells = part.add_gridspec(2, depth, height_ratios=(2.1, SIDE * tallest))
         above = lines = part.add_subplot(cells[0, :], sharex=above, sharey=above)
         _style(lines, theme)

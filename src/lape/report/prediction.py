@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lape.characters import visible
 from lape.tasks.classification import Named
 from lape.tasks.detection import Found
 from lape.training.prediction import Predicted
@@ -124,6 +125,7 @@ def _enlarged(picture: Image.Image, times: int) -> Image.Image:
 def _with_legend(picture: Image.Image, names: list[tuple[Colour, str]]) -> Image.Image:
     """Put a line for every colour below a picture."""
     font = ImageFont.load_default(14)
+    names = [(shade, visible(name)) for shade, name in names]
     rows: list[list[tuple[Colour, str]]] = [[]]
     widths = [MARGIN]
     room = max(picture.width, 160)

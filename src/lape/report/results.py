@@ -56,7 +56,7 @@ def terminal(results: Results) -> "Group":
         table.add_column(heading, justify="right" if place > 2 else "left", vertical="bottom")
     for row in results.rows:
         table.add_row(*map(Text, cells(row)))
-    shown = [table, Text(f"\n{EXPLANATION}")] if results.rows else []
+    shown = [table, Text(), Text(EXPLANATION)] if results.rows else []
     return Group(*shown, *map(Text, remarks(results)))
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from textwrap import fill
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from lape.report import words
@@ -89,7 +89,8 @@ def terminal(study: Study) -> "Group":
     texts = {heading: [cell(row).replace(" ± ", "±") for row in study.rows] for heading, cell in shown.items()}
     for heading, column in texts.items():
         width = max(map(len, column + heading.split()))  # a heading is broken where it is wider than its numbers
-        table.add_column(Text(fill(heading, width), justify="right"), justify="right", vertical="bottom", no_wrap=True)
+        lines = Group(*(Text(part, justify="right") for part in wrap(heading, width)))
+        table.add_column(lines, justify="right", vertical="bottom", no_wrap=True)
     above = None
     for row, line in zip(study.rows, zip(*texts.values(), strict=True), strict=True):
         if row.pe != above:
@@ -98,7 +99,7 @@ def terminal(study: Study) -> "Group":
         table.add_row(Padding(str(row.way), (0, 0, 0, 1)), *map(Text, line))
     found = words.findings(study)
     sentences = [*found.main, *filter(None, [found.gap]), *found.remarks]
-    return Group(Text(f"\n{words.question(study)}\n"), table, Text(), *map(Text, sentences), Text())
+    return Group(Text(), Text(words.question(study)), Text(), table, Text(), *map(Text, sentences), Text())
 
 
 def shapes(study: Study) -> tuple[list[str], list[list[str]]]:
@@ -142,7 +143,7 @@ def claims(studies: Sequence[Study]) -> "Group":
     shown: list[Any] = []
     for study in studies:
         found = words.judgement(study)
-        shown.append(Text(f"\n{words.question(study)}\n"))
+        shown += [Text(), Text(words.question(study)), Text()]
         if found.tested:
             table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
             table.add_column("claim of the paper")

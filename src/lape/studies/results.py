@@ -1,18 +1,19 @@
 """All results of recipes beside the paper's numbers: mean and spread over seeds, and what was run otherwise."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lape import recipes
-from lape.errors import UsageError
-from lape.experiment import Experiment
+from lape.errors import RunError, UsageError
 from lape.recipes import Recipe
 from lape.studies import study
 from lape.studies.statistics import Sample
+from lape.studies.study import Result
 from lape.tasks.measures import TITLES
+from lape.training.checkpoints import RESULT
 
 
 @dataclass(frozen=True)
@@ -31,51 +32,61 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """What lies below some folders: rows of recipes, and finished runs of no recipe."""
+    """What lies below some folders: rows of recipes, finished runs of no recipe, and for each in neither why."""
 
     rows: tuple[Row, ...]
     others: tuple[Path, ...]
+    left_out: Mapping[Path, str]
 
 
 def find(folders: Sequence[Path]) -> Results:
     """Gather every `result.json` below the folders.
 
-    Raises UsageError where there is none, or two of the same experiment; RunError for one that cannot be read.
+    One that cannot be read, whose recipe cannot or expects another measure, or that is there twice is left out, and
+    said. Raises UsageError where there is none.
     """
-    groups: dict[str, list[tuple[Experiment, Mapping[str, Any], Path]]] = {}
+    groups: dict[str, dict[int, Result]] = {}
     others: list[Path] = []
+    left_out: dict[Path, str] = {}
     for file in study.files(folders):
-        result = study.read(file.parent)
-        record, experiment = result.record, result.experiment
+        try:
+            result = study.read(file.parent)
+        except RunError as error:
+            left_out[file.parent] = str(error)
+            continue
+        experiment = result.experiment
         if experiment.recipe is None:
             others.append(file)
             continue
         unseeded = {name: value for name, value in experiment.identity().items() if name != "seed"}
         key = json.dumps([experiment.recipe, unseeded], sort_keys=True)
-        groups.setdefault(key, []).append((experiment, record, file))
-    rows = [row for runs in groups.values() for row in _rows(runs)]
-    return Results(tuple(sorted(rows, key=_place)), tuple(others))
+        first = groups.setdefault(key, {}).setdefault(experiment.seed, result)
+        if first is not result:
+            left_out[file.parent] = (
+                f"Seed {experiment.seed} of one experiment is there twice; {first.folder} stands for both."
+            )
+    rows: list[Row] = []
+    for by_seed in groups.values():
+        try:
+            rows += _rows(by_seed)
+        except UsageError as error:
+            reason = f"{RESULT} names a recipe that cannot stand beside it. {error}"
+            left_out |= dict.fromkeys((result.folder for result in by_seed.values()), reason)
+    return Results(tuple(sorted(rows, key=_place)), tuple(others), left_out)
 
 
-def _rows(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> list[Row]:
-    runs = sorted(runs, key=lambda run: run[0].seed)
-    seeds = tuple(experiment.seed for experiment, _, _ in runs)
-    if len(set(seeds)) < len(seeds):
-        twice = next(seed for seed in seeds if seeds.count(seed) > 1)
-        places = ", ".join(str(file) for experiment, _, file in runs if experiment.seed == twice)
-        raise UsageError(f"Seed {twice} of one experiment is there twice, and would count twice: {places}. Leave one.")
-    experiment = runs[0][0]
-    try:
-        recipe = recipes.load(experiment.recipe or "")
-    except UsageError as error:
-        raise UsageError(f"{runs[0][2]}: {error}") from error
+def _rows(by_seed: Mapping[int, Result]) -> list[Row]:
+    seeds = tuple(sorted(by_seed))
+    runs = [by_seed[seed] for seed in seeds]
+    experiment = runs[0].experiment
+    recipe = recipes.load(experiment.recipe or "")
     changed = recipe.changed(experiment)
-    finals = [record["final"] for _, record, _ in runs]
+    finals = [result.record["final"] for result in runs]
     kept = {TITLES[name]: name for name in finals[0] if name in TITLES}
-    scored = TITLES[runs[0][1]["score"]]
+    scored = runs[0].run.measure
     if foreign := [measure for measure in recipe.expected if measure not in kept]:
         raise UsageError(
-            f"{recipe.name} expects a number of {foreign[0]}, and the run in {runs[0][2].parent} has "
+            f"{recipe.name} expects a number of {foreign[0]}, and the run in {runs[0].folder} has "
             f"{', '.join(kept)}. Mend `expected` in the recipe."
         )
     return [
@@ -87,7 +98,7 @@ def _rows(runs: Iterable[tuple[Experiment, Mapping[str, Any], Path]]) -> list[Ro
             score=Sample.of([final[kept[measure]] for final in finals]),
             expected=None if changed else by_join.get(experiment.join),
             changed=changed,
-            places=tuple(file.parent for _, _, file in runs),
+            places=tuple(result.folder for result in runs),
         )
         for measure, by_join in (recipe.expected or {scored: {}}).items()
     ]

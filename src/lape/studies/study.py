@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape import reading
+from lape.characters import LONE
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies.statistics import LAPE, Combination, Gap, Point, Row, Run, Way, gaps, rows
@@ -48,6 +49,8 @@ def read(folder: Path) -> Result:
     path = folder / RESULT
     try:
         record = reading.values(path, reading.RECORD)
+        if lone := LONE.search(json.dumps(record, ensure_ascii=False)):
+            raise ValueError(f"{lone[0]!r} in it is no character")
         score = record["score"]
         run = Run(
             combination(Experiment.of(record["experiment"])),
@@ -61,7 +64,7 @@ def read(folder: Path) -> Result:
             raise ValueError("its curve has no point")
         if foreign := [name for name, value in record["final"].items() if type(value) not in (int, float)]:
             raise ValueError(f"the final {foreign[0]} is no number")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RunError(
             f"{path} is not the result of a finished run ({type(error).__name__}: {error}). "
             "Move its folder away, and the same command trains this run again."
@@ -156,9 +159,9 @@ class Study:
         """Raise one error for all failed runs: UsageError where every one of them was a wrong request."""
         if not self.failures:
             return
-        told = "\n".join(f"{combination}: {error}" for combination, error in self.failures.items())
+        told = " ".join(f"{combination}: {error}" for combination, error in self.failures.items())
         usage = all(isinstance(error, UsageError) for error in self.failures.values())
-        raise (UsageError if usage else RunError)(f"{len(self.failures)} of {len(self.asked)} runs failed.\n{told}")
+        raise (UsageError if usage else RunError)(f"{len(self.failures)} of {len(self.asked)} runs failed. {told}")
 
 
 PROVENANCE: Mapping[str, Any] = {"commit": None, "versions": {}, "machine": "an unknown machine"}
@@ -185,7 +188,8 @@ def files(folders: Iterable[Path]) -> list[Path]:
 def gather(folders: Iterable[Path]) -> Gathered:
     """Put every `result.json` below the folders into the study that it belongs to.
 
-    One that cannot be read, names what there is not, or is there twice is left out, and said. Raises UsageError where
+    One that cannot be read, names what there is not (a recipe that has moved), or is there twice is left out, and
+    said. Raises UsageError where
     there is none.
     """
     groups: dict[str, dict[Combination, Result]] = {}
@@ -193,7 +197,7 @@ def gather(folders: Iterable[Path]) -> Gathered:
     for file in files(folders):
         try:
             result = read(file.parent)
-            _sound(result.run.combination)
+            _sound(result)
         except (RunError, UsageError) as error:
             left_out[file.parent] = str(error)
             continue
@@ -205,9 +209,13 @@ def gather(folders: Iterable[Path]) -> Gathered:
     return Gathered(tuple(map(_study, groups.values())), left_out)
 
 
-def _sound(one: Combination) -> None:
+def _sound(result: Result) -> None:
+    from lape import recipes
     from lape.method import scheme
 
+    one, recipe = result.run.combination, result.experiment.recipe
+    if recipe is not None:
+        recipes.load(recipe)
     scheme(one.way.join, one.pe, one.way.pe_norm, one.way.start)
 
 

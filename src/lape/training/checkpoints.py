@@ -40,8 +40,8 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once."""
-    write(path, lambda file: file.write(text.encode()))
+    """Replace a text file at once; of a name that is not UTF-8 the bytes are written out, as JSON writes them."""
+    write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -42,8 +42,9 @@ def machine() -> str:
 
 def provenance() -> dict[str, Any]:
     """All of it, as `result.json` holds it."""
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command.encode(errors="backslashreplace").decode(),  # names may hold bytes that are no UTF-8
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": machine(),
