@@ -210,6 +210,15 @@ BOMBS = {
     "torch.load": Bomb(torch.load, "exploded"),
 }
 
+
+def _folded(times: int) -> Any:
+    """A list of two lists that are the same one, and so on: it is written in few bytes."""
+    folded: list[Any] = []
+    for _ in range(times):
+        folded = [folded, folded]
+    return folded
+
+
 OF_EVALUATION: dict[str, Change] = {
     "a list": instead([1, 2]),
     "a tensor": instead(torch.ones(2)),
@@ -225,6 +234,7 @@ OF_EVALUATION: dict[str, Change] = {
     "keywords a list": put("experiment", "model_args", [1]),
     "keyword unknown": put("experiment", "model_args", "exploded", 1),
     "keyword of another type": put("experiment", "model_args", "depth", "deep"),
+    "keywords of lists within lists": put("experiment", "model_args", "depth", _folded(40)),
     "keyword negative": put("experiment", "model_args", "embed_dim", -8),
     "width zero": put("experiment", "model_args", "embed_dim", 0),
     "width beyond memory": put("experiment", "model_args", "embed_dim", 10**13),
@@ -952,6 +962,27 @@ def _overlapping(path: Path) -> Path:
 
 cases("packed", ["checkpoint"], lambda sound, room, _: _evaluated(_packed(room / "x.pt", sound.run / "best.pt")))
 cases("packed", ["weights"], lambda sound, room, _: _begun(_packed(room / "x.pt", sound.run / "best.pt")))
+
+
+def _asking(path: Path) -> Path:
+    """Write a checkpoint whose pickle asks for memory by a number."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02c__builtin__\nbytearray\n(J\x00\x00\x00\x70tR.")
+        archive.writestr("x/version", "3\n")
+        archive.writestr("x/byteorder", "little")
+    return path
+
+
+def _shifted(path: Path, sound: Path) -> Path:
+    """Write a checkpoint with something before its parts: whoever reads it from behind finds another directory."""
+    path.write_bytes(sound.read_bytes())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"behind"
+    return path
+
+
+cases("packed", ["memory by a number"], lambda sound, room, _: _evaluated(_asking(room / "x.pt")))
+cases("packed", ["a comment"], lambda sound, room, _: _evaluated(_shifted(room / "x.pt", sound.run / "best.pt")))
 cases("packed", ["a thousand names"], lambda sound, room, _: _evaluated(_overlapping(room / "x.pt")))
 
 

@@ -80,3 +80,16 @@ def test_a_limit_counts_its_own_thread_and_ends() -> None:
             nn.Linear(2, 2)
     assert limit.passed
     timm.create_model("vit_tiny_patch16_224", depth=1)  # nobody counts any more
+
+
+def test_what_is_in_no_file_is_no_larger_either() -> None:
+    class Masked(nn.Module):
+        def __init__(self, side: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3))
+            self.register_buffer("mask", torch.zeros(side, side), persistent=False)
+
+    like = LikeItsFile(Masked(2).state_dict(), PATH)
+    assert like(lambda: Masked(100), {}).mask.shape == (100, 100)
+    with pytest.raises(RunError, match=r"^x\.pt: it describes a larger model than that of its weights"):
+        like(lambda: Masked(100_000), {})

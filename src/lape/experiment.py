@@ -64,6 +64,9 @@ def _holds(hint: Any, value: Any) -> bool:
 FETCHING = ("pretrained", "checkpoint_path", "cache_dir")
 
 
+MOST_VALUES = 10_000  # of the keywords of a model
+
+
 def refuse_fetching(model: str, model_args: Mapping[str, Any]) -> None:
     """Raise UsageError for a model that is not plainly a name of timm's registry and numbers, words and lists for it.
 
@@ -77,6 +80,14 @@ def refuse_fetching(model: str, model_args: Mapping[str, Any]) -> None:
     for name in model_args:
         if str(name).startswith(FETCHING):
             raise UsageError(f"{name} in model_args would fetch or open other files. Use --weights in its place.")
+    waiting: list[Any] = [model_args]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            break
+        part = waiting.pop()
+        waiting += part.values() if isinstance(part, Mapping) else part if isinstance(part, list | tuple) else ()
+    else:  # a list may stand in itself, or a million times in others
+        raise UsageError(f"model_args are at most {MOST_VALUES} values, and these are more. Leave some out.")
     try:
         json.dumps(model_args)
     except (TypeError, ValueError, RecursionError) as error:

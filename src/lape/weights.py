@@ -12,6 +12,7 @@ from inspect import signature
 from os import SEEK_END
 from pathlib import Path
 from pickle import UnpicklingError
+from pickletools import genops
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, ZipFile
 
@@ -113,11 +114,18 @@ def _refuse_packed(file: BinaryIO) -> None:
     if begins == b"PK\x03\x04":  # torch reads everything else as a pickle
         with ZipFile(file) as archive:
             entries = archive.infolist()
+            moved = archive.comment or min((entry.header_offset for entry in entries), default=0)
+        if moved:  # torch may find another directory than Python does
+            raise ValueError("something stands before or behind its parts")
         packed = next((entry.filename for entry in entries if entry.compress_type != ZIP_STORED), None)
         if packed:
             raise ValueError(f"{packed} is packed in it, and torch.save packs nothing")
         if sum(entry.file_size for entry in entries) > file.seek(0, SEEK_END):
             raise ValueError("its parts are larger than the whole")
+        with ZipFile(file) as archive:
+            pickled = next((archive.read(entry) for entry in entries if entry.filename.endswith("data.pkl")), b"N.")
+        if any(code.name == "GLOBAL" and str(of).endswith(" bytearray") for code, of, _ in genops(pickled)):
+            raise ValueError("it asks for memory by a number, bytearray(...), and torch.save writes none")
     file.seek(0)
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from lape.errors import RunError, first_line
 from lape.weights import refuse_another
@@ -36,9 +39,8 @@ class LikeItsFile:
     def __call__(self, make: Make, keywords: Mapping[str, Any]) -> nn.Module:
         """Make it."""
         values = sum(value.numel() for value in self.weights.values())
-        if (counted := _counted(keywords)) > max(
-            values, 1 << 16
-        ):  # constructors list their layers before they make one
+        # Constructors list their layers before they make one.
+        if (counted := _counted(keywords)) > max(values, 1 << 16):
             raise RunError(
                 f"{self.path} describes a model by numbers that add up to {counted}, and its weights are {values}. "
                 "Give another file."
@@ -74,7 +76,17 @@ class Limit:
     def kept(self) -> Generator[None, None, None]:
         """Count anew, until the end."""
         mine = threading.get_ident()
-        parameters = values = 0
+        parameters = values = buffered = 0
+
+        def weigh(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+            # Masks and angles are made anew, and in no file: those without memory too are as large as they will be.
+            nonlocal buffered
+            if threading.get_ident() != mine or buffer is None:
+                return
+            buffered += buffer.numel()
+            if buffered > self.values:
+                self.passed = True
+                raise RunError("it describes a larger model than that of its weights. Give another file.")
 
         def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
             nonlocal parameters, values
@@ -86,11 +98,15 @@ class Limit:
                 self.passed = True
                 raise RunError("it describes a larger model than that of its weights. Give another file.")
 
-        handle = register_module_parameter_registration_hook(count)
+        handles = [
+            register_module_parameter_registration_hook(count),
+            register_module_buffer_registration_hook(weigh),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _counted(said: Any) -> int:
