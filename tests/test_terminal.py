@@ -56,14 +56,18 @@ def run(tmp_path_factory) -> Path:
     return root / "run"
 
 
-@pytest.fixture(params=[HOSTILE, UNDECODABLE], ids=["hostile", "undecodable"])
-def named(request, run, tmp_path, monkeypatch) -> Path:
-    """The run in a folder with such a name, beside a picture and others with such names."""
+@pytest.fixture
+def room(run, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Make a folder whose name ends so, with the run and a picture whose names end so."""
     monkeypatch.chdir(tmp_path)
-    room = Path(f"room{request.param}")
-    shutil.copytree(run, room / f"run{request.param}")
-    Image.new("RGB", (16, 16)).save(room / f"picture{request.param}.png")
-    return room
+
+    def made(ending: str) -> Path:
+        root = Path(f"room{ending}")
+        shutil.copytree(run, root / f"run{ending}")
+        Image.new("RGB", (16, 16)).save(root / f"picture{ending}.png")
+        return root
+
+    return made
 
 
 def _only_run(room: Path) -> Path:
@@ -94,18 +98,44 @@ COMMANDS: dict[str, tuple[int, Words]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_name_acts_on_the_terminal_or_forges_a_line(command, named, capfd):
+def test_no_name_acts_on_the_terminal_or_forges_a_line(command, room, capfd):
     expected, words = COMMANDS[command]
-    status = main(words(named))
+    status = main(words(room(HOSTILE)))
     out, err = capfd.readouterr()
     assert status == expected, err
     assert not ACTS.search(out + err), ascii(out + err)
     assert [line for line in (out + err).splitlines() if line.startswith(("[red]", "2K"))] == []
+    assert "\\x1b]0;x" in (out + err).replace("\\\\", "\\")  # it is told, some of it as Python writes texts
     if status:
         assert len(err.splitlines()) == 1
         assert err.startswith("lape: ")
-    if command != "no data":  # whose name is in another encoding refused before it is looked for
-        assert visible(named.name)[4:12] in (out + err).replace("\n", "").replace(" ", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_typed_and_no_text_is_refused_in_a_line_that_names_it(command, room, capfd):
+    _, words = COMMANDS[command]
+    assert main(words(room(UNDECODABLE))) == 2
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"lape: What is typed is Unicode text, and .*room\\udcff\\udc9b2J.* is not\. .*\n", out + err)
+
+
+BELOW: dict[str, list[str]] = {
+    "report": ["report", "."],
+    "results": ["results", "."],
+    "predict": ["predict", "run", "pictures", "--out", "found"],
+}
+
+
+@pytest.mark.parametrize("command", BELOW)
+def test_what_lies_in_a_folder_that_is_named_may_be_called_anything(command, run, room, tmp_path, capfd):
+    (tmp_path / "run").symlink_to(run)
+    room(UNDECODABLE).rename("pictures")
+    assert main(BELOW[command]) == 0
+    out, err = capfd.readouterr()
+    assert not ACTS.search(out + err), ascii(out + err)
+    assert "lape: " not in err
+    if command == "predict":
+        assert "picture\\udcff\\udc9b2J.png: " in out
 
 
 def test_in_a_terminal_the_style_is_richs_and_the_names_do_nothing(run, tmp_path, monkeypatch, capfd):
@@ -224,13 +254,13 @@ def test_settings_and_classes_are_text(tmp_path):
 
 
 def test_a_run_in_a_folder_whose_name_is_no_text_is_trained_and_reported(tmp_path, monkeypatch, capsys):
-    data, runs = pets(tmp_path / "pets", "cat", "dog"), tmp_path / UNDECODABLE
-    words = ["train", *SMALL, "--data", str(data), "--out", str(runs / "run")]
-    monkeypatch.setattr(sys, "argv", ["lape", *words])
-    assert main(words) == 0
-    assert main(["report", str(runs)]) == 0
+    pets(tmp_path / UNDECODABLE / "pets", "cat", "dog")
+    monkeypatch.chdir(tmp_path / UNDECODABLE)
+    monkeypatch.setattr(sys, "argv", [f"train{UNDECODABLE}.py"])
+    assert main(["train", *SMALL, "--data", "pets", "--out", "run"]) == 0
+    assert main(["report", "."]) == 0
     assert "left out" not in capsys.readouterr().err
-    assert "\\udcff" in (runs / "report.html").read_text(encoding="utf-8")
+    assert "train\\udcff" in Path("report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
@@ -254,10 +284,10 @@ def test_in_a_locale_of_ascii_a_command_goes_on(tmp_path):
     assert ended.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["--help"]])
-def test_a_reader_that_leaves_is_no_error(words):
+def test_a_reader_that_leaves_ends_a_command_in_silence():
     reading, writing = os.pipe()
     os.close(reading)
-    ended = subprocess.run([sys.executable, "-m", "lape", *words], stdout=writing, stderr=subprocess.PIPE, check=False)
+    words = [sys.executable, "-m", "lape", "recipes"]
+    ended = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (NOBODY_READS, b"")

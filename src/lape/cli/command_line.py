@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lape import __version__, reading
+from lape.characters import LONE
 from lape.cli.commands import COMMANDS, Command, first_process
 from lape.cli.terminal import close_streams, open_streams, say
 from lape.errors import RunError, UsageError
@@ -80,6 +81,8 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
     """Return the command that is asked for and its arguments; raises UsageError for what there is not."""
     parser = _parser()
     name = words[0]
+    if lone := next(filter(LONE.search, words), None):
+        raise UsageError(f"What is typed is Unicode text, and {lone} is not. Rename it, or name the folder it is in.")
     if name in COMMANDS:
         words = [name, *_with_recipe(name, _with_kept_settings(_normal(name, words[1:])))]
     elif not name.startswith("-"):
