@@ -134,7 +134,7 @@ def test_a_folded_file_is_compared_with_the_model_as_it_was(tmp_path: Path, monk
             constant.zero_()
         return folded
 
-    monkeypatch.setattr(lape, "fold", fold_wrongly, raising=False)
+    monkeypatch.setattr("lape.sharing.exporting.folded", fold_wrongly)
     with pytest.raises(RunError, match="its outputs differ"):
         lape.export(joined(depth=1), tmp_path / "model.pt2", fold=True)
 

@@ -1,5 +1,7 @@
 """Laws of single families: what is peculiar to one, how it starts, and the files of its first authors."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +214,10 @@ def test_a_mask_reaches_every_attention(name: str) -> None:
     whole = torch.ones(2, 1, plain.shape[1], plain.shape[1], dtype=torch.bool)
     torch.testing.assert_close(model.forward_features(images(name), attn_mask=whole), plain, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(model.forward_features(images(name), attn_mask=whole.tril()), plain, atol=1e-2)
+
+
+def test_a_file_of_a_family_can_be_what_is_imported_first() -> None:
+    """It imports timm, behind whose import all families are registered, of which it is one."""
+    script = "import lape.models.mask_rcnn, timm; print(timm.is_model('mask_rcnn_vit_adapter_nano'))"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (told.stdout, told.returncode) == ("True\n", 0), told.stderr

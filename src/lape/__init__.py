@@ -7,7 +7,7 @@ lape.apply(model)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lape.models.registration import register
+from lape.registration import register
 
 __version__ = "0.1.0"
 

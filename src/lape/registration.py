@@ -12,7 +12,7 @@ from typing import Any
 def register() -> None:
     """Add the names to timm's registry, now or when timm has been imported."""
     if "timm" in sys.modules:
-        import lape.models.registry  # noqa: F401  registers them
+        import lape.models  # noqa: F401  registers them
     else:
         sys.meta_path.insert(0, _WhenTimmIsImported())
 
@@ -31,7 +31,7 @@ class _WhenTimmIsImported:
 
             def execute_and_register(module: object) -> None:
                 execute(module)
-                import lape.models.registry  # noqa: F401
+                import lape.models  # noqa: F401
 
             loader.exec_module = execute_and_register
         return spec
