@@ -4,6 +4,7 @@ A block's rung decides what is hung. While the block runs, the norms that stand 
 paths, add the rung's attention part; and when it is done, whatever it did not take, or took twice, is an error.
 """
 
+import math
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -189,11 +190,11 @@ class BlockHooks:
     def _laid_out(self, part: Tensor, tokens: Tensor) -> Tensor:
         """Return a part of the rung as tokens lie; raise UsageError where they are others than it was made for."""
         positions = self.positions
-        count = tokens.shape[:-1].numel() if tokens.ndim == 2 else tokens.shape[1:-1].numel()
-        if tokens.ndim == 3 and positions.tokens_axis(tokens) == 0:
-            count = tokens.shape[0]
-        known = isinstance(count, int) and isinstance(part.shape[1], int)  # torch.export leaves some open
-        if known and not torch.compiler.is_compiling() and count != part.shape[1]:
+        at = positions.tokens_axis(tokens)
+        sides = tokens.shape[:1] if at == 0 else tokens.shape[at:-1]
+        # torch.export leaves some sides open, and would close them for being compared.
+        known = all(isinstance(side, int) for side in (*sides, part.shape[1]))
+        if known and not torch.compiler.is_compiling() and (count := math.prod(sides)) != part.shape[1]:
             raise UsageError(
                 f"{self.name} is given {count} tokens, and the positions of this input are those of {part.shape[1]}: "
                 "some were merged, dropped or added behind the table, and which is not known. Leave that out, or apply "
