@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lape.errors import RunError, UsageError
+from lape.studies import parallel
 from lape.studies.parallel import Done, Told, side_by_side
 
 
@@ -81,3 +82,18 @@ def test_closing_ends_the_processes():
     events.close()
     assert len(pids) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def deaf(task, tell):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    tell("deaf")
+    time.sleep(600)
+
+
+def test_a_process_that_does_not_end_is_ended(monkeypatch):
+    monkeypatch.setattr(parallel, "GRACE", 1)
+    events = side_by_side(deaf, [0], jobs=1, threads=1)
+    next(events)
+    begun = time.monotonic()
+    events.close()
+    assert time.monotonic() - begun < 30

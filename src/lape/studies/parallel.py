@@ -17,6 +17,8 @@ from typing import Generic, TypeVar
 
 from lape.errors import RunError, UsageError
 
+GRACE = 30  # seconds that a process has to keep its state, once it is told to end
+
 Task = TypeVar("Task")
 News = TypeVar("News")
 Tell = Callable[[News], None]
@@ -71,7 +73,10 @@ def side_by_side(
         for process in processes.values():
             process.terminate()
         for process in processes.values():
-            process.join()
+            process.join(GRACE)  # it keeps what it has; some, on a busy machine, then never end
+            if process.is_alive():
+                process.kill()
+                process.join()
 
 
 def _hire(
