@@ -519,9 +519,10 @@ def test_dropped_patches_take_table_and_rotations_with_them(name: str) -> None:
     entered: list[Tensor] = []
     model.blocks[0].attn.register_forward_pre_hook(lambda module, given: entered.append(given[0]))
     model.blocks[0].register_forward_pre_hook(lambda module, given: entered.append(given[0]))
+    seen: list[Any] = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(positions(model).forwards.latest.kept))
     model(x)
-    kept, rung = positions(model).forward.kept, lape.ladder(model)[0].attention
-    assert kept is not None
+    (kept,), rung = seen, lape.ladder(model)[0].attention
     assert rung is not None
     block, attended = entered
     rows = torch.cat([torch.zeros(3, 1, dtype=torch.long), kept + 1], dim=1)

@@ -7,8 +7,9 @@ small record per layer, the `Rung`:
     x <- x + MSA(LN_x(x) + attention, logits + bias)
     x <- x + MLP(LN(x))
 
-A join is a function from tables and PE norms to the list of rungs, the ladder. B images, N tokens (prefix tokens
-such as the class token first, then H·W patches row by row), D channels.
+A join says what layer l is told of the ω_l that it is handed, its rung, and what it hands on as ω_{l+1}; the rungs of
+all layers are the ladder. B images, N tokens (prefix tokens such as the class token first, then H·W patches row by
+row), D channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -233,54 +234,68 @@ class PositionNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}, {self.kind.formula}"
 
 
-# --- Joins (Table 7): from tables ω^(l) and norms LN_ω|l, one of each a layer, to the ladder -----------------------
+# --- Joins (Table 7): what layer l is told of the ω_l that it is handed, and what it hands on -----------------------
+
+Step = tuple[Rung, Tensor | None]  # of layer l, and ω_{l+1}; None: nothing is handed on
 
 
-def with_the_tokens(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+def with_the_tokens(position: Tensor, norm: PositionNorm | None) -> Step:
     """x_0 = α + ω, then nothing (2)."""
-    return [Rung(residual=tables[0]), *(Rung() for _ in tables[1:])]
+    return Rung(residual=position), None
 
 
-def into_the_stream(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
-    """x_l = x_l + ω^(l) before every block; `shared` has one table for all layers, `unshared` one for each."""
-    return [Rung(residual=table) for table in tables]
+def into_the_stream(position: Tensor, norm: PositionNorm | None) -> Step:
+    """x_l = x_l + ω before every block; `shared` has one table for all layers, `unshared` one for each."""
+    return Rung(residual=position), position
 
 
-def normed_alike(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+def normed_alike(position: Tensor, norm: PositionNorm | None) -> Step:
     """MSA_l(LN_x|l(x_l) + LN_ω|l(ω)): LaPE (sharing)."""
-    return [Rung(attention=norm(table)) for table, norm in zip(tables, norms, strict=True)]
+    assert norm is not None
+    return Rung(attention=norm(position)), position
 
 
-def normed_in_turn(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+def normed_in_turn(position: Tensor, norm: PositionNorm | None) -> Step:
     """MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)) with ω_0 = ω and ω_{l+1} = LN_ω|l(ω_l): LaPE (8)-(11)."""
-    ladder, position = [], tables[0]
-    for norm in norms:
-        rung = norm(position)
-        ladder.append(Rung(attention=rung))
-        position = norm.hand_on(rung)
-    return ladder
+    assert norm is not None
+    normed = norm(position)
+    return Rung(attention=normed), norm.hand_on(normed)
 
 
 @dataclass(frozen=True)
 class Join:
-    """A way of joining ω with the tokens: its ladder, and what the ladder is made from."""
+    """A way of joining ω with the tokens: one layer's step, and what the steps are made from."""
 
     name: str
-    climb: Callable[[Sequence[Tensor], Sequence[PositionNorm]], list[Rung]]
+    step: Callable[[Tensor, PositionNorm | None], Step]
     normed: bool = False  # has a PositionNorm in every layer
-    table_per_layer: bool = False
+    table_per_layer: bool = False  # layer l is handed a table of its own
     with_tokens: bool = False  # ω is part of x_0: it meets the tokens before their dropout
-    carries_table: bool = False  # every layer is told ω itself, in all stages
+    hands_on: bool = False  # ω_{l+1} is made of ω_l, and so crosses from one stage of a model to the next
+
+    def ladder(self, tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+        """Return the rungs of all layers, from one table (1, N, D) or one a layer, and one norm a layer or none.
+
+        >>> norms = [PositionNorm(4, eps=1e-6) for _ in range(3)]
+        >>> [tuple(rung.attention.shape) for rung in JOINS["lape"].ladder([torch.randn(1, 5, 4)], norms)]
+        [(1, 5, 4), (1, 5, 4), (1, 5, 4)]
+        """
+        rungs, position = [], tables[0]
+        for layer in range(max(len(tables), len(norms))):
+            handed = tables[layer] if self.table_per_layer else position
+            rung, position = (Rung(), None) if handed is None else self.step(handed, norms[layer] if norms else None)
+            rungs.append(rung)
+        return rungs
 
 
 JOINS = {
     join.name: join
     for join in (
         Join("default", with_the_tokens, with_tokens=True),
-        Join("shared", into_the_stream, carries_table=True),
+        Join("shared", into_the_stream, hands_on=True),
         Join("unshared", into_the_stream, table_per_layer=True),
-        Join("lape-sharing", normed_alike, normed=True, carries_table=True),
-        Join("lape", normed_in_turn, normed=True),
+        Join("lape-sharing", normed_alike, normed=True, hands_on=True),
+        Join("lape", normed_in_turn, normed=True, hands_on=True),
     )
 }
 
@@ -288,12 +303,11 @@ JOINS = {
 # --- Starts: from nothing, or from a model that was trained with the default join (not in the paper) ---------------
 
 
-def weighed(ladder: Sequence[Rung], norms: Sequence[PositionNorm]) -> list[Rung]:
+def weighed(rung: Rung, norm: PositionNorm) -> Rung:
     """MSA_l(LN_x|l(x_l) + s_l·p_l): with s_l = 0, as at the start, attention is told nothing."""
-    return [
-        Rung(attention=norm.amount * rung.attention)  # pyright: ignore[reportOperatorIssue]  # both are there
-        for rung, norm in zip(ladder, norms, strict=True)
-    ]
+    assert norm.amount is not None
+    assert rung.attention is not None
+    return Rung(attention=norm.amount * rung.attention)
 
 
 @dataclass(frozen=True)
@@ -326,14 +340,17 @@ class Scheme:
         """Whether ω is part of x_0."""
         return self.join.with_tokens or self.start.table_stays
 
-    def ladder(self, tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
-        """Return the rungs, from one table and, where the join has them, one norm a layer."""
-        ladder = self.join.climb(tables, norms)
+    def step(self, layer: int, position: Tensor | None, norm: PositionNorm | None) -> Step:
+        """Return the rung of a layer that is handed ω_l, and ω_{l+1}."""
+        if position is None:
+            return Rung(), None
+        rung, following = self.join.step(position, norm)
         if self.start.preserves:
-            ladder = weighed(ladder, norms)
-        if self.start.table_stays:
-            ladder[0] = ladder[0]._replace(residual=tables[0])
-        return ladder
+            assert norm is not None
+            rung = weighed(rung, norm)
+        if self.start.table_stays and layer == 0:
+            rung = rung._replace(residual=position)
+        return rung, following
 
 
 def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh") -> Scheme:

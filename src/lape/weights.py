@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from lape import reading
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
-from lape.hosts import RECORD, Host, find, grid_of
-from lape.hosts import read as read_entry
+from lape.hosts import Host, blocks_path, find, grid_of, value_at
+from lape.hosts.registry import RECORD
 from lape.method import POSITION_EMBEDDINGS, Grid
 from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
-from lape.surgery.view import View
+from lape.surgery.proxy import Proxies
 
 Weights = dict[str, Tensor]
 Many = list | tuple | set
@@ -187,25 +187,25 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     where a file's table cannot be made the model's, and UsageError for a model of a library that reads its own files.
     """
     vit, host = _of_files(model)
-    assert host.filter is not None
+    assert host.files is not None
     path = _path(model, vit)
     if path and any(name.startswith(path) for name in weights):  # of the whole that the transformer is a part of
         inside = {name.removeprefix(path): value for name, value in weights.items() if name.startswith(path)}
         around = {name: value for name, value in weights.items() if not name.startswith(path)}
         converted = {f"{path}{name}": value for name, value in convert(inside, vit).items()}
         return converted | renamed(around, getattr(model, "names", ()))
-    named = {name: value for name, value in renamed(weights, host.names).items() if not _RECOMPUTED.search(name)}
+    named = {name: value for name, value in renamed(weights, host.files.names).items() if not _RECOMPUTED.search(name)}
     # timm's filter would resample patches of another size, which are another model's, and tables by a rule of its own.
     patches = {name: named.pop(name) for name in (_PATCHES,) if name in named and named[name].ndim == 4}
-    given = import_module(host.filter).checkpoint_filter_fn
+    given = import_module(host.files.filter).checkpoint_filter_fn
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in signature(given).parameters else {}
-    found = given(named, View(vit, {host.table: None}), **options) | patches
+    found = given(named, Proxies(type(vit), [host.table]).of(vit, {host.table: None})[0], **options) | patches
     return found | dict(_fitted_tables(found, vit, host))
 
 
 def _of_files(model: nn.Module) -> tuple[nn.Module, Host]:
     vit, host = find(model)
-    if host.filter is None:
+    if host.files is None:
         raise UsageError(
             f"Files are converted for models of timm and of this project, and this is a {host.name}. Its parameters "
             "keep their names: load it by its own library before lape.apply, or by model.load_state_dict(weights, "
@@ -237,7 +237,7 @@ def _fitted_tables(found: Weights, vit: nn.Module, host: Host) -> Iterator[tuple
     assert grid is not None
     places = {part: name for name, part in vit.named_modules()}
     grids = {places[layer.block]: layer.grid for layer in record.layers(grid)} if record else {}
-    brought = sum(found[name].numel() for name in _PREFIX_TOKENS if name in found) // read_entry(vit, host.width)
+    brought = sum(found[name].numel() for name in _PREFIX_TOKENS if name in found) // value_at(vit, host.width)
     for name, own in vit.named_parameters():
         place, _, kind = name.rpartition(".")
         if name in found and kind == host.table:
@@ -258,7 +258,7 @@ def _fitted(
     patches, rows = grid[0] * grid[1], table.shape[1]
     kept = own.shape[1] - patches  # rows of the model's prefix tokens
     record: Positions | None = vit.__dict__.get(RECORD)
-    embedding = host.own if record is None else record.scheme.embedding.name
+    embedding = host.embedding.own if record is None else record.scheme.embedding.name
     kind = POSITION_EMBEDDINGS[embedding].table
     if kind is not None and not kind.learns:
         same, side = rows == own.shape[1], math.isqrt(max(rows - kept, 0))
@@ -269,7 +269,7 @@ def _fitted(
                 "Use pe='learnable'."
             )
         return table if same else own.detach()  # a fixed table is made for the grid, not resized
-    tokens = read_entry(vit, host.prefix)
+    tokens = value_at(vit, host.prefix)
     if rows == own.shape[1] and brought in (0, tokens):
         return table
     # A table may leave the prefix tokens out, and a file that brings none may still have the class token's row.
@@ -331,7 +331,7 @@ def load_backbone(model: nn.Module, source: str | Path | Mapping[str, Any]) -> S
     weights = _converted(weights, model, where)
     alone = "" if any(name.startswith(path) for name in weights) else path  # of the transformer alone
     weights = {f"{alone}{name}": value for name, value in weights.items()}
-    roots = {str(place).partition(".")[0] for place in (host.grid, host.stages or host.blocks)}
+    roots = {str(place).partition(".")[0] for place in (host.grid, blocks_path(host))}
 
     def core(tensors: Mapping[str, Tensor]) -> Weights:
         inside = {name.removeprefix(path): value for name, value in tensors.items() if name.startswith(path)}

@@ -2,6 +2,7 @@
 over the class tokens of all layers at the end. Facts from github.com/coeusguo/ceit at 44c16d3.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lape.errors import UsageError
+from lape.hosts import Files, class_name, register
+from lape.hosts.timm import AUTHORS_NAMES, FILTER, VISION_TRANSFORMER
 from lape.method import Grid
 from lape.models.stem import Size, Stem, Step
-from lape.surgery.view import View
+from lape.surgery.proxy import Proxies
 
 CONVOLUTION, POOLING = Step(7, 2, 3), Step(3, 2, 1)
 
@@ -127,8 +130,28 @@ class CeiT(VisionTransformer):
     def forward_intermediates(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """Return the tokens after blocks, as timm's VisionTransformer does."""
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        view: Any = View(self, {"blocks": [partial(block, grid=grid) for block in self.blocks]})
-        return VisionTransformer.forward_intermediates(view, x, *arguments, **options)
+        told, _ = _TOLD_THE_GRID.of(self, {"blocks": [partial(block, grid=grid) for block in self.blocks]})
+        return VisionTransformer.forward_intermediates(told, x, *arguments, **options)
+
+
+_TOLD_THE_GRID = Proxies(CeiT, ["blocks"])
+HOST = register(
+    replace(
+        VISION_TRANSFORMER,
+        name="CeiT",
+        model=class_name(CeiT),
+        files=Files(
+            FILTER,
+            (
+                (r"^i2t\.backbone\.", "patch_embed."),
+                (r"^i2t\.proj\.", "patch_embed.proj."),
+                (r"^(blocks\.\d+)\.leff\.", r"\1.mlp."),
+                (r"^lca\.feedforward\.", "lca.mlp."),
+                *AUTHORS_NAMES,
+            ),
+        ),
+    )
+)
 
 
 def _stem(stem_dim: int, patch: int, img_size: Size, in_chans: int, embed_dim: int, **_: Any) -> ImageToTokens:

@@ -16,7 +16,7 @@ from lape.characters import visible
 from lape.errors import UsageError
 from lape.report import plots
 from lape.report.words import as_markdown
-from lape.surgery.positions import by
+from lape.surgery.layers import grid_text
 from lape.training.checkpoints import write, write_text
 from lape.training.provenance import provenance
 
@@ -159,14 +159,14 @@ def _layers_of(found: Correlation) -> list[Cells]:
 
 
 def _model_of(found: Correlation) -> Cells:
-    return by(found.grid), *_measured(astuple(found.shape), found.reach)
+    return grid_text(found.grid), *_measured(astuple(found.shape), found.reach)
 
 
 def _correlations(found: Mapping[str, Correlation]) -> "Figure":
     if len(grids := {one.grid for one in found.values()}) > 1:
         raise UsageError(
-            f"One picture shows models on one grid of patches; received {', '.join(map(by, sorted(grids)))}. Give "
-            "--grid, or analyse them one by one."
+            f"One picture shows models on one grid of patches; received {', '.join(map(grid_text, sorted(grids)))}. "
+            "Give --grid, or analyse them one by one."
         )
     return plots.correlations(found)
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from lape import reading
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
+from lape.hosts.registry import RECORD
 from lape.method import POSITION_NORMS
 from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model
-from lape.surgery.operation import RECORD
 from lape.training.checkpoints import write
 from lape.weights import fill, opened
 

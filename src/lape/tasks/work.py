@@ -24,7 +24,7 @@ from lape.experiment import Augmentation, Dense, Experiment, told
 from lape.hosts import find
 from lape.models.rebuilding import Build, as_asked
 from lape.models.registry import DETECTORS, SEGMENTERS, create_model
-from lape.surgery.positions import by
+from lape.surgery.layers import grid_text
 from lape.tasks.classification import Classification, Distillation, Named
 from lape.tasks.detection import Detection, Found
 from lape.tasks.segmentation import Inference, Segmentation
@@ -328,7 +328,7 @@ def _refuse_a_table_of_no_patch(experiment: Experiment, module: nn.Module) -> No
     stem: Any = find(module)[0].patch_embed
     if min(stem.grid_size) < 1:
         raise UsageError(
-            f"{experiment.model} cuts images into patches of {by(stem.patch_size)}, and with model_args "
+            f"{experiment.model} cuts images into patches of {grid_text(stem.patch_size)}, and with model_args "
             f"{experiment.model_args} its table is for less than one. Give an img_size of at least "
             f"{max(stem.patch_size)}."
         )
