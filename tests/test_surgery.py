@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import lape
 from lape.errors import RunError, UsageError
-from lape.hosts import class_name, registered, timm, transformers
+from lape.hosts import class_name, registered, transformers
+from lape.hosts.timm import VISION_TRANSFORMER
 from lape.surgery.operation import positions
 
 # --- Every pre-norm VisionTransformer
@@ -308,7 +309,7 @@ def test_every_host_row_names_classes_that_exist() -> None:
             room, _, kind = block.rpartition(".")
             assert hasattr(__import__(room, fromlist=[kind]), kind)
         assert row.files is None or hasattr(__import__(row.files.filter, fromlist=["_"]), "checkpoint_filter_fn")
-    assert timm.VISION_TRANSFORMER.model == class_name(type(host()))
+    assert VISION_TRANSFORMER.model == class_name(type(host()))
 
 
 def test_the_first_of_unshared_tables_is_the_models_own() -> None:

@@ -133,6 +133,20 @@ class Forwards:
         if forward.differentiable or not self.of_thread.calls:
             self._remember(tokens, forward)
 
+    def follow(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Note that a module makes others of the tokens that were handed out: a hook on one before the first block."""
+        if torch.compiler.is_compiling() or not inputs or not isinstance(inputs[0], Tensor):
+            return
+        forward = self._known(inputs[0])
+        if forward is not None and forward.open:
+            self.hand(forward, output)
+
+    def _known(self, tokens: Tensor) -> Forward | None:
+        """Return the forward that handed these tokens out; of those that run in a call, or that are remembered."""
+        calls = self.of_thread.calls
+        running = calls[-1].forwards if calls else []
+        return next((forward for forward in running if forward.tokens is tokens), None) or self._recall(tokens)
+
     def _remember(self, tokens: Tensor, forward: Forward) -> None:
         place = _place(tokens)
         known = self.by_tokens.get(place) if place else None

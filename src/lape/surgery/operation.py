@@ -86,6 +86,8 @@ def _hang_on_the_model(record: Positions) -> None:
     vit, host = record.model, record.host
     vit.register_forward_pre_hook(record.forwards.enter_call, prepend=True)
     vit.register_forward_hook(record.forwards.leave_call, always_call=True)
+    if host.joint_norm is not None:
+        vit.get_submodule(host.joint_norm).register_forward_hook(record.forwards.follow)
     if host.behind is not None:
         vit.get_submodule(host.behind).register_forward_hook(BehindEmbedding(record))
     if host.before is not None:
@@ -194,7 +196,7 @@ def remove(model: Model) -> Model:
         swap_parameter(vit, name, given_back)
     if not record.had_table:
         delattr(record.holder, host.table_name)
-    for path in ("", host.behind, host.before):
+    for path in ("", host.joint_norm, host.behind, host.before):
         if path is not None:
             unhook(vit.get_submodule(path), record)
     for block in record.blocks:
