@@ -168,7 +168,7 @@ WRITES = {
 }
 OF_OS = {
     *("os.open", "os.replace", "os.rename", "os.renames", "os.remove", "os.removedirs", "os.makedirs", "os.link"),
-    *("os.symlink", "os.truncate", "os.mkfifo"),
+    *("os.symlink", "os.truncate", "os.mkfifo", "os.unlink", "os.rmdir", "os.mkdir"),
 }
 ELSEWHERE = {
     ("reading.py", "os.open"): "to read",
@@ -191,7 +191,9 @@ def written_by(code: str) -> Iterator[str]:
         match node:
             case ast.Import(names=names) if any(name.name == "shutil" for name in names):
                 yield "shutil"
-            case ast.ImportFrom(module="os" | "shutil" | "tempfile", names=names):
+            case ast.ImportFrom(module="os", names=names):
+                yield from (name.name for name in names if f"os.{name.name}" in OF_OS)
+            case ast.ImportFrom(module="shutil" | "tempfile", names=names):
                 yield from (name.name for name in names if name.name != "TemporaryDirectory")
             case ast.ImportFrom(module="lape.writing"):  # it is called by its name, so that it is seen
                 yield "lape.writing"
@@ -230,7 +232,7 @@ def test_files_are_written_through_one_door() -> None:
         "from shutil import rmtree", "from os import replace", "os.replace(part, path)", "part.replace(path)",
         "path.unlink(missing_ok=True)", "os.open(path, flags)", "path.touch()", "path.rename(other)",
         "from tempfile import mkstemp", "array.tofile(path)", "path.mkdir(parents=True)", "os.makedirs(path)",
-        "from lape.writing import write_text",
+        "from lape.writing import write_text", "from os import unlink",
     ],
 )  # fmt: skip
 def test_the_guard_sees_what_writes(code: str) -> None:
