@@ -83,7 +83,7 @@ def load(name: str, below: tuple[str, ...] = ()) -> Recipe:
     if own.suffix in (".yaml", ".yml"):
         return _recipe(name, _read(own), own, below)
     path = HERE / f"{name}.yaml"
-    if not path.is_file() or ".." in own.parts or own.is_absolute():
+    if path not in HERE.rglob("*.yaml"):  # a name is looked up, whatever a file system would make of it
         choose(dict.fromkeys(names()), name, "a recipe (lape recipes lists them; a file of your own ends in .yaml)")
     return _recipe(name, _read(path), path, below)
 

@@ -4,12 +4,12 @@ import copy
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from lape import __version__, writing
 from lape.errors import RunError, UsageError, first_line
 from lape.models.mask_rcnn import MaskRCNN
 from lape.sharing import hub
@@ -99,7 +100,8 @@ def export(
 
     `fold` turns positions into constants first; `dynamic_size` leaves H and W open. The model itself stays as it is.
     Images are of `input_size`, nothing: of the model's own. The file is run beside the model before it takes its place.
-    Raises UsageError for what cannot be exported so, RunError where the file computes something else than the model.
+    Raises UsageError for what cannot be exported so and where another's file is in the way, RunError where the file
+    computes something else than the model.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -122,6 +124,7 @@ def export(
             "A folded model has its positions for one size of images, and dynamic_size asks for all. Leave out one of "
             "the two; for a few sizes, export one folded file for each (set_input_size)."
         )
+    writing.refuse_others([path])
     original = copy.deepcopy(model).cpu().float().eval()
     batches = [hub.random_images(original, count, input_size) for count in (2, 1, 3)]
     if dynamic_size:
@@ -129,12 +132,11 @@ def export(
         batches += [_larger(batches[1], 2 * step, step), _larger(batches[2], 0, 3 * step)]
         _refuse_one_size(original, batches[-1])
     program = _program(folded(copy.deepcopy(original)) if fold else original, batches[0], dynamic_size)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with TemporaryDirectory() as room:
+        made = Path(room) / f"model{path.suffix}"
         with _following(original, path.suffix, dynamic_size):
-            form.write(program, _config(model), part)
-            run = form.open(part)
+            form.write(program, _config(model), made)
+            run = form.open(made)
             found = [run(images) for images in batches]  # a program refuses what it was not traced for
         difference = _difference(found, [hub.outputs(original, images) for images in batches])
         if not difference <= BOUND:  # NaN is not
@@ -142,9 +144,7 @@ def export(
                 f"{path} was not written: its outputs differ from the model's by {difference:.1e} of the largest, and "
                 f"{BOUND:.0e} is allowed."
             )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        writing.write_marked({path: made.read_bytes()})
     return Exported(path, difference, tuple(tuple(images.shape) for images in batches))
 
 
@@ -172,9 +172,10 @@ def brought_back(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]
 
 
 def _config(model: nn.Module) -> str:
-    """Return what a model's user must know, as far as the model tells."""
+    """Return what a model's user must know, as far as the model tells, and who wrote it."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    return json.dumps({name: cfg[name] for name in ("architecture", "mean", "std", "label_names") if cfg.get(name)})
+    known = {name: cfg[name] for name in ("architecture", "mean", "std", "label_names") if cfg.get(name)}
+    return json.dumps({**known, writing.MARK: __version__})
 
 
 def _step(model: nn.Module) -> int:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape import reading
+from lape import __version__, reading, writing
+from lape.characters import as_code, in_markdown
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
 from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model
 from lape.surgery.operation import RECORD
-from lape.training.checkpoints import write
 from lape.weights import fill, opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -90,6 +90,7 @@ def described(model: nn.Module, known: Known = Known(), **model_args: Any) -> di
     config |= {"model_args": args, "pretrained_cfg": shown}
     if names:
         config["label_names"] = list(names)
+    config[writing.MARK] = __version__
     if known.metrics:
         config["metrics"] = {"on": known.data, **known.metrics}
     for name, value in args.items():
@@ -152,20 +153,19 @@ def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), 
 
     What was written is loaded again and compared first: the same outputs for random images, to the last bit. Raises
     UsageError for a model that does not come back so, naming the parameter; give then in `model_args` what it was made
-    with. Returns the path.
+    with. Raises UsageError too where another's file is in the way. Returns the path.
     """
     path = Path(path)
+    single = path.suffix == ".safetensors"
+    places = {WEIGHTS: path} if single else {name: path / name for name in (CONFIG, WEIGHTS, CARD)}
+    writing.refuse_others(places.values())
     with TemporaryDirectory() as room:
-        parts = _written(model, Path(room), f"USER/{path.name}", known, model_args)
-        single = path.suffix == ".safetensors"
-        (path.parent if single else path).mkdir(parents=True, exist_ok=True)
-        for part in parts if not single else [WEIGHTS]:
-            content = (Path(room) / part).read_bytes()
-            write(path if single else path / part, lambda file, content=content: file.write(content))
+        _written(model, Path(room), f"USER/{path.name}", known, model_args)
+        writing.write_marked({place: (Path(room) / name).read_bytes() for name, place in places.items()})
     return path
 
 
-def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> list[str]:
+def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> None:
     """Write a model into an empty folder, load it from there and compare."""
     from safetensors.torch import save_file
 
@@ -173,8 +173,7 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     text = json.dumps(config, indent=1)
     save_file(tensors, folder / WEIGHTS, {"format": "pt", HEADER: text})
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(config, repo_id), encoding="utf-8")
+    writing.write_marked({folder / CONFIG: text + "\n", folder / CARD: card(config, repo_id)})
     try:
         again = from_pretrained(folder)
     except RunError as error:
@@ -192,7 +191,6 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
                 "than they do. Something was changed after it was made; give the keyword that does it: "
                 "lape.save_pretrained(model, folder, act_layer=...)."
             )
-    return [CONFIG, WEIGHTS, CARD]
 
 
 def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
@@ -298,7 +296,7 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     """Return the README.md of a saved model: what it is, what it reaches, how to load it from its repository."""
     args, cfg = config["model_args"], config["pretrained_cfg"]
     facts = {
-        "architecture": f"`{config['architecture']}`",
+        "architecture": as_code(config["architecture"]),
         "position embedding": " · ".join(f"{name}={args[name]}" for name in JOINED if name in args)
         or "the model's own",
         "images": f"{'×'.join(map(str, cfg['input_size']))}, mean {cfg.get('mean')}, deviation {cfg.get('std')}",
@@ -306,10 +304,11 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     }
     names = config.get("label_names", [])
     if names:
-        facts["classes"] += f": {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+        facts["classes"] += in_markdown(f": {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
     metrics = dict(config.get("metrics", {}))
     on = metrics.pop("on", None)
-    facts |= {name: f"{value:.2f}{f' on {on}' if on else ''}" for name, value in metrics.items()}
+    where = in_markdown(f" on {on}") if on else ""
+    facts |= {in_markdown(name): f"{value:.2f} {where}".strip() for name, value in metrics.items()}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: timm
@@ -318,7 +317,7 @@ tags:
 - lape
 - vision-transformer
 ---
-# {repo_id.rpartition("/")[2]}
+# {in_markdown(repo_id.rpartition("/")[2])}
 
 A vision transformer whose position embedding is joined with its tokens as below; `lape` is layer-adaptive position
 embedding ([Yu et al., ICCV 2023](https://doi.org/10.1109/ICCV51070.2023.00541)).
@@ -335,7 +334,7 @@ model = lape.from_pretrained("{repo_id}")  # or this folder
 
 After `import lape` timm knows the names that `lape models` lists, and loads them too:
 `timm.create_model("hf-hub:{repo_id}", pretrained=True)`.
-"""
+{writing.COMMENT}"""
 
 
 # --- Asking a model
