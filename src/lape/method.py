@@ -152,7 +152,7 @@ class RelativeBias:
         torch.Size([1, 2, 5, 5])
     """
 
-    normed: bool
+    normed: bool  # whether a LayerNorm over the keys follows the table
 
     def __call__(self, table: Tensor, grid: Grid, prefix: int, norm: nn.Module | None = None) -> Tensor:
         """Return the bias (1, heads, N, N), zero for prefix tokens.
@@ -183,9 +183,9 @@ class PositionEmbedding:
         RelativeBias(normed=False)
     """
 
-    name: str
-    table: Table | None = None
-    bias: RelativeBias | None = None
+    name: str  # as `lape.apply(pe=...)` takes it
+    table: Table | None = None  # joined with the tokens
+    bias: RelativeBias | None = None  # added to the attention logits
 
 
 POSITION_EMBEDDINGS = {
@@ -209,10 +209,10 @@ class PositionNormKind:
         'g⊙Norm(ω)'
     """
 
-    formula: str
-    normalise: bool
-    gain: Callable[[int], int] | None
-    shift: bool
+    formula: str  # the paper's
+    normalise: bool  # whether mean and variance are taken out
+    gain: Callable[[int], int] | None  # from D to the number of gains, 1 or D; None for no gain
+    shift: bool  # whether a vector of D channels is added
 
 
 def _one(dim: int) -> int:
@@ -368,8 +368,8 @@ class Join:
         (True, True)
     """
 
-    name: str
-    climb: Callable[[Sequence[Tensor], Sequence[PositionNorm]], list[Rung]]
+    name: str  # as `lape.apply(join=...)` takes it
+    climb: Callable[[Sequence[Tensor], Sequence[PositionNorm]], list[Rung]]  # from tables and norms to the ladder
     normed: bool = False  # has a PositionNorm in every layer
     table_per_layer: bool = False
     with_tokens: bool = False  # ω is part of x_0: it meets the tokens before their dropout
@@ -422,9 +422,9 @@ class Start:
         ['fresh', 'preserve']
     """
 
-    name: str
-    preserves: bool = False
-    table_stays: bool = False
+    name: str  # as `lape.apply(start=...)` takes it
+    preserves: bool = False  # whether p_l is weighed by a gain from zero on
+    table_stays: bool = False  # whether ω is part of x_0 as well
 
 
 STARTS = {start.name: start for start in (Start("fresh"), Start("preserve", preserves=True, table_stays=True))}
@@ -443,10 +443,10 @@ class Scheme:
         (torch.Size([1, 5, 8]), True)
     """
 
-    join: Join
-    embedding: PositionEmbedding
-    norm: PositionNormKind
-    start: Start
+    join: Join  # of JOINS
+    embedding: PositionEmbedding  # of POSITION_EMBEDDINGS
+    norm: PositionNormKind  # of POSITION_NORMS
+    start: Start  # of STARTS, or PRESERVE_WITHOUT_TABLE
 
     @property
     def with_tokens(self) -> bool:

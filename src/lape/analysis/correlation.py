@@ -117,9 +117,9 @@ class Shape:
         True
     """
 
-    two_dimensionality: float
-    half_distance: float
-    layer_difference: float
+    two_dimensionality: float  # 0: similarity falls along rows or columns alone; 1: along both alike
+    half_distance: float  # where similarity has fallen to half, in patches
+    layer_difference: float  # how different the maps of the layers are
 
 
 def _crossing(distances: Tensor, profile: Tensor) -> Tensor:

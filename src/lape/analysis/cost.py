@@ -26,21 +26,21 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.f
 class Cost:
     """One way of joining: what is counted of it, and its times of every round in seconds."""
 
-    name: str
-    parameters: int
+    name: str  # "untouched", "and again", a join, or "lape, folded"
+    parameters: int  # of the whole model
     flops: int  # of one image's forward: products of matrices, twice their multiplications
-    training_bytes: int | None  # at the peak of a training step
-    training: list[float] = field(default_factory=list)
-    inference: list[float] = field(default_factory=list)
+    training_bytes: int | None  # at the peak of a training step; None where nothing learns
+    training: list[float] = field(default_factory=list)  # of a training step, one number a round
+    inference: list[float] = field(default_factory=list)  # of an inference step, one number a round
 
 
 @dataclass(frozen=True)
 class Ratio:
     """A time divided by that of the base in the same round: the median over rounds, and the quartiles around it."""
 
-    median: float
-    low: float
-    high: float
+    median: float  # of the ratios
+    low: float  # their lower quartile
+    high: float  # their upper quartile
 
     def __str__(self) -> str:
         return f"{self.median:.3f}±{(self.high - self.low) / 2:.3f}"

@@ -46,14 +46,14 @@ class Recipe:
         {'accuracy': {'default': 80.92, 'lape': 81.25}}
     """
 
-    name: str
-    settings: Mapping[str, Any]
+    name: str  # as `load` takes it
+    settings: Mapping[str, Any]  # of `lape train`, where they differ from its defaults
     paper: Mapping[str, Any] = field(default_factory=dict)  # table, model, pe; where there are, seeds and the start
-    expected: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    at_epoch_100: Mapping[str, float] = field(default_factory=dict)
-    command: str = ""
-    hardware: str = ""
-    open: tuple[str, ...] = ()
+    expected: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by measure and join, in percent
+    at_epoch_100: Mapping[str, float] = field(default_factory=dict)  # accuracy by join, in percent
+    command: str = ""  # what runs it
+    hardware: str = ""  # of the paper, and how long it took where that is known
+    open: tuple[str, ...] = ()  # choices that the paper leaves open, a sentence each
 
     @property
     def table(self) -> float:
