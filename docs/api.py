@@ -39,7 +39,9 @@ print(lape.__version__, lape.__all__)
 
 Two kinds of error are raised on purpose: `lape.UsageError`, a ValueError, where what was asked for breaks a rule, and
 `lape.RunError`, a RuntimeError, where a file, a disk or a network did not allow it.
-"""
+
+| module | names |
+| --- | --- |"""
 
 
 def names(module: ModuleType) -> tuple[str, ...]:
@@ -162,9 +164,13 @@ def entry(name: str, thing: Any) -> str:
 
 def page() -> str:
     """Return the whole page."""
-    written = [HEAD]
-    for place in PUBLIC:
-        module = import_module(place)
+    modules = {place: import_module(place) for place in PUBLIC}
+    rows = [
+        f"| [{place}](#{place.replace('.', '')}) | {', '.join(f'`{name}`' for name in names(module))} |"
+        for place, module in modules.items()
+    ]
+    written = ["\n".join([HEAD, *rows]) + "\n"]
+    for place, module in modules.items():
         written.append(f"## {place}\n\n{first_sentence(module)}\n")
         written += [entry(f"{place}.{name}", getattr(module, name)) for name in names(module)]
     return "\n".join(written)
