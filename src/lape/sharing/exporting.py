@@ -96,12 +96,34 @@ def export(
     dynamic_size: bool = False,
     input_size: tuple[int, int, int] | None = None,
 ) -> Exported:
-    """Write a model as .onnx or .pt2, by the suffix; it takes float32 images (B, C, H, W), normalised, of any number B.
+    """Write a model as a file for other programs: ONNX (.onnx) or torch.export (.pt2), by the suffix of `path`.
 
-    `fold` turns positions into constants first; `dynamic_size` leaves H and W open. The model itself stays as it is.
-    Images are of `input_size`, nothing: of the model's own. The file is run beside the model before it takes its place.
-    Raises UsageError for what cannot be exported so and where another's file is in the way, RunError where the file
-    computes something else than the model.
+    The file takes float32 images (B, C, H, W), normalised, for any B. Before it is put in its place it is run beside
+    the model. The model itself does not change.
+
+    Args:
+        model: A classifier or segmenter, with or without a join.
+        path: Where to write it; ends in .onnx (needs the extra `export`) or .pt2.
+        fold: Replace positions by constants first; the file is then for one size of images.
+        dynamic_size: Leave H and W open too; not together with `fold`.
+        input_size: (C, H, W) of the images; None stands for the model's own.
+
+    Returns:
+        The path, the largest difference of an output (relative to the largest output), and the shapes that were tried.
+
+    Raises:
+        UsageError: For a suffix, a model or a combination that cannot be exported, and where a file that lape did not
+                write is in the way.
+        RunError: Where the file computes something else than the model (a difference above 1e-4).
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", num_classes=3, depth=1)
+        >>> written = lape.export(model, Path(tempfile.mkdtemp()) / "model.pt2", fold=True)
+        >>> written.path.name, written.difference < 1e-4
+        ('model.pt2', True)
     """
     path = Path(path)
     if path.suffix not in FORMATS:

@@ -36,7 +36,7 @@ _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model beside its weights, for those who will use it
+    """What the users of a saved model should know beside its weights.
 
     Args:
         classes: What its outputs are called.
@@ -44,6 +44,11 @@ class Known:
         std: Their standard deviation.
         metrics: What it was measured to reach, as in {"accuracy, %": 98.66}.
         data: What it was measured on.
+
+    Example:
+        >>> import lape
+        >>> lape.Known(classes=["cat", "dog"], metrics={"accuracy, %": 98.66}, data="my pets").classes
+        ['cat', 'dog']
     """
 
     classes: Sequence[str] | None = None
@@ -151,9 +156,29 @@ def made(config: Mapping[str, Any], where: str, build: Build = as_asked, **model
 def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), **model_args: Any) -> Path:
     """Write a model as a folder (config.json, model.safetensors, README.md), or as one .safetensors file.
 
-    What was written is loaded again and compared first: the same outputs for random images, to the last bit. Raises
-    UsageError for a model that does not come back so, naming the parameter; give then in `model_args` what it was made
-    with. Raises UsageError too where another's file is in the way. Returns the path.
+    Before the files are put in their place they are loaded again, and must give the same outputs for random images, to
+    the last bit. No pickle is written.
+
+    Args:
+        model: A model that was created by its name (`lape.create_model`, `timm.create_model`), not folded.
+        path: A folder, or a file that ends in .safetensors.
+        known: Classes, normalisation and measured results, for the configuration and the README.md.
+        model_args: Keywords that the model was created with, where timm did not record them.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: For a model that cannot be loaded again from what is saved (the message names the parameter); where
+            a file that lape did not write is in the way.
+
+    Example:
+        >>> import tempfile
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", num_classes=2, depth=1)
+        >>> folder = lape.save_pretrained(model, tempfile.mkdtemp(), lape.Known(classes=["cat", "dog"]))
+        >>> sorted(file.name for file in folder.iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     path = Path(path)
     single = path.suffix == ".safetensors"
@@ -194,11 +219,27 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
 
 
 def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
-    """Return the model of a folder, of a .safetensors file or of a Hub repository (`user/name`, `user/name@revision`).
+    """Return the model of a folder, of a .safetensors file or of a Hub repository, with its join and its weights.
 
-    It is in evaluation mode, with its join, and in the number format of its weights; `model_args` are more keywords, as
-    dynamic_img_size=True. Nothing in the files is run. Raises RunError, naming it, for a source that is not there,
-    incomplete, or of another model than it says.
+    No code in the files is run.
+
+    Args:
+        source: A path, or "user/name" or "user/name@revision" on the Hub.
+        model_args: More keywords for the model, as dynamic_img_size=True.
+
+    Returns:
+        The model, in evaluation mode and in the number format of its weights.
+
+    Raises:
+        RunError: For a source that does not exist, is incomplete, or holds another model than it says.
+
+    Example:
+        >>> import tempfile
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", num_classes=2, depth=1)
+        >>> again = lape.from_pretrained(lape.save_pretrained(model, tempfile.mkdtemp()))
+        >>> again.blocks[0].pe_norm.weight.equal(model.blocks[0].pe_norm.weight)
+        True
     """
     config, weights = _found(source)
     if weights.suffix != ".safetensors":
@@ -259,10 +300,32 @@ def push_to_hub(
     message: str = "Add model",
     **model_args: Any,
 ) -> str:
-    """Put a model, or a folder that `save_pretrained` wrote, into a repository of the Hub; returns its address.
+    """Upload a model, or a folder that `lape.save_pretrained` wrote, to a repository of the Hugging Face Hub.
 
-    The repository, `user/name` or a `name` of your own, is made if there is none, and a README.md that it has stays.
-    Raises RunError where the Hub refuses, UsageError for what is no such name, and as `save_pretrained` does.
+    The repository is created if it does not exist, and a README.md that it has stays.
+
+    Args:
+        model: A model, or the path of such a folder.
+        repo_id: "user/name", or "name" alone for your own account.
+        known: As `lape.save_pretrained` takes it; for a model alone.
+        private: Create the repository as a private one.
+        token: Of the account; None stands for the one of `hf auth login` or of HF_TOKEN.
+        message: Of the commit.
+        model_args: As `lape.save_pretrained` takes them.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UsageError: For a `repo_id` that is not a repository's name, and as `lape.save_pretrained` does.
+        RunError: Where the Hub refuses the upload.
+
+    Example:
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", depth=1)
+        >>> address = lape.push_to_hub(model, "user/pets")
+        >>> address.endswith("/user/pets")
+        True
     """
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id):
         raise UsageError(f"{repo_id!r} is no name of a repository on the Hub. Give it as user/name.")
