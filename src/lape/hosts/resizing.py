@@ -33,11 +33,22 @@ def resize_by_count(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
 
 
 def cut(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
-    """The first rows for a shorter sequence; raises UsageError for a longer one, of whose end no row knows.
+    """Return the first rows of a table for a shorter sequence: `lape.Host(resize=lape.hosts.cut)`.
 
-    >>> import torch
-    >>> cut(torch.zeros(1, 12, 4), (1, 5), (1, 12), 0).shape
-    torch.Size([1, 5, 4])
+    Args:
+        table: (1, prefix + old length, D).
+        new: (1, new length).
+        old: (1, old length).
+        prefix: The number of tokens before them that have a row.
+
+    Raises:
+        UsageError: For a longer sequence, for whose end there is no row.
+
+    Example:
+        >>> import torch
+        >>> import lape.hosts
+        >>> lape.hosts.cut(torch.zeros(1, 513, 8), new=(1, 20), old=(1, 512), prefix=1).shape
+        torch.Size([1, 21, 8])
     """
     if new == old:
         return table

@@ -18,8 +18,10 @@ Resize = Callable[[Tensor, Grid, Grid, int], Tensor]  # table (1, rows, D), new 
 class Block:
     """Where one kind of block normalises its tokens for attention.
 
-    >>> Block("norm1")  # most ViTs: block.norm1's output enters attention, and nothing else
-    Block(norms='norm1', projection=None, pre_norm=None)
+    Example:
+        >>> import lape
+        >>> lape.Block("norm1")  # most ViTs: the output of block.norm1 enters attention, and nothing else
+        Block(norms='norm1', projection=None, pre_norm=None)
     """
 
     norms: str
@@ -87,8 +89,12 @@ class Host:
     The host's method that adds the table runs unchanged on a proxy of its module whose table is what joins the tokens:
     ω, or zeros where LaPE joins it elsewhere. Entries that say "value or path" take either.
 
-    >>> row = Host(name="my ViT", table="position", blocks="layers.*", block=Block("norm"), width="dim",
-    ...            grid=("image", "patch"), prefix=1)
+    Example:
+        >>> import lape
+        >>> row = lape.Host(name="my ViT", table="position", width="dim", blocks="layers.*",
+        ...     block=lape.Block("norm"), grid=("image", "patch"), prefix=1)
+        >>> row.add_table
+        'forward'
     """
 
     name: str
