@@ -13,8 +13,10 @@ import pytest
 import torch
 from timm.layers import set_reentrant_ckpt
 from tiny_hosts import gradients, host, images, shaken
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.vision_transformer import VisionTransformer
 
 import lape
 from lape.errors import UsageError
@@ -401,3 +403,49 @@ def test_a_bias_leaves_attention_causal(causal, fused):
         for block in list(model.blocks):
             tokens = block(tokens, is_causal=causal)
     torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+
+
+VISION = {
+    "torchvision": lambda: VisionTransformer(32, 8, 3, 2, 32, 48, num_classes=5),
+    "timm": lambda: host(img_size=32),
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+@JOINS
+def test_symbolic_traces_of_folded_models_are_right_and_others_refused(name, join):
+    torch.manual_seed(0)
+    model, x = VISION[name]().eval(), torch.randn(2, 3, 32, 32)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    assert torch.equal(fx.symbolic_trace(model)(x), model(x))
+    shaken(lape.apply(model, join))
+    expected = model(x)
+    with pytest.raises(UsageError, match="Fold it first"):
+        fx.symbolic_trace(model)
+    lape.fold(model)
+    torch.testing.assert_close(fx.symbolic_trace(model)(x), expected)
+    last = "encoder.layers.encoder_layer_1" if name == "torchvision" else "blocks.2"
+    features = []
+    model.get_submodule(last).register_forward_hook(lambda block, given, output: features.append(output))
+    model(x)
+    torch.testing.assert_close(create_feature_extractor(model, [last])(x)[last], features[0])
+
+
+@JOINS
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
+def test_jit_traces_are_right_with_and_without_gradients(join, folded):
+    model, x = shaken(lape.apply(host(), join)), images(host())
+    model = lape.fold(model) if folded else model
+    expected = model(x)
+    for gradients_are_on in (True, False):
+        with torch.set_grad_enabled(gradients_are_on):
+            torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
+    if not folded:
+        traced = torch.jit.trace(model, x)
+        traced(x).square().sum().backward()
+        through_trace = gradients(model)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        for parameter, gradient in gradients(model).items():
+            torch.testing.assert_close(through_trace[parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)

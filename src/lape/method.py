@@ -288,7 +288,9 @@ class PositionNorm(nn.Module):
         1/sqrt(eps), a thousand a layer, and the gradient of the first norms at depth 12 would be 1e29. The value is
         p_l in any case; where the variance is below eps, no gradient passes on to the layers before.
         """
-        if not (self.kind.normalise and torch.is_grad_enabled() and position.requires_grad):
+        # torch.jit traces a graph once with gradients and checks it without: the two must be the same.
+        learns = (torch.is_grad_enabled() and position.requires_grad) or torch.jit.is_tracing()
+        if not (self.kind.normalise and learns):
             return position
         constant = position.detach()
         # LN's own 1/sqrt(var + eps): var() would take ten times as long on a CPU.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lape.errors import UsageError
 from lape.hosts import pair, value_at
@@ -37,6 +37,7 @@ class TableMethod:
         """Run the host's method; raise UsageError where it does not read the table that it is given."""
         positions, host, holder = self.positions, self.positions.host, self.positions.holder
         image, *others = (*inputs, *options.values())
+        symbolic = isinstance(image, fx.Proxy)
         grid = grid_of_input(positions, image)
         forward, position = positions.begin(grid)
         table = (
@@ -48,7 +49,7 @@ class TableMethod:
         if host.resize_table is not None:
             replaced[host.resize_table] = partial(_constant, table)
         if host.gives_map:
-            as_map = image.ndim == 4
+            as_map = not symbolic and image.ndim == 4
             if as_map:  # where the host would resize its table, it has one of the right grid
                 inputs, options = (image.flatten(1, 2), *others), {}
             replaced |= self._of_a_map(grid, as_map)
@@ -98,7 +99,10 @@ class BehindEmbedding:
     positions: Positions
 
     def __call__(self, embedding: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> Tensor:
-        forward, position = self.positions.begin((patches.shape[1], patches.shape[2]))
+        grid = (patches.shape[1], patches.shape[2])
+        if isinstance(patches, fx.Proxy):
+            grid = symbolic_grid(self.positions)
+        forward, position = self.positions.begin(grid)
         if position is not None:
             patches = patches + self.positions.laid_out(position, patches)
         self.positions.forwards.hand(forward, patches)
@@ -115,7 +119,7 @@ class BeforeSequence:
         self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tokens: Tensor = inputs[0] if inputs else next(iter(options.values()))
-        if tokens.is_nested:
+        if not isinstance(tokens, fx.Proxy) and tokens.is_nested:
             raise UsageError("A nested tensor has no grid. Give a padded one, with src_key_padding_mask.")
         forward, position = self.positions.begin(grid_of_input(self.positions, tokens))
         if position is not None:
@@ -147,6 +151,8 @@ class PatchDropout:
 def grid_of_input(positions: Positions, given: Tensor) -> Grid:
     """Return the grid of an input: of a sequence, of patches (B, H, W, D), of images (B, C, H, W), or the model's."""
     host = positions.host
+    if isinstance(given, fx.Proxy):
+        return symbolic_grid(positions)
     if host.sequence:
         rows, columns = positions.grid
         tokens = given.shape[1 if host.before is None else positions.tokens_axis(given)]
@@ -162,6 +168,21 @@ def grid_of_input(positions: Positions, given: Tensor) -> Grid:
         height, width = pair(value_at(positions.model, host.grid[1]))
         return given.shape[2] // height, given.shape[3] // width
     return positions.own_grid()
+
+
+def symbolic_grid(positions: Positions) -> Grid:
+    """Return the grid of a symbolic trace, which does not know the shape of its input.
+
+    Raises UsageError for a model that is not folded for one grid: its norms and tables would be left out of the graph.
+    """
+    host = positions.host
+    if len(positions.folded_for) != 1 or host.stages is not None or host.batch_first is not True:
+        raise UsageError(
+            "A symbolic trace (torch.fx) does not see what hooks add, unless it is constant. Fold it first, for one "
+            "grid: lape.fold(copy.deepcopy(model)); or use torch.export. Swin Transformers and "
+            "torch.nn.TransformerEncoder cannot be traced so."
+        )
+    return positions.folded_for[0]
 
 
 def _constant(value: Any, *_: Any, **__: Any) -> Any:

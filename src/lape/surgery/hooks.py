@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lape.errors import UsageError
 from lape.hosts import Block, Host, parts
@@ -170,6 +170,9 @@ class BlockHooks:
         rung = self.positions.for_the_block(forward, self.layer)
         if rung.attention is not None:
             self.follow()
+        if isinstance(tokens, fx.Proxy):
+            for norm in self.hooked:
+                norm.__dict__["__module__"] = __name__  # of torch.nn it would be a leaf, whose hooks no trace sees
         runs[-1] = Run(forward, rung, 0 if rung.attention is None else len(self._hooked))
         forward.next = self.layer + 1
         self.positions.forwards.hand(forward, tokens)
@@ -236,6 +239,9 @@ class BlockHooks:
         run = runs.pop() if runs else None
         if run is None or output is None:
             return  # without an output it has raised an error of its own
+        if isinstance(output, fx.Proxy):
+            for norm in self.hooked:
+                norm.__dict__.pop("__module__", None)
         if self.layer == run.forward.last:
             forwards.close(run.forward)
         else:
@@ -252,6 +258,8 @@ class BlockHooks:
     def _laid_out(self, part: Tensor, tokens: Tensor) -> Tensor:
         """Return a part of the rung as tokens lie; raise UsageError where they are others than it was made for."""
         positions = self.positions
+        if isinstance(tokens, fx.Proxy):
+            return part
         at = positions.tokens_axis(tokens)
         sides = tokens.shape[:1] if at == 0 else tokens.shape[at:-1]
         # torch.export leaves some sides open, and would close them for being compared.
