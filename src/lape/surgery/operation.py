@@ -20,6 +20,7 @@ from lape.method import (
     JOINS,
     POSITION_EMBEDDINGS,
     PRESERVE_WITHOUT_TABLE,
+    SPREAD,
     TABLES,
     Grid,
     PositionNorm,
@@ -27,6 +28,7 @@ from lape.method import (
     scheme,
 )
 from lape.surgery.hooks import hooks_of, owner
+from lape.surgery.initialisation import initialisers, keep_fixed
 from lape.surgery.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Layer, Positions, by, place
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -108,6 +110,7 @@ def apply(
     if host.before is not None:
         before = vit.get_submodule(host.before)
         record.handles.append(before.register_forward_pre_hook(_IntoSequence(record), with_kwargs=True))
+    record.handles += keep_fixed(record)
     vit.__dict__[RECORD] = record
     for part, name, method in _replaced(record):
         part.__dict__[name] = method
@@ -133,7 +136,7 @@ def _replaced(record: Positions) -> list[tuple[nn.Module, str, Any]]:
     dropout = read(vit, host.patch_dropout)
     if dropout is not None and not isinstance(dropout, nn.Identity):
         replaced.append((dropout, "forward", record.drop_patches))
-    return replaced
+    return replaced + initialisers(record)
 
 
 def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
@@ -268,7 +271,7 @@ def _build_biases(record: Positions) -> None:
     elif host.window_bias is None and bias is not None:
         for block in record.blocks:
             logits = torch.empty((2 * rows - 1) * (2 * columns - 1), _heads(block), **new)
-            setattr(block, BIAS_TABLE, nn.Parameter(nn.init.trunc_normal_(logits, std=0.02)))
+            setattr(block, BIAS_TABLE, nn.Parameter(nn.init.trunc_normal_(logits, std=SPREAD)))
             if bias.normed:
                 block.add_module(BIAS_OWN, nn.ModuleDict({"pe_norm": nn.LayerNorm(rows * columns, **new)}))
 
@@ -319,7 +322,7 @@ def remove(model: Model) -> Model:
         if hooks is not None:
             hooks.take_down()
     for part, name, _ in _replaced(record):
-        del part.__dict__[name]
+        part.__dict__.pop(name, None)  # of a part that came into the model after the join, nothing
     del vit.__dict__[RECORD]
     if host.window_bias is not None:
         for _, attention in _attentions(record):
