@@ -164,6 +164,18 @@ def test_a_class_that_applies_in_its_constructor_begins_right(name: str, names: 
         assert all(table is not None and 0.01 < table.std() < 0.03 for table in tables)
 
 
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "siglip", "beit", "clip"])
+def test_it_does_so_from_the_librarys_own_file_with_its_old_names(name: str, tmp_path: Path) -> None:
+    saved = untouched(name)
+    saved.save_pretrained(tmp_path)  # pyright: ignore
+    joined = of_transformers(name, start="preserve")
+    assert_at_start(joined.from_pretrained(tmp_path))
+    model = joined(saved.config).eval()
+    with pytest.warns(UserWarning, match="pe_norm"):
+        lape.load_weights(model, tmp_path / "model.safetensors")
+    assert torch.equal(tokens(model, inputs(name)), tokens(saved, inputs(name)))
+
+
 @pytest.mark.parametrize("names", [{}, {"start": "preserve"}, SINUSOID, {"join": "unshared"}], ids=str)
 def test_what_such_a_class_saved_comes_back(names: dict[str, str], tmp_path: Path) -> None:
     joined = of_transformers("vit", **names)
