@@ -18,7 +18,7 @@ from tiny_hosts import host, images, shaken
 from torch import Tensor
 
 import lape
-from lape.errors import RunError, UsageError
+from lape.errors import RunError
 from lape.experiment import Experiment
 from lape.method import sinusoidal_1d, sinusoidal_2d
 from lape.surgery.operation import positions
@@ -320,7 +320,7 @@ def test_a_file_of_the_untouched_model_goes_in_whole(name: str, names: dict[str,
     assert torch.equal(tokens(model, inputs(name)), tokens(source, inputs(name)))
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [*OTHERS, "sequences", "sequences-first"])
 @pytest.mark.parametrize("names", [{}, {"pe_norm": "scalar-norm"}, {"join": "unshared"}], ids=str)
 def test_a_file_of_the_joined_model_comes_back_whole(name: str, names: dict[str, str], tmp_path: Path) -> None:
     source = applied(name, **names)
@@ -383,11 +383,6 @@ def test_the_reports_of_transformers_are_as_they_were(tmp_path: Path, capsys: py
         lape.load_weights(applied("vit"), file)
     assert capsys.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
-
-
-def test_a_part_of_a_file_does_not_go_into_another_library() -> None:
-    with pytest.raises(UsageError, match=r"this is a transformers ViT\. Load the whole: lape\.load_weights"):
-        lape.load_backbone(applied("vit"), {"a": torch.ones(1)})
 
 
 def test_names_of_transformers_files_are_old_ones(tmp_path: Path) -> None:
