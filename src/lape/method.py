@@ -67,6 +67,8 @@ class Rung(NamedTuple):
 
 # --- Position tables ----------------------------------------------------------------------------------------------
 
+SPREAD = 0.02  # the standard deviation with which what is learnt of positions begins
+
 
 def learnable(grid: Grid, prefix: int, dim: int) -> Tensor:
     """Return a new table (1, prefix + H·W, D), truncated normal with standard deviation 0.02.
@@ -76,7 +78,7 @@ def learnable(grid: Grid, prefix: int, dim: int) -> Tensor:
         >>> learnable((2, 3), prefix=1, dim=8).shape
         torch.Size([1, 7, 8])
     """
-    return nn.init.trunc_normal_(torch.empty(1, prefix + grid[0] * grid[1], dim), std=0.02)
+    return nn.init.trunc_normal_(torch.empty(1, prefix + grid[0] * grid[1], dim), std=SPREAD)
 
 
 def sinusoidal_1d(grid: Grid, prefix: int, dim: int) -> Tensor:
@@ -132,6 +134,14 @@ class Table:
 
     make: Callable[[Grid, int, int], Tensor]
     learns: bool
+
+    def holds(self, values: Tensor, grid: Grid, prefix: int) -> bool:
+        """Return whether values (..., N, D) can be of this kind: a fixed table has its own, up to half precision."""
+        rows, dim = values.shape[-2:]
+        if self.learns or rows != prefix + grid[0] * grid[1]:
+            return self.learns
+        fixed = self.make(grid, prefix, dim).to(values.device).view_as(values)
+        return torch.allclose(values.float(), fixed, rtol=0, atol=5e-3)
 
 
 TABLES = {
@@ -266,11 +276,22 @@ class PositionNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.eps, self.kind = dim, eps, kind
-        self.amount = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if amount else None
-        gain = kind.gain and torch.ones(kind.gain(dim), device=device, dtype=dtype)
-        shift = torch.zeros(dim, device=device, dtype=dtype) if kind.shift else None
-        self.weight = None if gain is None else nn.Parameter(gain)
-        self.bias = None if shift is None else nn.Parameter(shift)
+
+        def parameter(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        self.amount = parameter(1) if amount else None
+        self.weight = None if kind.gain is None else parameter(kind.gain(dim))
+        self.bias = parameter(dim) if kind.shift else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gain to 1, the shift to 0 and s_l to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        for shift in (self.bias, self.amount):
+            if shift is not None:
+                nn.init.zeros_(shift)
 
     def forward(self, position: Tensor) -> Tensor:
         """Apply the kind's formula to ω of shape (1, N, D)."""

@@ -37,16 +37,27 @@ class ImageToTokens(Stem):
 
 
 class LocallyEnhancedFeedForward(nn.Module):
-    """1×1, depthwise 3×3 and 1×1 convolutions over the grid of patches; the class token is handed on as it is."""
+    """1×1, depthwise k×k and 1×1 convolutions over the grid of patches; the class token is handed on as it is.
 
-    def __init__(self, in_features: int, hidden_features: int, **_: Any) -> None:
+    Without `with_bn` no batch norm stands behind a convolution.
+    """
+
+    def __init__(
+        self, in_features: int, hidden_features: int, local_size: int = 3, with_bn: bool = True, **_: Any
+    ) -> None:
         super().__init__()
+
+        def norm(features: int) -> nn.Module:
+            return nn.BatchNorm2d(features) if with_bn else nn.Identity()
+
         self.conv1 = nn.Conv2d(in_features, hidden_features, 1)
-        self.bn1 = nn.BatchNorm2d(hidden_features)
-        self.conv2 = nn.Conv2d(hidden_features, hidden_features, 3, padding=1, groups=hidden_features)
-        self.bn2 = nn.BatchNorm2d(hidden_features)
+        self.bn1 = norm(hidden_features)
+        self.conv2 = nn.Conv2d(
+            hidden_features, hidden_features, local_size, padding=local_size // 2, groups=hidden_features
+        )
+        self.bn2 = norm(hidden_features)
         self.conv3 = nn.Conv2d(hidden_features, in_features, 1)
-        self.bn3 = nn.BatchNorm2d(in_features)
+        self.bn3 = norm(in_features)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, 1 + H·W, D) to the same shape."""
@@ -81,15 +92,31 @@ class LayerClassAttention(Block):
 
 
 class CeiT(VisionTransformer):
-    """A VisionTransformer with these parts."""
+    """A VisionTransformer with these parts.
 
-    def __init__(self, stem_dim: int = 64, patch_size: int = 4, **options: Any) -> None:
+    `leff_local_size` is the side of the depthwise convolution in each block, `leff_with_bn` whether batch norms stand
+    behind its convolutions.
+    """
+
+    def __init__(
+        self,
+        stem_dim: int = 64,
+        patch_size: int = 4,
+        leff_local_size: int = 3,
+        leff_with_bn: bool = True,
+        **options: Any,
+    ) -> None:
         if options.get("patch_drop_rate"):
             raise UsageError("CeiT's convolutions need every patch in its place. Leave patch_drop_rate out.")
+        if leff_local_size < 1 or leff_local_size % 2 == 0:
+            raise UsageError(
+                f"A window of {leff_local_size} patches has none in its middle, and leff_local_size is the side of one "
+                "around each patch. Give an odd number."
+            )
         fixed = {
             "embed_layer": partial(_stem, stem_dim, patch_size),
             "block_fn": CeiTBlock,
-            "mlp_layer": LocallyEnhancedFeedForward,
+            "mlp_layer": partial(LocallyEnhancedFeedForward, local_size=leff_local_size, with_bn=leff_with_bn),
             "dynamic_img_size": True,
         }
         super().__init__(**options | fixed)

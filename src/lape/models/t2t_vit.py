@@ -43,8 +43,12 @@ class TokenPerformer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), nn.Dropout(drop)
         )
-        rows = nn.init.orthogonal_(torch.empty(features, token_dim)) * sqrt(features)
-        self.w = nn.Parameter(rows, requires_grad=False)
+        self.w = nn.Parameter(torch.empty(features, token_dim), requires_grad=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the random features anew."""
+        nn.init.orthogonal_(self.w, gain=sqrt(len(self.w)))
 
     def forward(self, x: Tensor) -> Tensor:
         keys, queries, values = self.kqv(self.norm1(x)).chunk(3, dim=-1)
@@ -87,11 +91,19 @@ class T2TViT(VisionTransformer):
 
     def __init__(self, token_dim: int = 64, patch_size: Any = None, **options: Any) -> None:
         stem = partial(_stem, token_dim)
-        fixed = {"embed_layer": stem, "dynamic_img_size": True}
+        fixed = {"embed_layer": stem, "dynamic_img_size": True, "weight_init": "skip"}
         super().__init__(**{"qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5), **options, **fixed})
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(False)
+        self.weight_init_mode = ""
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """As the original: a class token as wide as a ViT's table at first, and the sinusoid."""
+        super().init_weights(mode, needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
-        if self.pos_embed is not None:
+        if self.pos_embed is not None and not self.pos_embed.requires_grad:  # a join may have put a learnt one there
             self.pos_embed = nn.Parameter(self._sinusoid(self.patch_embed.grid_size), requires_grad=False)
 
     def _sinusoid(self, grid: tuple[int, int]) -> Tensor:

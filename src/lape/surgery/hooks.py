@@ -20,6 +20,7 @@ from lape.errors import UsageError
 from lape.hosts import Block, Host, parts
 from lape.method import Rung
 from lape.surgery.forwards import Forward, Forwards
+from lape.surgery.weak import Weak
 
 
 class RungSource(Protocol):
@@ -73,25 +74,19 @@ class BlockHooks:
     def __init__(self, positions: RungSource, block: nn.Module, row: Block, layer: int) -> None:
         self.positions, self.row, self.layer = positions, row, layer
         self.hung = False  # whether the block takes anything
-        self._block = weakref.ref(block)  # which holds its hooks: the two would wait for the garbage collector
+        self._block = Weak(block)
         self._hooked: list[weakref.ref[nn.Module]] = []  # the norms (or projections) that have our hook
         # The runs of the block that are not over, a stack a thread: a model may be called from within itself.
         self.runs: dict[int, list[Run | None]] = defaultdict(list)
         self.traced: Rung | None = None  # of the run that is being compiled
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_block": self.block, "_hooked": self.hooked, "runs": defaultdict(list)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        hooked = [weakref.ref(norm) for norm in state["_hooked"]]
-        self.__dict__.update(state | {"_block": weakref.ref(state["_block"]), "_hooked": hooked})
+        return self.__dict__ | {"_hooked": [], "runs": defaultdict(list)}  # `follow` finds the norms' hooks again
 
     @property
     def block(self) -> nn.Module:
         """The block."""
-        block = self._block()
-        assert block is not None
-        return block
+        return self._block()
 
     @property
     def hooked(self) -> list[nn.Module]:

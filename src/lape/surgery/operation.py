@@ -22,6 +22,7 @@ from lape.surgery.building import attentions, build, dtype_and_device, refuse_em
 from lape.surgery.embedding import BeforeSequence, BehindEmbedding, PatchDropout, TableMethod
 from lape.surgery.graphs import forget_graphs, refuse_parallel
 from lape.surgery.hooks import BlockHooks, hooks_of, owner, unhook
+from lape.surgery.initialisation import initialisers, keep_fixed, release_fixed
 from lape.surgery.layers import grid_text
 from lape.surgery.positions import FoldedRung, Positions
 from lape.surgery.standins import StandIns, swap_parameter
@@ -91,6 +92,7 @@ def apply(
     record = Positions(vit, host, chosen, _grid(vit, host, grid))
     refuse_embedding(record)
     build(record, table)
+    keep_fixed(record)
     vit.__dict__[RECORD] = record
     _hang_on_the_model(record)
     for part, name, method in _replaced(record):
@@ -139,7 +141,7 @@ def _replaced(record: Positions) -> list[tuple[nn.Module, str, Any]]:
         replaced.append((dropout, "forward", PatchDropout(record)))
     if host.window_bias is not None and record.scheme.embedding.bias is None:
         replaced += [(part, host.window_bias.method, answers.no_bias) for _, part in attentions(record)]
-    return replaced
+    return replaced + initialisers(record)
 
 
 def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
@@ -234,6 +236,7 @@ def remove(model: Model) -> Model:
         swap_parameter(vit, name, given_back)
     if not record.had_table:
         delattr(record.holder, host.table_name)
+    release_fixed(record)
     for path in ("", host.joint_norm, host.behind, host.before):
         if path is not None:
             unhook(vit.get_submodule(path), record)
@@ -242,7 +245,7 @@ def remove(model: Model) -> Model:
         if hooks is not None:
             hooks.take_down()
     for part, name, _ in _replaced(record):
-        part.__dict__.pop(name, None)
+        part.__dict__.pop(name, None)  # of a part that came into the model after the join, nothing
     del vit.__dict__[RECORD]
     forget_graphs()
     return model

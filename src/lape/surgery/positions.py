@@ -1,6 +1,5 @@
 """The positions of an operated model: where its tables, biases and norms are, and what each layer is told by them."""
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from lape.surgery.forwards import Forward, Forwards
 from lape.surgery.hooks import hooks_of, owner
 from lape.surgery.layers import Layer, cross_stage, grid_text, layers_of, same
 from lape.surgery.proxy import Proxies
+from lape.surgery.weak import Weak
 
 BIAS_TABLE = "relative_position_bias_table"
 BIAS_OWN = "relative_position"  # holds the bias's norm as `pe_norm`: a block may have one for its table too
@@ -24,7 +24,7 @@ class Positions:
     """The positions of one operated model: its scheme, its stored tables, and the rungs made of them."""
 
     def __init__(self, model: nn.Module, host: Host, scheme: Scheme, grid: Grid) -> None:
-        self._model = weakref.ref(model)  # which holds this record: the two would wait for the garbage collector
+        self._model = Weak(model)
         self.host, self.scheme = host, scheme
         self.grid = grid  # that of the stored tables
         table = table_of(model, host)
@@ -36,18 +36,10 @@ class Positions:
         crossings = self.crossings
         self.crossing_proxies = Proxies(type(crossings[0]), ["norm"]) if crossings else None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_model": self.model}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state | {"_model": weakref.ref(state["_model"])})
-
     @property
     def model(self) -> nn.Module:
         """The transformer that is operated on."""
-        model = self._model()
-        assert model is not None
-        return model
+        return self._model()
 
     @property
     def blocks(self) -> list[nn.Module]:
