@@ -14,9 +14,9 @@ from lape.cli.command_line import main
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies import analysis as kept_analyses
-from lape.studies.analysis import analysed, brought_back
+from lape.studies.analysis import analysed, load_result
 from lape.studies.statistics import Combination, Way
-from lape.studies.study import gather, read
+from lape.studies.study import gather, read_result
 from lape.training.loop import train
 
 LAPE, DEFAULT = Way("lape"), Way("default")
@@ -131,7 +131,7 @@ def test_an_analysis_is_that_of_the_trained_model(runs):
     found = analysed(study)
     assert not found.not_analysed
     for one, result in study.results.items():
-        expected = correlation(brought_back(result).work.module)
+        expected = correlation(load_result(result).work.module)
         analysis = found.analyses[one]
         assert analysis.half_distance == tuple(expected.half_distance.tolist())
         assert analysis.shape == expected.shape
@@ -244,4 +244,4 @@ def test_report_of_nothing_is_refused_in_words(lape, tmp_path):
 
 
 def test_a_result_is_read_from_its_folder(runs):
-    assert read(runs / "lape").experiment == replace(TINY, join="lape")
+    assert read_result(runs / "lape").experiment == replace(TINY, join="lape")

@@ -82,7 +82,7 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
             raise UsageError(f"Equation 6 is about LayerNorm, and this model has {type(norm).__name__} in its place.")
     seen: list[tuple[Tensor, Tensor]] = []
     for norm in norms:
-        norm.register_forward_hook(lambda _, given, output: seen.append((given[0], output)))
+        norm.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     weights, grids, error = [], set(), 0.0
     for batch in batches:
         seen.clear()
@@ -97,8 +97,8 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
             error = max(error, missed)
         weights.append(torch.stack(layers, dim=1))
     if len(grids) != 1:
-        found = ", ".join(by(grid) for grid in sorted(grids)) or "no image at all"
-        raise UsageError(f"Weights are compared on one grid of patches; received {found}. Give images of one size.")
+        received = ", ".join(by(grid) for grid in sorted(grids)) or "no image at all"
+        raise UsageError(f"Weights are compared on one grid of patches; received {received}. Give images of one size.")
     if not error <= EXACT:
         raise RunError(f"Equation 6 is missed by {error:.1e} of its largest number in float64; it holds to {EXACT:g}.")
     return Decomposition(torch.cat(weights, dim=2), grids.pop(), error)
@@ -107,13 +107,13 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
 def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> tuple[Tensor, float]:
     """Return λ1, λ2, λ3 (3, B, N) of a norm's input (B, N, D), and by how much (6) misses what the norm made of it."""
     tokens = whole - position
-    found = torch.stack(decompose(tokens, position, norm.eps))
-    first, second, third = found[..., None]
+    weights = torch.stack(decompose(tokens, position, norm.eps))
+    first, second, third = weights[..., None]
     layer_norm = partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias)
     total = first * layer_norm(tokens, eps=norm.eps) + second * layer_norm(position, eps=norm.eps)
     if norm.bias is not None:
         total = total + third * norm.bias
-    return found, float((total - normed).abs().max() / normed.abs().max())
+    return weights, float((total - normed).abs().max() / normed.abs().max())
 
 
 def _batched(record: Positions, tokens: Tensor) -> Tensor:
