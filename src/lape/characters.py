@@ -1,4 +1,4 @@
-"""Names and counts as people read them: what a name may hold and no terminal, table or picture should be sent."""
+"""Names and counts as people read them: what a name may hold and no terminal, page or picture should be sent."""
 
 import re
 
@@ -12,11 +12,24 @@ def visible(text: str) -> str:
     return UNSEEN.sub(lambda character: character[0].encode("unicode_escape").decode(), text)
 
 
-def markdown_cell(content: object) -> str:
-    """Write what may hold anything as one cell of a Markdown table."""
-    return visible(str(content)).replace("\\", "\\\\").replace("|", "\\|")
-
-
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     """Write a count with its noun: "1 epoch", "2,000 steps"; `nouns` is a plural that is not the noun with an s."""
     return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
+
+
+# What Markdown makes something of, anywhere in a line and at its beginning; `a_b` is a name.
+_MARKUP = re.compile(r"[\\`*\[\]<|&~#$]|(?<![^\W_])_|_(?![^\W_])|^[-+>](?!\d)")
+
+
+def in_markdown(text: str) -> str:
+    """Write text so that Markdown shows it as it is, on one line, also within the cell of a table."""
+    line = _MARKUP.sub(r"\\\g<0>", visible(text).strip())
+    return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)  # the number of a list
+
+
+def as_code(text: str) -> str:
+    """Write text as Markdown's code, on one line: the fence is longer than any in it."""
+    line = visible(text)
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    room = " " if "`" in line else ""
+    return f"{fence}{room}{line}{room}{fence}"

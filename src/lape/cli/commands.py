@@ -13,6 +13,7 @@ from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 
 if TYPE_CHECKING:
+    from lape.studies.analysis import Kept
     from lape.studies.study import Study
 
 
@@ -100,21 +101,20 @@ def predict(
     """
     from rich.progress import track
 
-    from lape.report.prediction import drawn, line
-    from lape.training.checkpoints import write
+    from lape import writing
+    from lape.report.prediction import line, png
     from lape.training.prediction import files_of
     from lape.training.prediction import predict as answers
 
     files = files_of(pictures)
+    digits = len(str(len(files)))
+    targets = [out / f"{number:0{digits}d}-{path.stem}.png" for number, path in enumerate(files, start=1)]
+    writing.refuse_others(targets)
     changed = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
     predictions = answers(checkpoint, files, threshold, **changed)
-    for number, predicted in enumerate(
-        track(predictions, "looking", len(files), console=console(stderr=True), transient=True), start=1
-    ):
-        out.mkdir(parents=True, exist_ok=True)
-        target = out / f"{number:0{len(str(len(files)))}d}-{predicted.path.stem}.png"
-        picture = drawn(predicted)
-        write(target, lambda file, picture=picture: picture.save(file, "png"))
+    shown = track(predictions, "looking", len(files), console=console(stderr=True), transient=True)
+    for predicted, target in zip(shown, targets, strict=True):
+        writing.write_marked({target: png(predicted)})
         say(f"{line(predicted)} -> {target}")
 
 
@@ -139,15 +139,18 @@ def compare(
         out: Folder of the report and the runs; finished runs in it are kept.
         jobs: Runs at once; default: one per core, or one on a GPU.
     """
-    from lape import report
+    from lape import report, writing
     from lape.report import tables
     from lape.report.progress import Display
+    from lape.studies.analysis import Kept
     from lape.studies.comparison import Factors, compare, seeds_of
 
+    writing.refuse_others(report.places(out))
+    kept = Kept(out / report.PAGE)
     with Display(console(stderr=True)) as display:
         study = compare(experiment, Factors(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
     if study.results:
-        (study,) = _analysed([study])
+        (study,) = _analysed([study], kept)
         page = report.write(study, report.maps(study), out)
         console().print(tables.terminal(study))
         say(f"Report: {page}")
@@ -159,18 +162,22 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
 
     Args:
         runs: Folders in which finished runs, and measurements by lape cost, are looked for.
-        out: The page; its tables are written beside it, as .md; default: report.html in the first folder.
+        out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
+            default: report.html in the first folder.
     """
-    from lape import report
+    from lape import report, writing
     from lape.report import tables
+    from lape.studies.analysis import Kept
     from lape.studies.study import gather
 
     page = out or runs[0] / "report.html"
     if page.suffix != ".html":
         raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
+    writing.refuse_others([page, page.with_suffix(".md")])
+    kept = Kept(page)
     gathered = gather(runs)
     _name_left_out(gathered.left_out, others=gathered.studies)
-    studies = _analysed(gathered.studies)
+    studies = _analysed(gathered.studies, kept)
     costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
     report.write_page(studies, gathered.left_out, costs, page)
     console().print(tables.terminal_of_claims(studies))
@@ -189,7 +196,7 @@ def _name_left_out(left_out: Mapping[Path, str], others: "Sequence[object]") -> 
         )
 
 
-def _analysed(studies: "Sequence[Study]") -> "list[Study]":
+def _analysed(studies: "Sequence[Study]", kept: "Kept") -> "list[Study]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lape.studies.analysis import analysed
@@ -197,7 +204,7 @@ def _analysed(studies: "Sequence[Study]") -> "list[Study]":
     shown = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=sum(len(study.results) for study in studies))
-        return [analysed(study, lambda: bar.advance(task)) for study in studies]
+        return [analysed(study, kept, lambda: bar.advance(task)) for study in studies]
 
 
 def cost(
@@ -227,9 +234,9 @@ def cost(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from lape import writing
     from lape.analysis.cost import measure
     from lape.report.cost import as_json, explanation, markdown, terminal
-    from lape.training.checkpoints import write_text
 
     if threads is not None:
         import torch
@@ -237,6 +244,8 @@ def cost(
         if threads < 1:
             raise UsageError(f"threads must be at least 1, not {threads}.")
         torch.set_num_threads(threads)
+    if out:
+        writing.refuse_others([out / "cost.md", out / "cost.json"])
     shown = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1)
@@ -246,9 +255,7 @@ def cost(
     legend = explanation(model, batch_size, rounds, precision, compile)
     console().print(terminal(costs, legend))
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "cost.md", markdown(costs, legend))
-        write_text(out / "cost.json", as_json(costs, legend))
+        writing.write_marked({out / "cost.md": markdown(costs, legend), out / "cost.json": as_json(costs, legend)})
 
 
 def export(
@@ -335,16 +342,17 @@ def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:
         runs: Folders in which finished runs are looked for.
         out: A Markdown file for the table; default: it is only printed.
     """
+    from lape import writing
     from lape.report.results import markdown, terminal
     from lape.studies.results import find_results
-    from lape.training.checkpoints import write_text
 
+    if out:
+        writing.refuse_others([out])
     gathered = find_results(runs)
     _name_left_out(gathered.left_out, others=(*gathered.rows, *gathered.others))
     console().print(terminal(gathered))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, markdown(gathered))
+        writing.write_marked({out: markdown(gathered)})
 
 
 def analyze(
@@ -382,12 +390,14 @@ def analyze(
         seed: Decides the random weights of a new model.
         out: Folder for a picture, a table and all numbers.
     """
+    from lape import writing
     from lape.analysis.subjects import ANALYSES, Request
     from lape.errors import choose
     from lape.report.analysis import SHEETS
 
     analysis, sheet = choose(ANALYSES, what, "an analysis"), SHEETS[what]
     request = Request(checkpoints, model, model_args, weights, joins, pe, grid, data, data_dir, img_size, images, seed)
+    writing.refuse_others(sheet.places(out))
     results = list(analysis.analyse(request))
     picture = sheet.write(results, out)
     console().print(sheet.terminal(results))

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lape import __version__, writing
 from lape.analysis import Correlation, Decomposition
 from lape.analysis.subjects import Subject
-from lape.characters import visible
+from lape.characters import as_code, in_markdown, visible
 from lape.errors import UsageError
 from lape.report import plots
 from lape.report.table import Table
 from lape.surgery.positions import by
-from lape.training.checkpoints import write, write_text
 from lape.training.provenance import provenance
 
 if TYPE_CHECKING:
@@ -42,17 +42,20 @@ class Sheet(Generic[Found]):
     draw: Callable[[Mapping[str, Found]], "Figure"]
     legend: str
 
+    def places(self, folder: Path) -> tuple[Path, Path, Path]:
+        """Return where `write` puts picture, table and numbers."""
+        return folder / f"{self.name}.png", folder / f"{self.name}.md", folder / f"{self.name}.json"
+
     def write(self, results: Sequence[tuple[Subject, Found]], folder: Path) -> Path:
         """Write NAME.png, .md and .json into a folder; return the picture's path.
 
-        Raises UsageError for models that cannot be told apart or drawn together, RunError where the disk refuses.
+        Raises UsageError for models that cannot be told apart or drawn together and where another's file is in the way,
+        RunError where the disk refuses.
         """
         figure = self.draw(dict(zip(_names(results), (one for _, one in results), strict=True)))
-        picture = folder / f"{self.name}.png"
-        folder.mkdir(parents=True, exist_ok=True)
-        write(picture, lambda file: file.write(plots.png(figure, dots_per_inch=150)))
-        write_text(picture.with_suffix(".md"), self.markdown(results))
-        write_text(picture.with_suffix(".json"), self.as_json(results))
+        picture, table, numbers = self.places(folder)
+        drawn = plots.png(figure, dots_per_inch=150)
+        writing.write_marked({picture: drawn, table: self.markdown(results), numbers: self.as_json(results)})
         return picture
 
     def tables(self, results: Sequence[tuple[Subject, Found]]) -> list[Table]:
@@ -88,11 +91,11 @@ class Sheet(Generic[Found]):
         parts = [
             f"# {self.title}",
             *(table.markdown() for table in self.tables(results)),
-            self.explanation(results),
+            in_markdown(self.explanation(results)),
         ]
         picture = f"![{self.title}, layer by layer.]({self.name}.png)"
-        signed = f"`{origin['command']}` at commit {origin['commit']}, {origin['machine']}, {versions}"
-        return "\n\n".join([*parts, picture, signed]) + "\n"
+        signed = f"{as_code(origin['command'])} at commit {origin['commit']}, {origin['machine']}, {versions}"
+        return "\n\n".join([*parts, picture, signed]) + "\n" + writing.COMMENT
 
     def as_json(self, results: Sequence[tuple[Subject, Found]]) -> str:
         """Return every number; null stands for one that is not defined, "inf" for one without bound."""
@@ -100,7 +103,8 @@ class Sheet(Generic[Found]):
             {"name": name, "data": subject.data, "settings": subject.settings, **_plain(self.numbers(one))}
             for name, (subject, one) in zip(_names(results), results, strict=True)
         ]
-        content = {"explanation": self.explanation(results), **provenance(), "models": models}
+        explanation = self.explanation(results)
+        content = {writing.MARK: __version__, "explanation": explanation, **provenance(), "models": models}
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from lape import reading
+from lape import __version__, reading, writing
 from lape.analysis.cost import Cost, ratio
-from lape.characters import plural
+from lape.characters import as_code, in_markdown, plural
 from lape.errors import RunError
 from lape.report.table import Table
 from lape.report.words import duration
@@ -86,13 +86,18 @@ def markdown(costs: Sequence[Cost], legend: str) -> str:
     """Return table and explanation as Markdown."""
     origin = provenance()
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
-    signature = f"`{origin['command']}` at commit {origin['commit']}, {origin['machine']}, {versions}"
-    return f"{table(costs).markdown()}\n\n{legend}\n\n{signature}\n"
+    signature = f"{as_code(origin['command'])} at commit {origin['commit']}, {origin['machine']}, {versions}"
+    return f"{table(costs).markdown()}\n\n{in_markdown(legend)}\n\n{signature}\n{writing.COMMENT}"
 
 
 def as_json(costs: Sequence[Cost], legend: str) -> str:
     """Return every time of every round, and what they were measured with."""
-    content = {"explanation": legend, **provenance(), "costs": [asdict(cost) for cost in costs]}
+    content = {
+        writing.MARK: __version__,
+        "explanation": legend,
+        **provenance(),
+        "costs": [asdict(cost) for cost in costs],
+    }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -1,12 +1,15 @@
 """What was found in a picture, drawn on it and as a line."""
 
 import colorsys
+import io
 from functools import singledispatch
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lape import writing
 from lape.characters import visible
 from lape.tasks.classification import Named
 from lape.tasks.detection import Found
@@ -30,6 +33,14 @@ def colour(label: int) -> Colour:
 def drawn(predicted: Predicted) -> Image.Image:
     """Return the picture with what was found in it, and below it what the colours mean."""
     return _drawn(predicted.answer, predicted)
+
+
+def png(predicted: Predicted) -> bytes:
+    """Return what `drawn` does as a PNG."""
+    file, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", writing.MARK)
+    drawn(predicted).save(file, "png", pnginfo=info)
+    return file.getvalue()
 
 
 def line(predicted: Predicted) -> str:

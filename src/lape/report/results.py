@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from lape import writing
+from lape.characters import as_code, in_markdown
 from lape.report import words
 from lape.report.table import Table
 from lape.studies.results import RecipeRow, Results
@@ -62,9 +64,15 @@ def terminal(results: Results) -> "Group":
 def markdown(results: Results) -> str:
     """Return table, remarks and the folders of the runs as Markdown."""
     runs = dict.fromkeys(
-        f"- {row.recipe.name}, {row.join}: "
-        + ", ".join(f"seed {seed} in `{place}`" for seed, place in zip(row.seeds, row.places, strict=True))
+        f"- {in_markdown(f'{row.recipe.name}, {row.join}')}: "
+        + ", ".join(f"seed {seed} in {as_code(str(place))}" for seed, place in zip(row.seeds, row.places, strict=True))
         for row in results.rows
     )
-    parts = [table(results).markdown(), EXPLANATION, *remarks(results), "\n".join(runs), f"`{provenance()['command']}`"]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [
+        table(results).markdown(),
+        EXPLANATION,
+        *map(in_markdown, remarks(results)),
+        "\n".join(runs),
+        as_code(provenance()["command"]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n" + writing.COMMENT

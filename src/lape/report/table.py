@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from lape.characters import markdown_cell, visible
+from lape.characters import in_markdown, visible
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -63,8 +63,8 @@ class Table:
     def markdown(self) -> str:
         """Return the table as Markdown."""
         rule = [*["---"] * self.names, *["---:"] * (len(self.headings) - self.names)]
-        lines = (map(markdown_cell, line) for line in (self.headings, rule, *self.rows))
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        headings, *rows = ([in_markdown(str(cell)) for cell in line] for line in (self.headings, *self.rows))
+        return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))
 
     def csv(self) -> str:
         """Return the table as CSV: a line for each row, numbers unrounded, and nothing for None."""

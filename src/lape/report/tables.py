@@ -6,6 +6,8 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from lape import __version__, writing
+from lape.characters import in_markdown, visible
 from lape.report import words
 from lape.report.table import Table
 from lape.studies import paper
@@ -149,18 +151,19 @@ def markdown(study: Study) -> str:
     """Return question, findings, remarks and every table as Markdown: scores, claims, and what the analysis found."""
     findings, judgement = words.findings(study), words.judgement(study)
     facts = "\n".join(
-        f"- {sentence}" for sentence in (*findings.main, *filter(None, [findings.gap]), *findings.remarks)
+        f"- {in_markdown(sentence)}" for sentence in (*findings.main, *filter(None, [findings.gap]), *findings.remarks)
     )
-    parts = [words.question(study), facts, scores(study).markdown()]
+    parts = [in_markdown(words.question(study)), facts, scores(study).markdown()]
     if judgement.tested:
-        parts += [claims(judgement).markdown(), judgement.summary]
+        parts += [claims(judgement).markdown(), in_markdown(judgement.summary)]
     parts += [table.markdown() for table in (shapes(study), weights(study)) if table.rows]
-    return "\n\n".join([*parts, f"    {study.command}"]) + "\n"
+    command = "\n".join(f"    {visible(line)}" for line in study.command.split("\n"))
+    return "\n\n".join([*parts, command]) + "\n"
 
 
 def as_csv(study: Study) -> str:
     """Return one line for each join and table, numbers unrounded, empty where there is none."""
-    records = [_record(row) for row in study.rows]
+    records = [_record(row) | {writing.MARK: __version__} for row in study.rows]
     return Table(list(records[0]), [list(record.values()) for record in records]).csv()
 
 
@@ -209,6 +212,7 @@ def as_json(study: Study) -> str:
     """Return rows, gaps, single runs, settings and provenance as JSON, with full precision."""
     findings = words.findings(study)
     content = {
+        writing.MARK: __version__,
         "question": words.question(study),
         "findings": [*findings.main, *filter(None, [findings.gap])],
         "remarks": findings.remarks,

@@ -1,14 +1,17 @@
-"""The analysis of finished runs in numbers: computed once for each, and kept in its folder."""
+"""The analysis of finished runs in numbers: computed once for each, and kept beside the page that shows them."""
 
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lape import __version__, reading
+from lape import __version__, reading, writing
 from lape.analysis import Correlation, Shape, correlation, decomposition, entering
 from lape.data import pipeline
 from lape.data.pipeline import Whole
@@ -18,10 +21,9 @@ from lape.experiment import Experiment
 from lape.studies.statistics import Way
 from lape.studies.study import Numbers, Result, RunAnalysis, Study
 from lape.tasks.work import ClassificationWork, Source
-from lape.training.checkpoints import LAST, write_json
+from lape.training.checkpoints import LAST
 from lape.training.evaluation import LoadedRun, load_run
 
-ANALYSIS = "analysis.json"
 IMAGES = 64  # of the validation set, drawn once and for all, for the decomposition
 
 
@@ -37,21 +39,21 @@ def correlation_of(result: Result) -> Correlation:
     return correlation(load_result(result).work.module)
 
 
-def analysed(study: Study, tell: Callable[[], None] = lambda: None) -> Study:
+def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None) -> Study:
     """Return the study with the analysis of each run; `tell` hears of every run that is done.
 
-    What is kept in `analysis.json` of a run is computed again where its checkpoint has changed. What cannot be had is
-    told in `not_analysed`, and costs nothing else.
+    What is kept is computed again where its checkpoint has changed. What cannot be had is told in `not_analysed`, and
+    costs nothing else.
     """
     analyses: dict[Any, RunAnalysis] = {}
     reasons: dict[str, dict[tuple[Way, str], None]] = {}
     images = _Images()
     for combination, result in study.results.items():
         try:
-            analyses[combination] = analysis = _kept(result) or _analysis(result)
+            analyses[combination] = analysis = kept.of(result) or kept.keep(result, _analysis(result))
             if analysis.weights is None and not _normed(combination.way):
-                analyses[combination] = _keep(result, replace(analysis, weights=_weights(result, images)))
-        except (UsageError, RunError) as error:
+                analyses[combination] = kept.keep(result, replace(analysis, weights=_weights(result, images)))
+        except (UsageError, RunError, OSError) as error:  # a name in settings may be none for the disk
             reasons.setdefault(str(error), {})[combination.way, combination.pe] = None
         tell()
     return replace(study, analyses=analyses, not_analysed={why: tuple(some) for why, some in reasons.items()})
@@ -70,9 +72,7 @@ def _analysis(result: Result) -> RunAnalysis:
         _numbers, (correlations.two_dimensionality, correlations.half_distance, correlations.layer_difference)
     )
     width = entering(model).shape[-1]
-    return _keep(
-        result, RunAnalysis(width, two_dimensionality, half_distance, layer_difference, correlations.shape, None)
-    )
+    return RunAnalysis(width, two_dimensionality, half_distance, layer_difference, correlations.shape, None)
 
 
 class _Images:
@@ -118,26 +118,43 @@ def _key(result: Result) -> dict[str, Any]:
     return {"lape": __version__, "bytes": seen.st_size, "changed": seen.st_mtime_ns}
 
 
-def _keep(result: Result, analysis: RunAnalysis) -> RunAnalysis:
-    """Write an analysis beside its checkpoint, where that may be written to."""
-    content = {"checkpoint": _key(result), **asdict(analysis)}
-    with suppress(RunError):  # somebody else's folder: it is computed again the next time
-        write_json(result.folder / ANALYSIS, _plain(content))
-    return analysis
+class Kept:
+    """The analyses of a page, in `NAME.analysis.json` beside it: the runs' own folders are only read.
 
+    Raises UsageError where another's file has that name.
+    """
 
-def _kept(result: Result) -> RunAnalysis | None:
-    path, key = result.folder / ANALYSIS, _key(result)
-    try:
-        content = reading.values(path, reading.RECORD)
-        if content.pop("checkpoint") != key:
+    def __init__(self, page: Path) -> None:
+        self.path = page.with_suffix(".analysis.json")
+        self.entries: dict[str, Any] = {}
+        writing.refuse_others([self.path])
+        with suppress(RunError, OSError, ValueError, KeyError, TypeError):  # then all are computed
+            self.entries.update(reading.values(self.path, reading.RECORD)["analyses"])
+
+    def of(self, result: Result) -> RunAnalysis | None:
+        """Return the analysis of a run, as long as its checkpoint is as it was; None where there is none."""
+        key = _key(result)
+        try:
+            entry = self.entries[self._name(result)]
+            if entry["checkpoint"] != key:
+                return None
+            lists = {name: _back(entry[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
+            shape = Shape(**{name: float(value) for name, value in entry["shape"].items()})
+            weights = None if entry["weights"] is None else tuple(map(_back, entry["weights"]))
+            return RunAnalysis(int(entry["width"]), shape=shape, weights=weights, **lists)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
-        lists = {name: _back(content[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
-        shape = Shape(**{name: float(value) for name, value in content["shape"].items()})
-        weights = None if content["weights"] is None else tuple(map(_back, content["weights"]))
-        return RunAnalysis(int(content["width"]), shape=shape, weights=weights, **lists)
-    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+
+    def keep(self, result: Result, analysis: RunAnalysis) -> RunAnalysis:
+        """Note the analysis of a run, where the disk allows it, and return it."""
+        self.entries[self._name(result)] = _plain({"checkpoint": _key(result), **asdict(analysis)})
+        text = json.dumps({writing.MARK: __version__, "analyses": self.entries}, indent=1) + "\n"
+        with suppress(RunError, OSError):  # it is computed again the next time
+            writing.write_marked({self.path: text})
+        return analysis
+
+    def _name(self, result: Result) -> str:
+        return os.path.relpath(result.folder / LAST, self.path.parent)  # both may be moved together
 
 
 def _plain(value: Any) -> Any:
