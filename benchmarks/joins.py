@@ -13,7 +13,7 @@ from rich.console import Console
 from lape.experiment import Experiment
 from lape.method import JOINS, POSITION_NORMS, TABLES
 from lape.report.progress import Display
-from lape.studies.comparison import Asked, compare
+from lape.studies.comparison import Factors, compare
 
 # The learning rate is the best of 1e-3, 2e-3, 4e-3 and 8e-3 for the default join with a learnable table and seed 0.
 BASE = Experiment(
@@ -32,8 +32,8 @@ def main(out: Path = Path("runs/joins"), seeds: int = 5, jobs: int = 2) -> None:
         jobs: Runs at once.
     """
     for count in range(1, seeds + 1):
-        table_7 = Asked([*JOINS], EMBEDDINGS, range(count))
-        table_8 = Asked(["lape"], ["learnable"], range(count), [*POSITION_NORMS])
+        table_7 = Factors([*JOINS], EMBEDDINGS, range(count))
+        table_8 = Factors(["lape"], ["learnable"], range(count), [*POSITION_NORMS])
         for asked in (table_7, table_8):
             with Display(Console(stderr=True)) as display:
                 compare(BASE, asked, out, jobs, display).raise_failures()

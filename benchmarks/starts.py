@@ -18,8 +18,8 @@ from jsonargparse import auto_cli
 from lape.experiment import Experiment
 from lape.report import words
 from lape.studies.parallel import Done, side_by_side
-from lape.studies.statistics import Run, Sample, difference
-from lape.studies.study import read
+from lape.studies.statistics import FinishedRun, Sample, difference
+from lape.studies.study import read_result
 from lape.training.provenance import provenance
 
 SEEDS = range(5)
@@ -63,10 +63,10 @@ def trained(plans: list[Plan], jobs: int) -> None:
             if isinstance(event, Done):
                 if event.error:
                     raise event.error
-                print(f"{event.task.folder.name}: {read(event.task.folder).run.score:.2f} %", flush=True)
+                print(f"{event.task.folder.name}: {read_result(event.task.folder).run.score:.2f} %", flush=True)
 
 
-def table(runs: dict[str, list[Run]], base: str) -> list[str]:
+def table(runs: dict[str, list[FinishedRun]], base: str) -> list[str]:
     """Lines of a Markdown table: the scores at the first validation and at the last, and the difference to a base."""
     steps = [point.step for point in runs[base][0].curve]
     places = [0, -1] if len(steps) > 1 else [-1]
@@ -103,10 +103,10 @@ def main(runs: Path = Path("runs/starts"), out: Path | None = None, jobs: int = 
     trained([plan for kind in (starts, larger) for plans in kind.values() for plan in plans], jobs)
     lines, found = [], {}
     for title, kind, base in (("starts", starts, "default, as it is"), ("resolution", larger, "default")):
-        found[title] = {name: [read(plan.folder).run for plan in plans] for name, plans in kind.items()}
+        found[title] = {name: [read_result(plan.folder).run for plan in plans] for name, plans in kind.items()}
         lines += [f"{title.capitalize()}, {len(SEEDS)} seeds:", "", *table(found[title], base), ""]
     record = provenance()
-    scores = ", ".join(f"{join} {read(plan.folder).run.score:.2f} %" for join, plan in before.items())
+    scores = ", ".join(f"{join} {read_result(plan.folder).run.score:.2f} %" for join, plan in before.items())
     lines += [f"Before: {scores}.", "", f"`{record['command']}` at commit {record['commit']}, {record['machine']}"]
     text = "\n".join(lines) + "\n"
     print(text, end="")

@@ -8,7 +8,7 @@ from pathlib import Path
 from lape.analysis import Shape
 from lape.experiment import Experiment
 from lape.studies.statistics import Combination, Way
-from lape.studies.study import Analysis, Study, read
+from lape.studies.study import RunAnalysis, Study, read_result
 
 BASE = Experiment(epochs=6, model_args={"embed_dim": 8, "depth": 2, "num_heads": 2})
 Ways = Mapping[tuple[Way | str, str], Mapping[int, float]]  # a join's name stands for its usual way
@@ -55,7 +55,7 @@ def study_of(
         for seed, final in by_seed.items():
             combination = Combination(Way(way) if isinstance(way, str) else way, pe, seed)
             write_run(folder / str(combination), combination, curve(final), base)
-            results[combination] = read(folder / str(combination))
+            results[combination] = read_result(folder / str(combination))
     return Study(
         results=results,
         command="lape compare --data digits",
@@ -71,9 +71,9 @@ def analysis_of(
     half_distance: Sequence[float] = (1.0, 2.0, 3.0),
     lambda2: Sequence[float] | None = None,
     width: int = 4,
-) -> Analysis:
+) -> RunAnalysis:
     """Return an analysis of as many layers as there are half distances."""
     alike, apart = ((number,) * len(half_distance) for number in (two_dimensionality, layer_difference))
     weights = None if lambda2 is None else tuple(tuple(some) for some in ([0.9] * len(lambda2), lambda2, lambda2))
     shape = Shape(two_dimensionality, half_distance[0], layer_difference)
-    return Analysis(width, alike, tuple(half_distance), apart, shape, weights)
+    return RunAnalysis(width, alike, tuple(half_distance), apart, shape, weights)

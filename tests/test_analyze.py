@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from lape.analysis import Correlation, correlation, decomposition
-from lape.analysis.subjects import ANALYSES, Specimen
+from lape.analysis.subjects import ANALYSES, Subject
 from lape.cli import command_line as cli
 from lape.data.sources import digits
 from lape.models.registry import create_model
 from lape.report import plots
 from lape.report.analysis import SHEETS
-from lape.training.evaluation import trained
+from lape.training.evaluation import load_run
 
 SMALL = ["--model-args", '{"depth": 3, "embed_dim": 16, "num_heads": 2}']
 
@@ -87,7 +87,7 @@ def test_correlation_of_runs(lape, runs) -> None:
     models, table = written("correlation")
     assert [model["name"] for model in models] == ["default", "lape"]
     for model in models:
-        expected = correlation(trained(runs / model["name"], lambda _, own: own).work.module)
+        expected = correlation(load_run(runs / model["name"], lambda _, own: own).work.module)
         assert model["settings"]["join"] == model["name"]
         assert model["two_dimensionality"] == expected.two_dimensionality.tolist()
         assert model["layer_difference"] == expected.layer_difference.tolist()
@@ -112,7 +112,7 @@ def test_correlation_of_fresh_models_on_another_grid(lape) -> None:
 
 
 def test_a_similarity_that_never_falls_by_half_is_told_by_the_grids_length(lape) -> None:
-    found = [(Specimen("flat", torch.nn.Identity(), {}), Correlation(torch.ones(2, 49, 49).double(), (7, 7)))]
+    found = [(Subject("flat", torch.nn.Identity(), {}), Correlation(torch.ones(2, 49, 49).double(), (7, 7)))]
     sheet = SHEETS["correlation"]
     assert sheet.tables(found)[1][1:] == [("flat", str(layer), "–", "> 8.5", "0.000") for layer in (1, 2)]
     (model,) = json.loads(sheet.as_json(found))["models"]
@@ -125,7 +125,7 @@ def test_decomposition_of_a_run(lape, runs) -> None:
     assert max(map(len, out.splitlines())) <= 80
     assert "On 20 validation images of digits." in " ".join(out.split())
     (model,), table = written("decomposition")
-    found = trained(runs / "default", lambda _, own: own)
+    found = load_run(runs / "default", lambda _, own: own)
     source = digits(None, True)
     images = (source.validation.some(20).pictures / 255 - source.mean[0]) / source.std[0]
     expected = decomposition(found.work.module, [images])

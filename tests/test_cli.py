@@ -16,7 +16,7 @@ from PIL import Image
 
 from lape.cli import command_line as cli
 from lape.training import checkpoints
-from lape.training.loop import Run
+from lape.training.loop import TrainingRun
 
 SMALL = ["--model-args", '{"depth": 2, "embed_dim": 16, "num_heads": 2}', "--batch-size", "400", "--accelerator", "cpu"]
 
@@ -80,7 +80,7 @@ def test_help_shows_what_each_command_does_and_an_example(lape):
     status, out, err = lape("--help")
     assert (status, err) == (0, "")
     for name, command in cli.COMMANDS.items():
-        assert " ".join(command.does.split()) in " ".join(out.split())
+        assert command.does[1:].removesuffix(".") in " ".join(out.split())
         assert command.example in out
         status, own, _ = lape(name, "--help")
         assert status == 0
@@ -96,6 +96,35 @@ def test_every_option_of_every_command_is_explained():
             assert action.help, f"{name} {action.option_strings}"
         assert {group.title for group in own._action_groups} >= {"This command"}
         assert set(cli._hints(command)) <= {action.dest for action in own._actions}
+
+
+def test_a_command_is_one_function_and_one_entry(tmp_path):
+    """Also where `lape` has a name like the function's: that loads torch as soon as it is looked up."""
+    (tmp_path / "more.py").write_text(
+        "import sys\n"
+        "from lape.cli import commands\n"
+        "from lape.cli.command_line import main\n"
+        "def fold(rounds: int = 1) -> None:\n"
+        '    """Fold something.\\n\\n    Args:\\n        rounds: How often.\\n    """\n'
+        "fold.__module__, commands.fold = commands.__name__, fold\n"
+        "commands.COMMANDS['fold'] = commands.Command(fold, 'lape fold --rounds 2')\n"
+        "try: main(['fold', '--help'])\n"
+        "finally: print('torch' in sys.modules)\n"
+    )
+    out = subprocess.run([sys.executable, tmp_path / "more.py"], capture_output=True, text=True, check=True).stdout
+    assert "Fold something." in out
+    assert "How often. (type: int, default: 1)" in out
+    assert "lape fold --rounds 2" in out
+    assert out.endswith("False\n")
+
+
+def test_an_option_that_may_be_left_out_says_what_happens_then():
+    for name in cli.COMMANDS:
+        subparser = cli._parser()._subparsers._group_actions[0].choices[name]
+        for group in subparser._action_groups:
+            for action in group._group_actions:
+                if action.default is None and not action.required and cli._hints(cli.COMMANDS[name]).get(action.dest):
+                    assert "default: " in " ".join(f"{group.title} {action.help}".split()), (name, action.dest)
 
 
 def test_examples_of_the_help_are_read(lape):
@@ -319,7 +348,7 @@ def test_a_bug_is_not_hidden(lape, monkeypatch):
     def break_step(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Run, "_step", break_step)
+    monkeypatch.setattr(TrainingRun, "_step", break_step)
     with pytest.raises(ZeroDivisionError):
         lape("train", *SMALL, "--epochs", "1", "--out", "x")
 

@@ -14,17 +14,17 @@ import torch
 from made_up_runs import BASE, write_run
 
 from lape.errors import RunError, UsageError
-from lape.studies.analysis import brought_back
-from lape.studies.comparison import Asked, Watch, compare, plans, seeds_of
-from lape.studies.statistics import Combination, Point, Run, Sample, Verdict, Way, difference, gaps, rows
-from lape.studies.study import Result, read
+from lape.studies.analysis import load_result
+from lape.studies.comparison import Factors, Watch, compare, plans, seeds_of
+from lape.studies.statistics import Combination, FinishedRun, Point, Sample, Verdict, Way, difference, gaps, rows
+from lape.studies.study import Result, read_result
 
 T_2 = 4.302652729911275  # Student's 97.5 % point with 2 degrees of freedom, from a printed table
 
 
-def runs_of(join: str, pe: str, accuracies: dict[int, float]) -> list[Run]:
+def runs_of(join: str, pe: str, accuracies: dict[int, float]) -> list[FinishedRun]:
     return [
-        Run(
+        FinishedRun(
             Combination(Way(join), pe, seed),
             "accuracy",
             value,
@@ -135,7 +135,7 @@ def test_rows_without_the_baseline_have_no_difference():
 )
 def test_third_is_the_nearest_evaluation_and_the_earlier_of_two(steps, epoch):
     curve = tuple(Point(place, step, 50.0) for place, step in enumerate(steps, start=1))
-    assert Run(Combination(Way("lape"), "learnable", 0), "accuracy", 50.0, curve, 1, 1.0).third.epoch == epoch
+    assert FinishedRun(Combination(Way("lape"), "learnable", 0), "accuracy", 50.0, curve, 1, 1.0).third.epoch == epoch
 
 
 def test_gap_is_best_minus_worst_mean_over_the_tables():
@@ -176,7 +176,7 @@ def planned(asked, out, base=BASE):
 
 
 def test_runs_that_are_paired_are_trained_side_by_side(tmp_path):
-    made = planned(Asked(["default", "lape"], ["learnable", "sinusoidal-1d"], [0, 1]), tmp_path)
+    made = planned(Factors(["default", "lape"], ["learnable", "sinusoidal-1d"], [0, 1]), tmp_path)
     assert [tuple(plan.combination) for plan in made[:4]] == [
         (Way("default"), "learnable", 0),
         (Way("lape"), "learnable", 0),
@@ -187,7 +187,7 @@ def test_runs_that_are_paired_are_trained_side_by_side(tmp_path):
 
 
 def test_a_plan_trains_what_its_combination_says(tmp_path):
-    asked = Asked(["default", "lape"], ["learnable"], [3], ["layernorm", "norm"], ["fresh", "preserve"])
+    asked = Factors(["default", "lape"], ["learnable"], [3], ["layernorm", "norm"], ["fresh", "preserve"])
     for plan in planned(asked, tmp_path):
         experiment = plan.experiment
         way = Way(experiment.join, experiment.pe_norm, experiment.start)
@@ -195,14 +195,14 @@ def test_a_plan_trains_what_its_combination_says(tmp_path):
 
 
 def test_other_settings_have_another_folder_and_another_place_has_the_same(tmp_path):
-    asked = Asked(["lape"], ["learnable"], [0])
+    asked = Factors(["lape"], ["learnable"], [0])
     folder = planned(asked, tmp_path)[0].folder
     assert planned(asked, tmp_path, replace(BASE, lr=1.0))[0].folder != folder
     assert planned(asked, tmp_path, replace(BASE, workers=3, accelerator="cpu"))[0].folder == folder
 
 
 def test_a_folder_is_called_by_what_is_trained_and_the_usual_ones_as_ever(tmp_path):
-    asked = Asked(["default", "lape"], ["learnable"], [0], ["layernorm", "norm"], ["fresh", "preserve"])
+    asked = Factors(["default", "lape"], ["learnable"], [0], ["layernorm", "norm"], ["fresh", "preserve"])
     names = [plan.folder.name for plan in planned(asked, tmp_path)]
     assert [name.rpartition("-")[0] for name in names] == [
         "default-learnable-seed0",
@@ -216,7 +216,7 @@ def test_a_folder_is_called_by_what_is_trained_and_the_usual_ones_as_ever(tmp_pa
 
 
 def test_stand_ins_are_given_to_the_joins_that_have_pe_norms_and_the_others_are_trained_once(tmp_path):
-    asked = Asked(["default", "lape-sharing", "lape"], ["learnable"], [0], ["scale-norm", "layernorm"])
+    asked = Factors(["default", "lape-sharing", "lape"], ["learnable"], [0], ["scale-norm", "layernorm"])
     assert [str(plan.combination.way) for plan in planned(asked, tmp_path)] == [
         "default",
         "lape-sharing with scale-norm",
@@ -227,7 +227,7 @@ def test_stand_ins_are_given_to_the_joins_that_have_pe_norms_and_the_others_are_
 
 
 def test_what_means_nothing_is_left_out_and_told_while_every_name_is_used(tmp_path):
-    asked = Asked(["default", "unshared", "lape"], ["learnable", "sinusoidal-1d", "relative"], [0, 1])
+    asked = Factors(["default", "unshared", "lape"], ["learnable", "sinusoidal-1d", "relative"], [0, 1])
     made, left_out = plans(BASE, asked, tmp_path)
     trained = {(plan.combination.way.join, plan.combination.pe) for plan in made}
     missing = {(way.join, pe) for pairs in left_out.values() for way, pe in pairs}
@@ -241,18 +241,18 @@ def test_what_means_nothing_is_left_out_and_told_while_every_name_is_used(tmp_pa
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (Asked(["default", "lap"], ["learnable"], [0]), "Did you mean 'lape'"),
-        (Asked(["default"], ["learnabel"], [0]), "Did you mean 'learnable'"),
-        (Asked(["default"], ["learnable"], [0], ["nrom"]), "is not a PE norm"),
-        (Asked(["default"], ["learnable"], [0], starts=["presreve"]), "is not a start"),
-        (Asked(["default", "unshared"], ["sinusoidal-1d"], [0]), "all would be alike"),
-        (Asked(["shared", "lape"], ["learnable", "none"], [0]), "has no table"),
-        (Asked(["default"], ["learnable"], [0], ["layernorm", "norm"]), "stands in for a PE norm"),
-        (Asked(["shared"], ["learnable"], [0], starts=["preserve"]), "has no p_l"),
-        (Asked(["lape", "lape"], ["learnable"], [0]), "none twice"),
-        (Asked(["lape"], ["learnable"], [0], ["norm", "norm"]), "none twice"),
-        (Asked([], ["learnable"], [0]), "at least one"),
-        (Asked(["lape"], ["learnable"], [0], []), "at least one"),
+        (Factors(["default", "lap"], ["learnable"], [0]), "Did you mean 'lape'"),
+        (Factors(["default"], ["learnabel"], [0]), "Did you mean 'learnable'"),
+        (Factors(["default"], ["learnable"], [0], ["nrom"]), "is not a PE norm"),
+        (Factors(["default"], ["learnable"], [0], starts=["presreve"]), "is not a start"),
+        (Factors(["default", "unshared"], ["sinusoidal-1d"], [0]), "all would be alike"),
+        (Factors(["shared", "lape"], ["learnable", "none"], [0]), "has no table"),
+        (Factors(["default"], ["learnable"], [0], ["layernorm", "norm"]), "stands in for a PE norm"),
+        (Factors(["shared"], ["learnable"], [0], starts=["preserve"]), "has no p_l"),
+        (Factors(["lape", "lape"], ["learnable"], [0]), "none twice"),
+        (Factors(["lape"], ["learnable"], [0], ["norm", "norm"]), "none twice"),
+        (Factors([], ["learnable"], [0]), "at least one"),
+        (Factors(["lape"], ["learnable"], [0], []), "at least one"),
     ],
 )
 def test_requests_that_mean_nothing_are_refused_before_anything_is_trained(asked, told, tmp_path):
@@ -264,20 +264,20 @@ def test_requests_that_mean_nothing_are_refused_before_anything_is_trained(asked
 @pytest.mark.parametrize("changed", [{"devices": 2}, {"nodes": 2}])
 def test_a_run_on_several_devices_is_refused(changed, tmp_path):
     with pytest.raises(UsageError, match="one device"):
-        compare(replace(BASE, **changed), Asked(["lape"], ["learnable"], [0]), tmp_path)
+        compare(replace(BASE, **changed), Factors(["lape"], ["learnable"], [0]), tmp_path)
 
 
 def test_no_jobs_are_refused(tmp_path):
     with pytest.raises(UsageError, match="0 was received"):
-        compare(BASE, Asked(["lape"], ["learnable"], [0]), tmp_path, jobs=0)
+        compare(BASE, Factors(["lape"], ["learnable"], [0]), tmp_path, jobs=0)
 
 
 def test_a_result_that_is_none_is_named(tmp_path):
     write_run(tmp_path, Combination(Way("lape"), "learnable", 0), [50.0])
-    assert read(tmp_path).run.score == 50.0
+    assert read_result(tmp_path).run.score == 50.0
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(RunError, match=r"result\.json is not the result of a finished run"):
-        read(tmp_path)
+        read_result(tmp_path)
 
 
 # --- Training
@@ -306,7 +306,7 @@ class Heard(Watch):
 
 @pytest.mark.slow
 def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is_trained(tmp_path):
-    asked = Asked(["default", "lape"], ["learnable"], [0, 1])
+    asked = Factors(["default", "lape"], ["learnable"], [0, 1])
     broken = planned(asked, tmp_path, TINY)[3]
     broken.folder.parent.mkdir(parents=True)
     broken.folder.write_text("a file where the run's folder should be")
@@ -332,7 +332,7 @@ def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is
     study.raise_failures()
 
     result = study.of(Way("lape"), "learnable")[0]
-    model = brought_back(result).work.module
+    model = load_result(result).work.module
     stored = torch.load(result.folder / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
 
@@ -345,7 +345,9 @@ class Interrupted(Heard):
 @pytest.mark.slow
 def test_ctrl_c_while_news_is_shown_ends_the_processes_too(tmp_path):
     with pytest.raises(KeyboardInterrupt) as caught:
-        compare(replace(TINY, epochs=1000), Asked(["lape"], ["learnable"], [0]), tmp_path, jobs=1, watch=Interrupted())
+        compare(
+            replace(TINY, epochs=1000), Factors(["lape"], ["learnable"], [0]), tmp_path, jobs=1, watch=Interrupted()
+        )
     assert caught.tb is not None  # while it is held, so is the frame that walked the processes' news
     assert multiprocessing.active_children() == []
     assert not list(tmp_path.rglob("result.json"))
@@ -354,14 +356,14 @@ def test_ctrl_c_while_news_is_shown_ends_the_processes_too(tmp_path):
 STOPPABLE = """
 import json, sys
 from pathlib import Path
-from lape.studies.comparison import Asked, Watch, compare
+from lape.studies.comparison import Factors, Watch, compare
 from lape.experiment import Experiment
 class Say(Watch):
     def moves(self, combination, progress):
         print(combination.way.join, progress.step, flush=True)
 if __name__ == "__main__":
     base = Experiment.of(json.loads(sys.argv[1]))
-    study = compare(base, Asked(["default", "lape"], ["learnable"], [0]), Path(sys.argv[2]), jobs=2, watch=Say())
+    study = compare(base, Factors(["default", "lape"], ["learnable"], [0]), Path(sys.argv[2]), jobs=2, watch=Say())
     print("finished", len(study.results))
 """
 

@@ -66,7 +66,7 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 def test_too_few_rounds_and_an_unknown_model_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 2 rounds"):
         measure("deit_tiny_patch16_224", [], batch_size=1, rounds=1)
-    with pytest.raises(UsageError, match="device='warp' is not to be had on this machine"):
+    with pytest.raises(UsageError, match="device='warp' is not available on this machine"):
         measure("deit_tiny_patch16_224", [], batch_size=1, rounds=2, device="warp")
     with pytest.raises(UsageError, match="Did you mean 'deit_tiny_patch16_224'"):
         measure("deit_tiny_patch16_22", [], batch_size=1, rounds=2)

@@ -25,7 +25,7 @@ from lape.studies import results
 from lape.tasks.work import described, without_pictures, work_of
 from lape.training import checkpoints
 from lape.training.assembly import launch
-from lape.training.evaluation import evaluate_checkpoint, trained
+from lape.training.evaluation import evaluate_checkpoint, load_run
 from lape.training.interruption import Stopped
 from lape.training.loop import Progress, train
 
@@ -175,7 +175,7 @@ def test_it_starts_from_another_models_weights_and_says_what_did_not_match(
 def test_results_of_dense_recipes_stand_in_the_same_table(tmp_path: Path) -> None:
     experiment = replace(detection(tmp_path / "set"), recipe="coco/mask_rcnn_vit_adapter_tiny")
     train(experiment, tmp_path / "runs/a")
-    rows = results.find([tmp_path / "runs"]).rows
+    rows = results.find_results([tmp_path / "runs"]).rows
     assert [(row.measure, row.expected, "weights" in row.changed) for row in rows] == [
         ("box AP", None, True),
         ("mask AP", None, True),
@@ -279,7 +279,7 @@ def test_a_checkpoint_is_brought_back_with_its_settings_but_for_those_that_are_c
     experiment = segmentation(tmp_path / "set", test_flip=True, test_scales=(1.0, 1.5), workers=1)
     train(experiment, tmp_path / "run")
     changed = {"test_flip": False, "workers": 0, "stride": 32, "test_scales": None}
-    found = trained(tmp_path / "run", lambda _, source: source, **changed)
+    found = load_run(tmp_path / "run", lambda _, source: source, **changed)
     here = {"accelerator": "auto"}  # where the run was computed does not count
     assert found.experiment == replace(experiment, test_flip=False, workers=0, stride=32, **here)
     how: Any = found.task

@@ -12,7 +12,7 @@ from lape.experiment import Experiment
 from lape.tasks.classification import Distillation
 from lape.training import checkpoints
 from lape.training.evaluation import evaluate_checkpoint
-from lape.training.loop import Run, launch, train
+from lape.training.loop import TrainingRun, launch, train
 
 TEACHER = "test_efficientnet"
 STUDENT = Experiment(
@@ -58,7 +58,9 @@ def test_the_loss_is_half_the_targets_and_half_the_teachers_answers():
 
 def test_the_second_head_learns_from_the_teacher(tmp_path, teacher):
     """The teacher's answers are 3 alone: so are, soon, those of the distillation head, and not those of the other."""
-    run = Run(replace(STUDENT, teacher_weights=teacher, epochs=6, batch_size=64, lr=5e-3), tmp_path, launch(STUDENT))
+    run = TrainingRun(
+        replace(STUDENT, teacher_weights=teacher, epochs=6, batch_size=64, lr=5e-3), tmp_path, launch(STUDENT)
+    )
     run.fit(lambda _: None)
     named, learnt = run.module(run.source.validation.pictures[:64].float() / 255)
     assert (learnt.argmax(1) == 3).all()
@@ -78,7 +80,7 @@ def test_a_teachers_batch_norm_and_weights_stay(tmp_path, teacher, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(timm, "create_model", kept)
-    run = Run(replace(STUDENT, teacher_weights=teacher, precision="bf16-true"), tmp_path, launch(STUDENT))
+    run = TrainingRun(replace(STUDENT, teacher_weights=teacher, precision="bf16-true"), tmp_path, launch(STUDENT))
     (model,) = (model for model in made if model is not run.module)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     run.fit(lambda _: None)

@@ -16,7 +16,7 @@ from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.method import JOINS, POSITION_EMBEDDINGS, scheme
 from lape.training import checkpoints
-from lape.training.loop import Run, launch, train
+from lape.training.loop import TrainingRun, launch, train
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def test_a_run_of_files_names_the_step_its_files_and_the_last_good_checkpoint(pe
         data=str(pets), model="vit_nano_patch4_32", model_args={"embed_dim": 8, "depth": 1, "num_heads": 2},
         img_size=16, epochs=2, batch_size=2, workers=0, accelerator="cpu",
     )  # fmt: skip
-    whole = Run._step
+    whole = TrainingRun._step
 
-    def breaks(self: Run, number: int, batches: Iterator[Any], stop: bool) -> torch.Tensor:
+    def breaks(self: TrainingRun, number: int, batches: Iterator[Any], stop: bool) -> torch.Tensor:
         if broken == "weights":
             news = whole(self, number, batches, stop)
         if number == step:
@@ -47,7 +47,7 @@ def test_a_run_of_files_names_the_step_its_files_and_the_last_good_checkpoint(pe
         return news if broken == "weights" else whole(self, number, batches, stop)
 
     # The weights are looked at where they are kept: after every step.
-    monkeypatch.setattr(Run, "_step", breaks)
+    monkeypatch.setattr(TrainingRun, "_step", breaks)
     folder = pets.parent / "run"
     with pytest.raises(RunError) as caught:
         train(experiment if broken == "loss" else Experiment(**vars(experiment) | {"checkpoint_seconds": 0.0}), folder)
@@ -57,7 +57,7 @@ def test_a_run_of_files_names_the_step_its_files_and_the_last_good_checkpoint(pe
     assert str(caught.value).startswith(f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Its images are ")
     listed = json.loads((folder / "broken-batch.json").read_text())
     assert (listed["epoch"], listed["step"]) == (epoch + 1, step + 1)
-    expected = Run(experiment, folder, launch(experiment)).order.epoch(epoch)[place].flatten()
+    expected = TrainingRun(experiment, folder, launch(experiment)).order.epoch(epoch)[place].flatten()
     files = sorted(pets.glob("train/*/*.png"))
     assert listed["images"] == [str(files[index]) for index in expected.tolist()]
     assert all(path in str(caught.value) for path in listed["images"])
@@ -87,7 +87,7 @@ def test_200_steps_at_depth_12_stay_finite(tmp_path, names, precision):
         **names, precision=precision, model="vit_nano_patch4_32", img_size=8, batch_size=4, steps=200, lr=1e-3,
         model_args={"embed_dim": 16, "depth": 12, "num_heads": 2}, drop_path=0.0, accelerator="cpu", workers=0,
     )  # fmt: skip
-    run = Run(experiment, tmp_path, launch(experiment))
+    run = TrainingRun(experiment, tmp_path, launch(experiment))
     batches = run._training_batches()
     prepared = run.preparation.ahead(batches, run.fabric.to_device)
     losses = [run._step(step, prepared, stop=False)[0].item() for step in range(200)]

@@ -37,7 +37,7 @@ from lape.cli import command_line as cli
 from lape.data.pipeline import Whole
 from lape.errors import UsageError
 from lape.training.assembly import launch
-from lape.training.loop import Run
+from lape.training.loop import TrainingRun
 
 SECONDS = 20  # in which a file is refused, on a slow machine
 MEMORY = 1 << 30  # bytes that refusing it may take more than everything before
@@ -1087,13 +1087,13 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty folder to be in, in which no run is trained and nothing lasts."""
     monkeypatch.chdir(tmp_path)
 
-    def some(self: Run, report: Any) -> None:
+    def some(self: TrainingRun, report: Any) -> None:
         """See one batch of each kind."""
         for batches in (self._training_batches(), self._load(self.work.validation(), Whole(4, 2))):
             next(batches, None)
             batches.close()
 
-    monkeypatch.setattr(Run, "fit", some)
+    monkeypatch.setattr(TrainingRun, "fit", some)
     monkeypatch.syspath_prepend(tmp_path / "files")  # where a module may lie beside a file
 
     def fetched(*_: Any, **__: Any) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import timm
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_models import SMALL, images, small
@@ -62,7 +63,7 @@ def test_a_model_of_timm_comes_back_with_and_without_a_join(tmp_path: Path) -> N
     for number, model in enumerate((timm.create_model("vit_tiny_patch16_224", img_size=32, **TINY), plain())):
         assert the_same(lape.from_pretrained(lape.save_pretrained(model, tmp_path / str(number))), model)
     model = lape.remove(plain())
-    assert "join" not in hub.described(model)["model_args"]
+    assert "join" not in hub.configuration(model)["model_args"]
     assert the_same(lape.from_pretrained(lape.save_pretrained(model, tmp_path / "removed")), model)
 
 
@@ -73,8 +74,14 @@ def test_one_file_holds_its_configuration(tmp_path: Path) -> None:
     assert the_same(lape.from_pretrained(path), model)
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()[hub.HEADER])
-    assert config == hub.described(model, KNOWN)
+    assert config == hub.configuration(model, KNOWN)
     assert (config["label_names"], config["model_args"]["join"]) == (list(KNOWN.classes), "lape")
+
+
+def test_a_card_is_one_table_whatever_classes_are_called() -> None:
+    config = hub.configuration(plain(), hub.Known(classes=["a|b", "c\nd", "e\\"]))
+    (row,) = (line for line in hub.card(config, "USER/pets").splitlines() if line.startswith("| classes"))
+    assert row.endswith(r": a\|b, c\\nd, e\\ |")
 
 
 def test_what_is_known_goes_with_the_model(tmp_path: Path) -> None:
@@ -86,6 +93,8 @@ def test_what_is_known_goes_with_the_model(tmp_path: Path) -> None:
         )  # fmt: skip
     card = (folder / hub.CARD).read_text()
     assert "| accuracy, % | 97.50 on pets |" in card
+    data = yaml.safe_load(card.split("---")[1])
+    assert data == {"library_name": "timm", "tags": ["timm", "lape", "vision-transformer"]}
     assert 'lape.from_pretrained("USER/pets")' in card
     again = lape.save_pretrained(lape.from_pretrained(folder), tmp_path / "again")
     assert json.loads((again / hub.CONFIG).read_text())["label_names"] == list(KNOWN.classes)
@@ -325,7 +334,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_by_us_and_by_timm(
     lines = told.stdout.splitlines()
     assert lines[:5] == [f"{address}/user/pets", f"{address}/user/pets", "True", "True", "True"]
     for line, source in zip(lines[5:7], ("user/dogs", "user/pets@v2"), strict=True):
-        assert line.startswith(f"{source} is no folder here, and cannot be had from the Hub")
+        assert line.startswith(f"{source} is not a folder here, and could not be downloaded from the Hub")
     typed = [line.partition(": ")[0] for line in lines[7:]]
     assert typed == [f"{address}/user/typed", "0", "1", "1", f"{saved}.safetensors", "1"], told.stderr
     refused, unreached, offline = (line for line in told.stderr.splitlines() if line.startswith("lape: "))

@@ -11,7 +11,7 @@ import pytest
 
 from lape.errors import RunError, UsageError
 from lape.studies import parallel
-from lape.studies.parallel import Done, Told, side_by_side
+from lape.studies.parallel import Done, Reported, side_by_side
 
 
 def echo(task, tell):
@@ -47,11 +47,11 @@ def count_threads(task, tell):
 
 def test_every_task_is_done_once_by_as_many_processes_as_jobs():
     events = list(side_by_side(echo, list("abcde"), jobs=2, threads=1))
-    told = [event for event in events if isinstance(event, Told)]
+    told = [event for event in events if isinstance(event, Reported)]
     assert sorted(event.task for event in told) == list("abcde")
     assert sorted(event.task for event in events if isinstance(event, Done)) == list("abcde")
-    assert all(event.news.startswith(f"{event.task} ") for event in told)
-    assert len({event.news.split()[-1] for event in told}) <= 2
+    assert all(event.report.startswith(f"{event.task} ") for event in told)
+    assert len({event.report.split()[-1] for event in told}) <= 2
 
 
 def test_a_warning_of_a_process_is_one_line_that_does_nothing_to_the_terminal(capfd):
@@ -64,7 +64,9 @@ def test_no_tasks_start_no_process():
 
 
 def test_processes_have_the_threads_they_are_given():
-    told = [event.news for event in side_by_side(count_threads, ["a"], jobs=1, threads=1) if isinstance(event, Told)]
+    told = [
+        event.report for event in side_by_side(count_threads, ["a"], jobs=1, threads=1) if isinstance(event, Reported)
+    ]
     assert told == [1]
 
 
@@ -88,7 +90,7 @@ def test_an_error_stays_with_its_task(jobs):
 
 def test_closing_ends_the_processes():
     events = side_by_side(marks_and_sleeps, ["a", "b"], jobs=2, threads=1)
-    pids = [event.news for event in islice(events, 2) if isinstance(event, Told)]
+    pids = [event.report for event in islice(events, 2) if isinstance(event, Reported)]
     events.close()
     assert len(pids) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -96,10 +96,10 @@ def shown(study):
 def test_a_gain_is_told_with_its_interval(tmp_path):
     found = words.findings(study_of(tmp_path, GAIN))
     assert found.main == (
-        "With the table learnable, lape differs from default by +3.00 points (94.00 % against 91.00 %; 95 % interval "
-        "+0.52 to +5.48, 3 pairs of runs): above zero.",
-        "With the table sinusoidal-1d, lape differs from default by +1.00 points (82.00 % against 81.00 %; 95 % "
-        "interval +1.00 to +1.00, 3 pairs of runs): above zero.",
+        "With the table learnable, lape is 3.00 points above default (94.00 % against 91.00 %; difference +0.52 to "
+        "+5.48, 3 pairs of runs): significant (95 % interval above 0).",
+        "With the table sinusoidal-1d, lape is 1.00 point above default (82.00 % against 81.00 %; difference +1.00 to "
+        "+1.00, 3 pairs of runs): significant (95 % interval above 0).",
     )
     assert found.gap == (
         "From the worst table to the best, mean accuracy rises by 10.00 points for default (sinusoidal-1d to "
@@ -111,27 +111,27 @@ def test_a_loss_is_told_in_the_same_words(tmp_path):
     """Differences -5, -4.5, -5: mean -29/6, s = 1/√12, half width 4.303/6."""
     (sentence,) = words.findings(study_of(tmp_path, LOSS)).main
     assert sentence == (
-        "With the table learnable, lape differs from default by −4.83 points (91.17 % against 96.00 %; 95 % interval "
-        "−5.55 to −4.12, 3 pairs of runs): below zero."
+        "With the table learnable, lape is 4.83 points below default (91.17 % against 96.00 %; difference −5.55 to "
+        "−4.12, 3 pairs of runs): significant (95 % interval below 0)."
     )
 
 
 def test_a_tie_is_not_decided(tmp_path):
     (sentence,) = words.findings(study_of(tmp_path, TIE)).main
-    assert "by 0.00 points" in sentence
-    assert sentence.endswith("95 % interval 0.00 to 0.00, 2 pairs of runs): not told from zero.")
+    assert "lape equals default" in sentence
+    assert sentence.endswith("difference 0.00 to 0.00, 2 pairs of runs): not significant (95 % interval includes 0).")
 
 
 def test_one_seed_has_no_interval_and_says_so(tmp_path):
     found = words.findings(study_of(tmp_path, ONE_SEED))
     assert "95 % interval" not in found.main[0]
-    assert "gives no interval and decides nothing" in found.main[0]
+    assert "gives no interval, so nothing can be concluded" in found.main[0]
     assert any("One seed gives no spread and no interval" in remark for remark in found.remarks)
 
 
 def test_lape_stands_at_the_top_and_the_others_in_the_table(tmp_path):
     study = study_of(tmp_path, THREE_JOINS)
-    assert [", lape differs" in sentence for sentence in words.findings(study).main] == [True]
+    assert [", lape is" in sentence for sentence in words.findings(study).main] == [True]
     assert "+0.17 | −0.55 to +0.88" in tables.markdown(study)  # shared: 0, 0, 0.5
 
 
@@ -169,7 +169,7 @@ def test_csv_holds_unrounded_numbers(tmp_path):
     assert float(lape["difference_mean"]) == study.rows[1].difference.mean
     assert float(lape["score_std"]) == study.rows[1].score.std
     assert default["difference_mean"] == default["verdict"] == ""
-    assert lape["verdict"] == "below zero"
+    assert lape["verdict"] == "significant (95 % interval below 0)"
 
 
 def test_json_holds_numbers_settings_versions_and_command(tmp_path):
@@ -189,7 +189,7 @@ def test_json_holds_numbers_settings_versions_and_command(tmp_path):
 def test_markdown_has_tables_of_one_width_for_rows_claims_and_analysis(study):
     seen = [part.splitlines() for part in tables.markdown(study).split("\n\n") if part.startswith("|")]
     judgement = words.judgement(study)
-    expected = [len(study.rows), len(judgement.tested), len(tables.shapes(study)[1]), len(tables.weights(study)[1])]
+    expected = [len(study.rows), len(judgement.tested), len(tables.shapes(study).rows), len(tables.weights(study).rows)]
     assert [len(lines) - 2 for lines in seen] == [length for length in expected if length]
     assert all(len({line.count("|") for line in lines}) == 1 for lines in seen)
     if judgement.tested:
@@ -360,7 +360,7 @@ def test_the_page_says_every_number_and_sentence(study, shown):
     found = words.findings(study)
     for sentence in (words.question(study), *found.main, *found.remarks, study.command):
         assert sentence in said
-    for row in tables.cells(study)[1]:
+    for row in tables.scores(study).rows:
         assert " ".join(row) in " ".join(said.split()) or all(cell in said for cell in row)
 
 
@@ -497,7 +497,7 @@ def test_what_was_left_out_and_what_was_not_analysed_is_said(tmp_path):
 
 def test_filed_costs_are_a_table_and_a_broken_file_is_said(tmp_path):
     said = " ".join(Seen(page.page([page.Section(study_of(tmp_path / "runs", LOSS))], [filed_cost(tmp_path)])).text)
-    assert all(cell in said for line in cost.cells(filed_cost(tmp_path).costs) for cell in line)
+    assert all(cell in said for line in cost.table(filed_cost(tmp_path).costs).rows for cell in line)
     assert "tiny, 2 rounds" in said
     for broken in ("{", "[]", '{"explanation": "", "costs": []}', '{"explanation": "", "costs": [{"name": 1}]}'):
         (tmp_path / "cost.json").write_text(broken)
@@ -522,7 +522,7 @@ def test_every_row_of_tables_7_and_8_is_found_by_its_way_and_table():
 
 
 def beside(study):
-    headings, rows = tables.cells(study)
+    headings, rows = tables.scores(study).headings, tables.scores(study).rows
     place = next(place for place, heading in enumerate(headings) if "paper" in heading)
     return headings[place], {row[0]: row[place] for row in rows if row[1] == "learnable"}
 
@@ -547,7 +547,7 @@ def test_runs_of_a_recipe_stand_beside_its_own_numbers_unless_something_was_chan
 
 def test_other_tables_and_measures_have_no_number_of_the_papers(tmp_path):
     none = {(join, "none"): {0: 1.0} for join in ("default",)}
-    assert not any("paper" in heading for heading in tables.cells(study_of(tmp_path, none))[0])
+    assert not any("paper" in heading for heading in tables.scores(study_of(tmp_path, none)).headings)
 
 
 # --- Claims, in the page and in the terminal
@@ -582,7 +582,7 @@ def test_without_a_claim_tested_this_is_said(tmp_path):
 
 def test_the_claims_fit_eighty_columns(tmp_path):
     out = io.StringIO()
-    Console(file=out, width=80).print(tables.claims([analysed(study_of(tmp_path, STAND_INS))]))
+    Console(file=out, width=80).print(tables.terminal_of_claims([analysed(study_of(tmp_path, STAND_INS))]))
     assert "LaPE is above the default join (learnable)" in " ".join(out.getvalue().split())
     assert "+0.52 to +5.48" in out.getvalue()
     assert "…" not in out.getvalue()

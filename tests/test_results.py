@@ -40,9 +40,11 @@ def of(name, **changed):
 def test_seeds_of_one_row_stand_as_mean_and_deviation_beside_the_papers(tmp_path):
     for seed, accuracy in ((121, 81.0), (122, 82.0), (123, 83.0)):
         finished(tmp_path / str(seed), of(CCT, seed=seed), accuracy)
-    (row,) = results.find([tmp_path]).rows
+    (row,) = results.find_results([tmp_path]).rows
     assert cells(row) == (CCT, "lape", "accuracy", "3", "82.00 ± 1.00", "81.986", "+0.01")
-    assert remarks(results.find([tmp_path])) == [f"{CCT}, lape: the paper's is the mean of 5 seeds, this of 3."]
+    assert remarks(results.find_results([tmp_path])) == [
+        f"{CCT}, lape: the paper's number is the mean of 5 seeds, this one of 3."
+    ]
 
 
 def test_what_was_run_otherwise_is_said_and_has_no_papers_number(tmp_path):
@@ -50,7 +52,7 @@ def test_what_was_run_otherwise_is_said_and_has_no_papers_number(tmp_path):
     finished(tmp_path / "whole", of(CCT), 82.0)
     finished(tmp_path / "elsewhere", of(CCT, seed=122, workers=3, data_dir=tmp_path), 82.0)
     finished(tmp_path / "in parts", of(CCT, seed=123, accumulate=4), 82.0)
-    whole, parts, short = results.find([tmp_path]).rows
+    whole, parts, short = results.find_results([tmp_path]).rows
     assert (parts.expected, parts.seeds) == (81.986, (123,))
     assert (whole.expected, whole.seeds, short.expected, dict(short.changed)) == (
         81.986,
@@ -58,13 +60,13 @@ def test_what_was_run_otherwise_is_said_and_has_no_papers_number(tmp_path):
         None,
         {"epochs": 2},
     )
-    assert any("run with epochs 2" in said for said in remarks(results.find([tmp_path])))
+    assert any("run with epochs 2" in said for said in remarks(results.find_results([tmp_path])))
 
 
 def test_each_join_is_a_row_and_one_that_the_paper_has_not_says_so(tmp_path):
     for join in ("default", "lape", "shared"):
         finished(tmp_path / join, of(CCT, join=join), 80.0)
-    found = results.find([tmp_path])
+    found = results.find_results([tmp_path])
     assert [(row.join, row.expected) for row in found.rows] == [("default", 80.928), ("lape", 81.986), ("shared", None)]
     assert f"{CCT}, shared: the paper has no such row." in remarks(found)
 
@@ -72,7 +74,7 @@ def test_each_join_is_a_row_and_one_that_the_paper_has_not_says_so(tmp_path):
 def test_the_same_seed_twice_would_count_twice_and_counts_once(tmp_path):
     for place in ("a", "b"):
         finished(tmp_path / place, of(CCT), 80.0)
-    found = results.find([tmp_path])
+    found = results.find_results([tmp_path])
     assert found.rows[0].seeds == (121,)
     (reason,) = found.left_out.values()
     assert (list(found.left_out), reason) == (
@@ -83,21 +85,21 @@ def test_the_same_seed_twice_would_count_twice_and_counts_once(tmp_path):
 
 def test_runs_of_no_recipe_are_named_apart(tmp_path):
     finished(tmp_path / "own", Experiment(), 97.0)
-    found = results.find([tmp_path])
+    found = results.find_results([tmp_path])
     assert found.rows == ()
     assert "Not of a recipe" in remarks(found)[0]
 
 
 def test_nothing_there_is_refused_and_what_cannot_be_read_left_out(tmp_path, capsys):
     with pytest.raises(UsageError, match="No finished run"):
-        results.find([tmp_path])
+        results.find_results([tmp_path])
     finished(tmp_path / "a", of(CCT), 80.0)
     record = json.loads((tmp_path / "a/result.json").read_text())
     record["experiment"]["colour"] = "red"
     (tmp_path / "a/result.json").write_text(json.dumps(record))
-    assert "colour" in results.find([tmp_path]).left_out[tmp_path / "a"]
+    assert "colour" in results.find_results([tmp_path]).left_out[tmp_path / "a"]
     assert main(["results", str(tmp_path)]) == 1
-    assert "lape: Of 1 runs none can be read" in capsys.readouterr().err
+    assert "lape: 1 run found, and none can be read" in capsys.readouterr().err
 
 
 def test_the_file_of_a_table_names_its_runs(tmp_path, capsys):
@@ -105,7 +107,7 @@ def test_the_file_of_a_table_names_its_runs(tmp_path, capsys):
     assert main(["results", str(tmp_path / "runs"), "--out", str(tmp_path / "out/table.md")]) == 0
     assert "80.00" in capsys.readouterr().out
     written = (tmp_path / "out/table.md").read_text()
-    assert written.splitlines()[:3] == markdown(results.find([tmp_path / "runs"])).splitlines()[:3]
+    assert written.splitlines()[:3] == markdown(results.find_results([tmp_path / "runs"])).splitlines()[:3]
     assert f"seed 121 in `{tmp_path / 'runs/a'}`" in written
 
 
@@ -141,7 +143,7 @@ def test_the_score_is_that_after_the_last_step_not_the_best(tmp_path) -> None:
     record = json.loads((tmp_path / "a/result.json").read_text())
     record["best"]["val_accuracy"] = 81.0
     (tmp_path / "a/result.json").write_text(json.dumps(record))
-    (row,) = results.find([tmp_path]).rows
+    (row,) = results.find_results([tmp_path]).rows
     assert row.score.mean == 80.0
 
 
@@ -149,7 +151,7 @@ def test_one_experiment_under_the_names_of_two_rows_is_two_rows(tmp_path) -> Non
     names = ["table7/learnable-lape", "table8/layernorm"]
     for name in names:
         finished(tmp_path / name, of(name), 73.0)
-    assert [row.recipe.name for row in results.find([tmp_path]).rows] == names
+    assert [row.recipe.name for row in results.find_results([tmp_path]).rows] == names
 
 
 def test_an_addition_and_a_multiplication_are_two_operations() -> None:
@@ -173,21 +175,23 @@ def found_objects(folder: Path, experiment: Experiment, box: float, mask: float)
 def test_each_measure_of_a_run_is_a_row_with_its_own_number_and_what_is_said_is_said_once(tmp_path: Path) -> None:
     for seed, box, mask in ((121, 46.0, 41.0), (122, 48.0, 42.0)):
         found_objects(tmp_path / str(seed), of(MASK_RCNN, seed=seed, weights="deit_tiny.pth"), box, mask)
-    found = results.find([tmp_path])
+    found = results.find_results([tmp_path])
     assert [cells(row)[2:] for row in found.rows] == [
         ("box AP", "2", "47.00 ± 1.41", "46.3", "+0.70"),
         ("mask AP", "2", "41.50 ± 0.71", "41.2", "+0.30"),
     ]
-    assert remarks(found) == [f"{MASK_RCNN}, lape: the paper's is the mean of 5 seeds, this of 2."]
+    assert remarks(found) == [f"{MASK_RCNN}, lape: the paper's number is the mean of 5 seeds, this one of 2."]
     assert markdown(found).count(f"seed 122 in `{tmp_path / '122'}`") == 1
 
 
 def test_a_start_at_random_is_not_the_papers_and_any_weights_are_its_own(tmp_path: Path) -> None:
     found_objects(tmp_path / "random", of(MASK_RCNN), 40.0, 35.0)
     found_objects(tmp_path / "started", of(MASK_RCNN, weights="deit_tiny.pth"), 46.0, 41.0)
-    random, started = ({row.expected for row in results.find([tmp_path / name]).rows} for name in ("random", "started"))
+    random, started = (
+        {row.expected for row in results.find_results([tmp_path / name]).rows} for name in ("random", "started")
+    )
     assert (random, started) == ({None}, {46.3, 41.2})
-    assert remarks(results.find([tmp_path / "random"])) == [
+    assert remarks(results.find_results([tmp_path / "random"])) == [
         f"{MASK_RCNN}, lape: run with weights none, so the paper's number is not set beside it."
     ]
     assert recipes.load(CCT).changed(of(CCT)) == {}
@@ -196,16 +200,18 @@ def test_a_start_at_random_is_not_the_papers_and_any_weights_are_its_own(tmp_pat
 def test_a_recipe_of_ones_own_that_expects_nothing_is_a_row_by_its_score(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(f"extends: {CCT}\nsettings: {{epochs: 20}}")
     finished(tmp_path / "runs", of(str(tmp_path / "own.yaml")), 70.0)
-    (row,) = results.find([tmp_path / "runs"]).rows
+    (row,) = results.find_results([tmp_path / "runs"]).rows
     assert (row.measure, row.score.mean, row.expected, row.changed) == ("accuracy", 70.0, None, {})
-    assert remarks(results.find([tmp_path / "runs"])) == [f"{row.recipe.name}, lape: the paper has no such row."]
+    assert remarks(results.find_results([tmp_path / "runs"])) == [
+        f"{row.recipe.name}, lape: the paper has no such row."
+    ]
 
 
 def test_rows_stand_in_the_order_of_the_tables(tmp_path: Path) -> None:
     found_objects(tmp_path / "a", of(MASK_RCNN), 40.0, 35.0)
     for place, (name, join) in enumerate([("table8/scale", "lape"), (CCT, "lape"), (CCT, "default"), (OTHER, "lape")]):
         finished(tmp_path / f"b{place}", of(name, join=join), 80.0)
-    rows = [(row.recipe.name, row.join, row.measure) for row in results.find([tmp_path]).rows]
+    rows = [(row.recipe.name, row.join, row.measure) for row in results.find_results([tmp_path]).rows]
     assert rows == [
         (OTHER, "lape", "accuracy"),
         (CCT, "default", "accuracy"),
@@ -218,15 +224,15 @@ def test_rows_stand_in_the_order_of_the_tables(tmp_path: Path) -> None:
 
 def test_one_seed_is_enough_where_the_papers_number_is_of_one_run(tmp_path: Path) -> None:
     finished(tmp_path / "a", of("imagenet/t2t_vit_7"), 70.0)
-    (row,) = results.find([tmp_path]).rows
+    (row,) = results.find_results([tmp_path]).rows
     assert row.expected is not None
-    assert remarks(results.find([tmp_path])) == []
+    assert remarks(results.find_results([tmp_path])) == []
 
 
 def test_a_run_whose_recipe_expects_what_it_does_not_measure_is_left_out(tmp_path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("expected: {mIoU: {lape: 40.0}}")
     finished(tmp_path / "a", Experiment(recipe=str(own)), 80.0)
-    found = results.find([tmp_path])
+    found = results.find_results([tmp_path])
     assert found.rows == ()
     assert "expects a number of mIoU, and the run in" in found.left_out[tmp_path / "a"]

@@ -14,9 +14,9 @@ from lape.cli.command_line import main
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies import analysis as kept_analyses
-from lape.studies.analysis import Kept, analysed, brought_back
+from lape.studies.analysis import Kept, analysed, load_result
 from lape.studies.statistics import Combination, Way
-from lape.studies.study import gather, read
+from lape.studies.study import gather, read_result
 from lape.training.loop import train
 from lape.writing import MARK
 
@@ -132,7 +132,7 @@ def test_an_analysis_is_that_of_the_trained_model(runs):
     found = analysed(study, Kept(runs / "page.html"))
     assert not found.not_analysed
     for one, result in study.results.items():
-        expected = correlation(brought_back(result).work.module)
+        expected = correlation(load_result(result).work.module)
         analysis = found.analyses[one]
         assert analysis.half_distance == tuple(expected.half_distance.tolist())
         assert analysis.shape == expected.shape
@@ -272,4 +272,4 @@ def test_report_of_nothing_is_refused_in_words(lape, tmp_path):
 
 
 def test_a_result_is_read_from_its_folder(runs):
-    assert read(runs / "lape").experiment == replace(TINY, join="lape")
+    assert read_result(runs / "lape").experiment == replace(TINY, join="lape")

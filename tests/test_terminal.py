@@ -20,12 +20,12 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from lape.characters import as_code, in_markdown, visible
+from lape.characters import as_code, in_markdown, plural, visible
 from lape.cli.command_line import main
 from lape.cli.terminal import NOBODY_READS, console, say
 from lape.errors import UsageError
 from lape.experiment import Experiment
-from lape.report.words import as_markdown
+from lape.report.table import Table as Cells
 
 # The title of the window, a wiped screen, another line, a line written over, a command of one byte, text turned round,
 # a style of rich's, a table's border, and a formula.
@@ -158,6 +158,11 @@ def test_what_is_visible_is_one_line_and_all_of_it_can_be_written(text):
     assert visible(shown) == shown
 
 
+def test_a_count_agrees_with_its_noun():
+    assert [plural(count, "epoch") for count in (0, 1, 2, 1200)] == ["0 epochs", "1 epoch", "2 epochs", "1,200 epochs"]
+    assert [plural(count, "class", "classes") for count in (1, 2)] == ["1 class", "2 classes"]
+
+
 def test_a_console_reads_no_markup_and_keeps_a_name_on_its_line(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     table = Table("name")
@@ -199,7 +204,7 @@ def test_a_bars_terminal_does_not_take_what_goes_into_a_file(monkeypatch):
 
 
 def test_a_cell_of_markdown_is_one_cell():
-    lines = as_markdown(("name", "number"), [("a|b\\|c\nd", "1"), ("plain", "2")]).splitlines()
+    lines = Cells(("name", "number"), [("a|b\\|c\nd", "1"), ("plain", "2")]).markdown().splitlines()
     assert lines[2] == "| a\\|b\\\\\\|c\\\\nd | 1 |"
     assert [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines] == [3, 3, 3, 3]
 
@@ -292,7 +297,7 @@ def test_bad_runs_alone_are_one_error(command, run, tmp_path, capsys):
     _changed(run, tmp_path / "moved", recipe=str(tmp_path / "moved.yaml"))
     assert main([command, str(tmp_path)]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("lape: Of 1 runs none can be read.")
+    assert last.startswith("lape: 1 run found, and none can be read.")
     assert "moved.yaml" in last
 
 

@@ -21,14 +21,14 @@ from PIL import Image
 
 from lape import writing
 from lape.errors import RunError, UsageError
-from lape.experiment import Experiment, Place
-from lape.studies.analysis import brought_back
-from lape.studies.study import read
+from lape.experiment import Execution, Experiment
+from lape.studies.analysis import load_result
+from lape.studies.study import read_result
 from lape.training import checkpoints
 from lape.training.assembly import optimizer_of
 from lape.training.evaluation import evaluate_checkpoint
 from lape.training.interruption import Stopped
-from lape.training.loop import Run, _synchronised, launch, train
+from lape.training.loop import TrainingRun, _synchronised, launch, train
 
 TINY = Experiment(
     model_args={"depth": 2, "embed_dim": 16, "num_heads": 2},
@@ -184,7 +184,7 @@ def test_two_processes_are_one(tmp_path):
     assert (tmp_path / "two" / "result.json").exists(), told.stderr
     train(replace(TINY, lr=1e-3, cooldown_epochs=1, lr_by_epoch=True, warmup_epochs=0.0), tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
-    assert one["experiment"] | Place().__dict__ == two["experiment"] | Place().__dict__
+    assert one["experiment"] | Execution().__dict__ == two["experiment"] | Execution().__dict__
     for left, right in zip(one["curve"], two["curve"], strict=True):
         assert left["train_loss"] == pytest.approx(right["train_loss"], rel=1e-5)
         assert left["val_accuracy"] == pytest.approx(right["val_accuracy"], abs=0.4)
@@ -225,7 +225,7 @@ def test_the_weights_themselves_are_judged_and_kept_beside_an_average(tmp_path):
     assert not torch.equal(last["ema"]["norm.weight"], last["model"]["norm.weight"])
     loss = last["state"]["curve"][-1]["val_loss"]
     assert evaluate_checkpoint(tmp_path / "a" / "last.pt").metrics["val_loss"] == pytest.approx(loss)
-    judged = brought_back(read(tmp_path / "a")).work.module
+    judged = load_result(read_result(tmp_path / "a")).work.module
     assert_equal_weights(judged.state_dict(), last["model"])
 
 
@@ -238,7 +238,7 @@ def test_a_cooldown_is_more_epochs_at_the_last_rate(tmp_path):
 
 
 def test_clipping_bounds_the_gradient(tmp_path):
-    run = Run(replace(TINY, clip_grad=1e-3), tmp_path, launch(TINY))
+    run = TrainingRun(replace(TINY, clip_grad=1e-3), tmp_path, launch(TINY))
     seen = []
     run.optimizer.register_step_pre_hook(
         lambda *_: seen.append(torch.nn.utils.get_total_norm([p.grad for p in run.module.parameters()]).item())
@@ -248,7 +248,7 @@ def test_clipping_bounds_the_gradient(tmp_path):
 
 
 def test_tables_and_pe_norms_do_not_decay(tmp_path):
-    run = Run(TINY, tmp_path, launch(TINY))
+    run = TrainingRun(TINY, tmp_path, launch(TINY))
     named = {parameter: name for name, parameter in run.module.named_parameters()}
     decayed = {named[p] for group in run.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     assert "blocks.0.attn.qkv.weight" in decayed
@@ -259,7 +259,7 @@ def test_what_is_named_decays_all_the_same(tmp_path):
     asked = replace(TINY, also_decay=("pos_embed", "cls_token"))
     tables = {"lape": {"pos_embed"}, "unshared": {"blocks.0.pos_embed", "blocks.1.pos_embed"}}
     for join, layer_decay in (("lape", None), ("lape", 0.9), ("unshared", None)):
-        run = Run(replace(asked, join=join, layer_decay=layer_decay), tmp_path, launch(TINY))
+        run = TrainingRun(replace(asked, join=join, layer_decay=layer_decay), tmp_path, launch(TINY))
         named = {parameter: name for name, parameter in run.module.named_parameters()}
         decay = {named[p]: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
         assert {decay[name] for name in {"cls_token", *tables[join]}} == {0.3}
@@ -401,7 +401,7 @@ def test_batchnorm_takes_its_statistics_over_all_processes_where_that_is_asked_f
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     """The message names epoch, step, images and the last good checkpoint, which stays as it was."""
-    whole = Run._step
+    whole = TrainingRun._step
 
     def break_step(self, step, batches, stop):
         if step == 3:
@@ -409,7 +409,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
                 self.module.head.bias.fill_(math.nan)
         return whole(self, step, batches, stop)
 
-    monkeypatch.setattr(Run, "_step", break_step)
+    monkeypatch.setattr(TrainingRun, "_step", break_step)
     with pytest.raises(RunError) as caught:
         train(TINY, tmp_path / "a")
     listed = json.loads((tmp_path / "a" / "broken-batch.json").read_text())
@@ -423,7 +423,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 def test_broken_weights_never_replace_good_ones(tmp_path, monkeypatch):
     """A gradient may overflow while the loss is still finite, in the last step before a checkpoint."""
-    whole = Run._step
+    whole = TrainingRun._step
 
     def break_after(self, step, batches, stop):
         news = whole(self, step, batches, stop)
@@ -432,7 +432,7 @@ def test_broken_weights_never_replace_good_ones(tmp_path, monkeypatch):
                 self.module.head.bias.fill_(math.inf)
         return news
 
-    monkeypatch.setattr(Run, "_step", break_after)
+    monkeypatch.setattr(TrainingRun, "_step", break_after)
     with pytest.raises(RunError, match="The weights are no longer finite in epoch 2, step 4"):
         train(TINY, tmp_path / "a")
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "a").values())

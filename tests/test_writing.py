@@ -427,9 +427,9 @@ def test_a_comparison_does_not_go_through_a_linked_folder(whole, tmp_path, monke
     (tmp_path / "victims").mkdir()
     link = Path("out/runs")
     if not whole:
-        from lape.studies.comparison import Asked, plans
+        from lape.studies.comparison import Factors, plans
 
-        (plan,), _ = plans(TINY, Asked(["default"], ["learnable"], [0]), Path("out"))
+        (plan,), _ = plans(TINY, Factors(["default"], ["learnable"], [0]), Path("out"))
         link = plan.folder
     _made(link).symlink_to(tmp_path / "victims")
     words = ["compare", *SMALL, "--workers", "0", "--joins", "default", "--pe", "learnable", "--seeds", "1"]

@@ -1,4 +1,4 @@
-"""Names as people can read them: what a name may hold and no terminal, page or picture should be told as it is."""
+"""Names and counts as people read them: what a name may hold and no terminal, page or picture should be sent."""
 
 import re
 
@@ -9,7 +9,12 @@ UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u
 
 def visible(text: str) -> str:
     r"""Write every character that acts rather than shows as Python does, as \x1b or \n: the text is one line."""
-    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return UNSEEN.sub(lambda character: character[0].encode("unicode_escape").decode(), text)
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """Write a count with its noun: "1 epoch", "2,000 steps"; `nouns` is a plural that is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
 
 
 # What Markdown makes something of, anywhere in a line and at its beginning; `a_b` is a name.

@@ -15,10 +15,10 @@ from typing import Any, Self, TypeVar, get_args, get_origin
 from lape.characters import LONE
 from lape.errors import UsageError
 
-Told = TypeVar("Told")
+Parsed = TypeVar("Parsed")
 
 
-def told(kind: type[Told], facts: Any, **others: Any) -> Told:
+def parse(kind: type[Parsed], facts: Any, **others: Any) -> Parsed:
     """Return a dataclass from what a file tells of it, and others; raises UsageError for what it cannot hold."""
     hints: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}  # pyright: ignore
     if not isinstance(facts, Mapping):
@@ -95,16 +95,16 @@ def refuse_fetching(model: str, model_args: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class Execution:
     """Where and how a run is computed (these leave its result as it is, up to rounding)
 
     Args:
-        data_dir: Where a named set lies, or is downloaded to; nothing: the cache of the user.
-        workers: Processes that prepare images; nothing: none for sets held in memory, else one a core, at most 24.
+        data_dir: Folder of a named set, which is downloaded to it if need be; default: the user's cache.
+        workers: Processes that prepare images; default: none for sets held in memory, else one per core, at most 24.
         accelerator: What computes: auto, cpu, cuda, gpu, mps.
-        devices: Devices on each machine; under torchrun its number of processes stands instead.
-        nodes: Machines; under torchrun its own number.
-        checkpoint_seconds: Least time between two checkpoints inside an epoch; each epoch ends with one anyway.
+        devices: Devices on each machine; torchrun's number of processes takes its place.
+        nodes: Machines; torchrun's number takes its place.
+        checkpoint_seconds: Shortest time between two checkpoints within an epoch; each epoch ends with one in any case.
     """
 
     data_dir: Path | None = None
@@ -121,37 +121,37 @@ class Optimisation:
 
     Args:
         epochs: Passes over the training images in which the schedule runs.
-        steps: Optimiser steps in which it runs instead; the last epoch may then be cut short.
+        steps: Optimiser steps in place of epochs; the last epoch may then be cut short; default: as epochs say.
         cooldown_epochs: More passes, at the learning rate that the schedule ends with.
         batch_size: Images in one optimiser step, over all processes and accumulated parts.
         accumulate: Parts in which each process computes its share of a batch.
         optimizer: One of timm.optim's names.
         lr: Highest learning rate.
-        lr_batch: Batch size that lr is for: it is scaled in proportion to batch_size; nothing: used as given.
-        scale_lr_ends: Scale min_lr and warmup_lr as lr is.
+        lr_batch: Batch size that lr is for, scaled in proportion to batch_size; default: lr is used as it is.
+        scale_lr_ends: Scale min_lr and warmup_lr as lr is scaled.
         weight_decay: Weight decay; tables, tokens, PE norms, biases and norms are exempt.
-        also_decay: Parts of names of parameters that decay all the same, as in pos_embed,cls_token; biases never do.
+        also_decay: Parts of names of exempt parameters that decay too, as in pos_embed,cls_token; biases never do.
         momentum: Momentum of those optimisers that have one.
-        betas: Adam's two decay rates; nothing: the optimiser's own.
-        layer_decay: Factor of the learning rate from a layer to the one before it; nothing: none.
-        clip_grad: Largest norm of the gradient; nothing: no clipping.
+        betas: Adam's two decay rates; default: the optimiser's own.
+        layer_decay: Factor of the learning rate from a layer to the one before it; default: one rate for all layers.
+        clip_grad: Largest norm of the gradient; default: no clipping.
         schedule: One of timm.scheduler's names (cosine, tanh, step, poly, wsd, constant ...).
         decay_rate: Factor of step and multistep, power of poly.
         decay_milestones: Epochs after which multistep lowers the learning rate.
         min_lr: Learning rate at the end of the schedule.
-        warmup_epochs: Epochs in which the learning rate rises; nothing: a tenth of all.
-        warmup_steps: Steps in which it rises, instead of epochs.
+        warmup_epochs: Epochs in which the learning rate rises; default: a tenth of all.
+        warmup_steps: Steps in which it rises; default: as warmup_epochs says.
         warmup_lr: Learning rate of the first step.
-        warmup_factor: The warm-up multiplies the schedule, first by this, at its end by 1, in place of warmup_lr.
-        warmup_prefix: Begin the schedule behind the warm-up; otherwise it runs on beneath it.
+        warmup_factor: Warm up by a factor of the schedule, from this up to 1; default: warm up from warmup_lr.
+        warmup_prefix: Begin the schedule after the warm-up; otherwise both begin together.
         lr_by_epoch: Change the learning rate from epoch to epoch, not from step to step.
         lr_lag: Epochs by which the learning rate runs behind.
-        validate_every: Epochs from one validation to the next; the last epoch has one anyway.
+        validate_every: Epochs from one validation to the next; the last epoch always has one.
         sync_batchnorm: Take BatchNorm's statistics over all processes (GPUs alone can).
-        ema: Decay of an average of the weights; nothing: none.
-        ema_evaluated: Validate the average, where there is one, and keep it as best; otherwise the weights themselves.
-        teacher: A timm model whose answers a distilled model's second head learns, seeing the same images.
-        teacher_weights: File of the teacher's weights; nothing: timm's pretrained ones.
+        ema: Decay of a moving average of the weights; default: no average.
+        ema_evaluated: Validate the average, if there is one, and keep it as best; otherwise the weights themselves.
+        teacher: A timm model whose answers the second head of a distilled model learns; default: no teacher.
+        teacher_weights: File of the teacher's weights; default: timm's pretrained ones.
         precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed, 64-true ...
         compile: Compile the model with torch.compile.
         seed: Decides initial weights, order and augmentation.
@@ -196,7 +196,7 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation (by timm's names; nothing: the set's own default)
+    """Augmentation (by timm's names; default: what the set has of its own)
 
     Args:
         shift: Shift by up to this many pixels each way instead of a random resized crop.
@@ -207,15 +207,15 @@ class Augmentation:
         interpolation: How images are resized: bilinear, bicubic, random.
         crop_pct: Share of the validation image that the centre crop keeps.
         auto_augment: timm's policy, as in rand-m9-mstd0.5-inc1.
-        color_jitter: Strength of colour changes; without effect beside a policy.
+        color_jitter: Strength of colour changes; has no effect beside a policy.
         reprob: Probability of random erasing.
         remode: What erased areas are filled with: const, rand, pixel.
         mixup: Mixup's alpha; 0: no mixup.
         cutmix: Cutmix's alpha; 0: no cutmix.
-        mix_epochs: Epochs after which mixup and cutmix end; nothing: they never do.
+        mix_epochs: Epochs after which mixup and cutmix end; default: they never end.
         smoothing: Label smoothing.
         erase_after_mix: Mix images of whole colour values, then normalise and erase; otherwise erase, then mix.
-        repeats: Times that an image is shown in a row, each time augmented anew; an epoch stays as long as before.
+        repeats: How often an image is shown in a row, each time augmented anew; an epoch stays as long as it was.
         batched: Augment whole batches on the training device; for small images in memory.
     """
 
@@ -241,18 +241,18 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dense:
-    """Detection and segmentation (nothing: the set's own default)
+    """Detection and segmentation (default: what the set has of its own)
 
     Args:
-        short_side: Shorter sides, to one of which an image is resized in training by chance; in validation the last.
-        long_side: Longer side that an image has at most after that.
-        zoom: Detection: shorter sides to one of which every other image is resized first, to be cut and resized again.
-        zoom_crop: Smallest and largest side of what is cut out of those.
-        crop: Side of what is cut out at the end: exactly so in segmentation (with windows as large in validation), at
-            most so in detection.
+        short_side: Shorter sides: in training an image is resized to a random one of these, in validation to the last.
+        long_side: Limit of the longer side after that.
+        zoom: Detection: shorter sides: every other image is resized to one of these, cropped, and resized again.
+        zoom_crop: Detection: smallest and largest side of that crop.
+        crop: Side of the last crop: exactly this in segmentation (where windows of validation are as large), at most
+            this in detection.
         scale_jitter: Segmentation: smallest and largest factor by which an image is resized beside short_side.
-        class_cap: Segmentation: share of a crop that one class may have, if ten tries find such a crop.
-        photometric: Segmentation: change brightness, contrast, saturation and hue by chance.
+        class_cap: Segmentation: largest share of a crop that one class may have, if ten attempts find such a crop.
+        photometric: Segmentation: change brightness, contrast, saturation and hue at random.
         stride: Segmentation: distance from one window to the next in validation.
         test_scales: Segmentation: factors by which an image is resized for validation; predictions are averaged.
         test_flip: Segmentation: average the predictions for an image and its mirror image in validation.
@@ -272,23 +272,26 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Subject:
+class DataAndModel:
     """Data and model
 
     Args:
-        recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings stand where none are typed.
+        recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings replace the defaults;
+            default: no recipe.
         data: digits, fashion-mnist, cifar10, cifar100, shapes-detection, shapes-segmentation, or a folder: train/ and
             val/ with a folder for each class, or COCO's layout, or ADE20K's. Beside a recipe: the folder of its set.
-        train_images: Train on this many images alone, drawn once: the same ones for every seed; nothing: all.
-        img_size: Side of the images as the model sees them; nothing: the set's own, for a folder the model's.
+        train_images: Train on this many images only, drawn once: the same ones for every seed; default: all.
+        img_size: Side of the images as the model sees them; default: that of the set, for a folder that of the model.
         model: One that lape models lists, as vit_nano_patch4_32, or a VisionTransformer of timm's.
         model_args: More keywords for timm.create_model.
-        weights: What the vision transformer starts from: a file of ours, timm's or the authors', or a name of timm's.
+        weights: First weights of the vision transformer: a file of lape's, timm's or the authors', or a name of timm's;
+            default: random ones.
         join: default, shared, unshared, lape-sharing, lape.
         pe: learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm, or a table with a bias, as
             learnable+relative.
-        pe_norm: What normalises the position embedding of a layer: layernorm (LaPE's own) or a stand-in.
-        start: fresh; or preserve: with weights of the default join the model computes at first what these did.
+        pe_norm: What normalises the position embedding of a layer: layernorm (LaPE's own), or what stands in
+            its place in Table 8.
+        start: fresh; or preserve: with weights of the default join the model first computes what it did with that join.
         drop_path: Rate of stochastic depth in the last block.
         grad_checkpointing: Recompute activations in the backward pass to save memory.
     """
@@ -352,7 +355,7 @@ RANGES = ("scale", "ratio", "zoom_crop", "scale_jitter")
 
 
 @dataclass(frozen=True)
-class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
+class Experiment(Execution, Optimisation, Dense, Augmentation, DataAndModel):
     """One training run; the defaults were found for the digits, with the default join and a learnable table."""
 
     def __post_init__(self) -> None:
@@ -390,11 +393,11 @@ class Experiment(Place, Optimisation, Dense, Augmentation, Subject):
         lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
         path_fields = [f.name for f in dataclasses.fields(cls) if f.type == Path | None]
         paths = {name: Path(value) for name in path_fields if isinstance(value := settings.get(name), str)}
-        return told(cls, {**settings, **lists, **paths})
+        return parse(cls, {**settings, **lists, **paths})
 
     def identity(self) -> dict[str, Any]:
         """The settings that decide the result: two runs with equal identities are the same experiment."""
-        place = {f.name for f in dataclasses.fields(Place)} | {"recipe"}
+        place = {f.name for f in dataclasses.fields(Execution)} | {"recipe"}
         return {name: value for name, value in self.settings().items() if name not in place}
 
     def fingerprint(self) -> str:
@@ -408,4 +411,4 @@ def _several(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-SECTIONS = (Subject, Augmentation, Dense, Optimisation, Place)
+SECTIONS = (DataAndModel, Augmentation, Dense, Optimisation, Execution)

@@ -105,13 +105,13 @@ def measure(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device={device!r} is not to be had on this machine ({reason}). Use 'cpu'.") from error
+        raise UsageError(f"device={device!r} is not available on this machine ({reason}). Use 'cpu'.") from error
     contenders = dict(_contenders(model, joins))
     costs = {name: counted(name, contender, batch_size) for name, contender in contenders.items()}
     inside = {name: find(contender)[0].to(device) for name, contender in contenders.items()}
     images = torch.randn(batch_size, *_shape(next(iter(inside.values()))), device=device)
-    made: dict[str, Any] = {name: torch.compile(one) if compile else one for name, one in inside.items()}
-    steps = {name: _steps(transformer, images, low) for name, transformer in made.items()}
+    models: dict[str, Any] = {name: torch.compile(one) if compile else one for name, one in inside.items()}
+    steps = {name: _steps(transformer, images, low) for name, transformer in models.items()}
     with _compiled(2 * len(steps)) if compile else nullcontext():
         for turn in range(rounds + 1):  # the first one warms up, and compiles
             for place in range(len(steps)):

@@ -138,13 +138,13 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
 def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> tuple[Tensor, float]:
     """Return λ1, λ2, λ3 (3, B, N) of a norm's input (B, N, D), and by how much (6) misses what the norm made of it."""
     tokens = whole - position
-    found = torch.stack(decompose(tokens, position, norm.eps))
-    first, second, third = found[..., None]
+    weights = torch.stack(decompose(tokens, position, norm.eps))
+    first, second, third = weights[..., None]
     layer_norm = partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias)
     total = first * layer_norm(tokens, eps=norm.eps) + second * layer_norm(position, eps=norm.eps)
     if norm.bias is not None:
         total = total + third * norm.bias
-    return found, float((total - normed).abs().max() / normed.abs().max())
+    return weights, float((total - normed).abs().max() / normed.abs().max())
 
 
 def _batched(record: Positions, tokens: Tensor) -> Tensor:

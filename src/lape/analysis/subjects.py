@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.analysis import Correlation, Decomposition, correlation, decomposition
+from lape.characters import plural
 from lape.data import pipeline
 from lape.data.sources import PHOTOGRAPHS, find
 from lape.errors import UsageError
@@ -21,14 +22,14 @@ from lape.surgery.operation import positions
 from lape.tasks.work import ClassificationWork, Source, Work, refuse_said, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST
-from lape.training.evaluation import trained
+from lape.training.evaluation import load_run
 from lape.weights import load_backbone
 
 BATCH = 8  # images at once, in float64
 
 
 @dataclass(frozen=True)
-class Specimen:
+class Subject:
     """A model to analyse: what a reader calls it, what it was made by, and batches of images for it."""
 
     name: str
@@ -85,25 +86,25 @@ class Correlating:
 
     joins = ("default", "lape")
 
-    def find(self, request: Request) -> Iterator[tuple[Specimen, Correlation]]:
+    def analyse(self, request: Request) -> Iterator[tuple[Subject, Correlation]]:
         """Yield every model that is asked for, and its correlation; raises UsageError as `correlation` does."""
         because = "correlation is of tables and norms, and looks at no image"
         request.refuse("data", "data_dir", "img_size", "images", because=because)
-        for specimen in self.specimens(request):
-            yield specimen, correlation(specimen.model, request.grid)
+        for subject in self.subjects(request):
+            yield subject, correlation(subject.model, request.grid)
 
-    def specimens(self, request: Request) -> Iterator[Specimen]:
+    def subjects(self, request: Request) -> Iterator[Subject]:
         """Yield the models, without images."""
         for path in request.checkpoints:
-            found = trained(path, lambda _, own: own, devices=1, nodes=1)
-            yield Specimen(_named(found.path), found.work.module, {"checkpoint": path, **found.experiment.settings()})
+            run = load_run(path, lambda _, own: own, devices=1, nodes=1)
+            yield Subject(_name_of(run.path), run.work.module, {"checkpoint": path, **run.experiment.settings()})
         for join in (request.joins or self.joins) if request.model else ():
             pipeline.reseed(pipeline.seed_of(request.seed))
             model = create_model(str(request.model), join=join, pe=request.pe, **request.model_args)
-            _begin(model, request)
+            _load_first_weights(model, request)
             pe = positions(model).scheme.embedding.name
             settings = {"model": request.model, "model_args": dict(request.model_args), "join": join, "pe": pe}
-            yield Specimen(join, model, settings | {"seed": request.seed})
+            yield Subject(join, model, settings | {"seed": request.seed})
 
 
 class Decomposing:
@@ -112,24 +113,24 @@ class Decomposing:
     joins = ("default",)
     images = 64
 
-    def find(self, request: Request) -> Iterator[tuple[Specimen, Decomposition]]:
+    def analyse(self, request: Request) -> Iterator[tuple[Subject, Decomposition]]:
         """Yield every model that is asked for, and its weights; raises UsageError and RunError as `decomposition`."""
         request.refuse("grid", because="the grid is that of the images")
-        for specimen in self.specimens(request):
-            yield specimen, decomposition(specimen.model, specimen.batches)
+        for subject in self.subjects(request):
+            yield subject, decomposition(subject.model, subject.batches)
 
-    def specimens(self, request: Request) -> Iterator[Specimen]:
+    def subjects(self, request: Request) -> Iterator[Subject]:
         """Yield the models with images: of the set that a run validated on, or of the set that is asked for."""
         count = request.images or self.images
 
-        def with_pictures(experiment: Experiment, own: Source) -> Source:
+        def with_pictures(experiment: Experiment, stored: Source) -> Source:
             place = None if request.data else experiment.data_dir
             place = request.data_dir or place
-            return _of_the_same_kind(own, find(request.data or experiment.data, place, download=not place))
+            return _of_the_same_kind(stored, find(request.data or experiment.data, place, download=not place))
 
         for path in request.checkpoints:
-            found = trained(path, with_pictures, devices=1, nodes=1)
-            yield _looking(_named(found.path), found.work, {"checkpoint": path, **found.experiment.settings()}, count)
+            run = load_run(path, with_pictures, devices=1, nodes=1)
+            yield _with_images(_name_of(run.path), run.work, {"checkpoint": path, **run.experiment.settings()}, count)
         if request.model:
             data = request.data or Experiment.data
             source = find(data, request.data_dir)
@@ -145,39 +146,39 @@ class Decomposing:
                     seed=request.seed,
                 )
                 work = work_of(experiment, source)
-                _begin(work.module, request)
+                _load_first_weights(work.module, request)
                 work.module.to(launch(experiment).device)
                 pe = positions(work.module).scheme.embedding.name
-                yield _looking(join, work, experiment.settings() | {"pe": pe}, count)
+                yield _with_images(join, work, experiment.settings() | {"pe": pe}, count)
 
 
 ANALYSES = {"decomposition": Decomposing(), "correlation": Correlating()}
 
 
-def _begin(model: nn.Module, request: Request) -> None:
+def _load_first_weights(model: nn.Module, request: Request) -> None:
     """Give a fresh model the weights that are asked for, and say what did not match."""
     if request.weights:
         warnings.warn(str(load_backbone(model, request.weights)), stacklevel=2)
 
 
-def _named(checkpoint: Path) -> str:
+def _name_of(checkpoint: Path) -> str:
     """Name a run's best weights by its folder, and another file by its path."""
     path = checkpoint.resolve()
     return str(path.parent if path.name == BEST else path)
 
 
-def _of_the_same_kind(own: Source, other: Source) -> Source:
+def _of_the_same_kind(stored: Source, other: Source) -> Source:
     """Return a model's own set with another's validation images; raises UsageError where they are nothing for it."""
-    asked, known = ((type(source), source.channels, source.size) for source in (other, own))
+    asked, known = ((type(source), source.channels, source.size) for source in (other, stored))
     if asked[:2] != known[:2] or (asked[2] != known[2] and None not in (asked[2], known[2])):
         raise UsageError(
-            f"The model looks at images like those of {own.name}, and {other.name} has others, in kind, colours or "
+            f"The model looks at images like those of {stored.name}, and {other.name} has others, in kind, colours or "
             "size. Give --data a set of the same kind."
         )
-    return replace(own, name=other.name, validation=other.validation)  # pyright: ignore[reportArgumentType]
+    return replace(stored, name=other.name, validation=other.validation)  # pyright: ignore[reportArgumentType]
 
 
-def _looking(name: str, work: Work, settings: Mapping[str, Any], count: int) -> Specimen:
+def _with_images(name: str, work: Work, settings: Mapping[str, Any], count: int) -> Subject:
     """Return a model with some of its set's validation images, drawn once and for all, or all where there are fewer."""
     source, model = work.source, work.module
     count = min(count, len(source.validation))
@@ -187,12 +188,12 @@ def _looking(name: str, work: Work, settings: Mapping[str, Any], count: int) -> 
         batches: Iterable[Tensor] = (images for images, *_ in shares)
     else:  # what is around the transformer has no positions
         model = transformer(model)[0]
-        batches = _cut(source, model, count)
-    shown = f"{count} validation images of {source.name}"
-    return Specimen(name, model, settings, shown, batches)
+        batches = _crops(source, model, count)
+    shown = f"{plural(count, 'validation image')} of {source.name}"
+    return Subject(name, model, settings, shown, batches)
 
 
-def _cut(source: Any, model: Any, count: int) -> Iterator[Tensor]:
+def _crops(source: Any, model: Any, count: int) -> Iterator[Tensor]:
     """Yield pictures for detection or segmentation, resized and cut at the centre to the size of the model's table."""
     (rows, columns), (tall, wide) = positions(model).own_grid(), model.patch_embed.patch_size
     chosen = replace(PHOTOGRAPHS, crop_pct=1.0)

@@ -31,7 +31,11 @@ Lists are typed `default lape` or `default,lape`. Settings can be kept in a file
 
 
 class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves the lines of the examples as they are."""
+    """Leaves the lines of the examples as they are, and default values of "null" to the texts, which say more."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action)
+        return text if action.default is not None else text.replace(", default: %(default)s)", ")")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,8 +76,8 @@ def _status(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    command, given = parsed(words or ["--help"])
-    command.run(**given)
+    command, arguments = parsed(words or ["--help"])
+    command.run(**arguments)
     return 0
 
 
@@ -94,26 +98,26 @@ def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
         files = "".join(f" or in {word.partition('=')[2]}" for word in words if word.startswith("--config="))
         place = f"typed{files}: " if files else ""
         raise UsageError(f"{place}{' '.join(str(error).split())} (lape {name} --help says more)") from error
-    given = {key: value for key, value in vars(chosen[name]).items() if key != "config"}
-    return COMMANDS[name], _arguments(COMMANDS[name], given)
+    arguments = {key: value for key, value in vars(chosen[name]).items() if key != "config"}
+    return COMMANDS[name], _arguments(COMMANDS[name], arguments)
 
 
-def _arguments(command: Command, given: dict[str, Any]) -> dict[str, Any]:
+def _arguments(command: Command, typed: dict[str, Any]) -> dict[str, Any]:
     """Gather the settings of a run into an Experiment where the command takes one."""
-    own = inspect.signature(command.run).parameters
-    if "experiment" not in own:
-        return given
-    settings = {field.name for field in dataclasses.fields(Experiment)} - own.keys()
-    mine = {name: value for name, value in given.items() if name not in settings}
-    return mine | {"experiment": Experiment(**{name: given[name] for name in settings & given.keys()})}
+    parameters = inspect.signature(command.run).parameters
+    if "experiment" not in parameters:
+        return typed
+    settings = {field.name for field in dataclasses.fields(Experiment)} - parameters.keys()
+    others = {name: value for name, value in typed.items() if name not in settings}
+    return others | {"experiment": Experiment(**{name: typed[name] for name in settings & typed.keys()})}
 
 
 def _sections(command: Command) -> list[tuple[type, set[str | int]]]:
     """The dataclasses whose fields are options of a command, and the fields to leave out of each."""
-    own = inspect.signature(command.run).parameters
-    if "experiment" not in own:
+    parameters = inspect.signature(command.run).parameters
+    if "experiment" not in parameters:
         return []
-    skipped: set[str | int] = {*own, *command.without}
+    skipped: set[str | int] = {*parameters, *command.without}
     return [(section, skipped & {f.name for f in dataclasses.fields(section)}) for section in SECTIONS]
 
 
@@ -132,15 +136,18 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=False, dest="command", title="commands", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        does = f"{command.does[0].upper()}{command.does[1:]}."
-        own = ArgumentParser(
-            usage=f"lape {name} [options]", description=does, epilog=f"example:\n  {command.example}", **kind
+        subparser = ArgumentParser(
+            usage=f"lape {name} [options]", description=command.does, epilog=f"example:\n  {command.example}", **kind
         )
-        own.add_argument("--config", action="config", help="Read settings from a YAML or JSON file.")
-        own.add_function_arguments(command.run, as_group=True, skip={"experiment"})
+        subparser.add_argument("--config", action="config", help="Read settings from a YAML or JSON file.")
+        # jsonargparse looks a function's name up in every package above it, where `lape.export` would load torch.
+        command.run.__qualname__ = f"command_{name}"
+        subparser.add_argument_group("This command").add_function_arguments(
+            command.run, as_group=False, skip={"experiment"}
+        )
         for section, skipped in _sections(command):
-            own.add_class_arguments(section, nested_key=None, as_group=True, skip=skipped)
-        commands.add_subcommand(name, own, help=command.does)
+            subparser.add_class_arguments(section, nested_key=None, as_group=True, skip=skipped)
+        commands.add_subcommand(name, subparser, help=f"{command.does[0].lower()}{command.does[1:].removesuffix('.')}")
     return parser
 
 
@@ -207,11 +214,11 @@ def _normal(name: str, words: list[str]) -> list[str]:
 
 def _with_kept_settings(words: list[str]) -> list[str]:
     """Let `lape train --resume --out FOLDER` take its settings from the folder."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--out", type=Path)
-    own.add_argument("--config", type=Path, action="append", default=[])
-    own.add_argument("--resume", default="false")
-    seen, _ = own.parse_known_args(words)
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--out", type=Path)
+    options.add_argument("--config", type=Path, action="append", default=[])
+    options.add_argument("--resume", default="false")
+    seen, _ = options.parse_known_args(words)
     for config in seen.config:
         _refuse_monsters(config)
     if not seen.config and seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
@@ -251,11 +258,11 @@ def _with_recipe(name: str, words: list[str]) -> list[str]:
     from lape import recipes
     from lape.data import SETS
 
-    given = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
-    if "recipe" not in given:
+    typed = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    if "recipe" not in typed:
         return words
-    settings = recipes.load(given["recipe"]).settings
-    if "data" in settings and given.get("data", settings["data"]) not in SETS:
+    settings = recipes.load(typed["recipe"]).settings
+    if "data" in settings and typed.get("data", settings["data"]) not in SETS:
         words = [word.replace("--data=", "--data_dir=", 1) if word.startswith("--data=") else word for word in words]
     known = _hints(COMMANDS[name])
     return [*_normal(name, [_typed(*setting) for setting in settings.items() if setting[0] in known]), *words]

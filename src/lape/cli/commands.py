@@ -1,11 +1,13 @@
 """What each command does and tells: the parameters of its function are its options."""
 
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lape.characters import plural
 from lape.cli.terminal import console, say
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
@@ -16,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def train(experiment: Experiment, out: Path | None = None, resume: bool = False) -> None:
-    """This command
+    """Train one model.
 
     Args:
-        out: Folder of the run; nothing: runs/DATA/JOIN-PE-seedSEED, under a recipe runs/RECIPE/...
+        out: Folder of the run; default: runs/DATA/JOIN-PE-seedSEED, with a recipe runs/RECIPE/JOIN-PE-seedSEED.
         resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped.
     """
     from lape.report.run import Bar
@@ -45,23 +47,23 @@ def evaluate(
     test_scales: tuple[float, ...] | None = None,
     test_flip: bool | None = None,
 ) -> None:
-    """This command
+    """Measure a checkpoint on validation images.
 
     Args:
         checkpoint: A run's best.pt or last.pt, or its folder.
-        data: Another set of the same classes; nothing: the one that the run validated on.
-        data_dir: Where a named set lies.
-        batch_size: Images at once.
-        workers: Processes that prepare images.
-        accelerator: What computes: auto, cpu, cuda, gpu, mps.
-        stride: Segmentation: distance from one window to the next.
-        test_scales: Segmentation: factors by which an image is resized; predictions are averaged.
-        test_flip: Segmentation: average the predictions for an image and its mirror image.
+        data: Another set of the same classes; default: the one that the run validated on.
+        data_dir: Folder of a named set; default: that of the run.
+        batch_size: Images at once; default: as in training.
+        workers: Processes that prepare images; default: none for sets held in memory, else one per core, at most 24.
+        accelerator: What computes: auto, cpu, cuda, gpu, mps; default: auto.
+        stride: Segmentation: distance from one window to the next; default: that of the run.
+        test_scales: Segmentation: factors by which an image is resized, predictions are averaged; default: the run's.
+        test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
     """
     from lape.tasks.measures import TITLES
     from lape.training.evaluation import evaluate_checkpoint
 
-    judged = evaluate_checkpoint(
+    evaluation = evaluate_checkpoint(
         checkpoint,
         data=data,
         data_dir=data_dir,
@@ -72,8 +74,9 @@ def evaluate(
         test_scales=test_scales,
         test_flip=test_flip,
     )
-    found = ", ".join(f"{TITLES[name]} {value:.2f} %" for name, value in judged.metrics.items() if name in TITLES)
-    say(f"{found} on {judged.images} validation images of {judged.data} ({judged.checkpoint})")
+    scores = ", ".join(f"{TITLES[name]} {value:.2f} %" for name, value in evaluation.metrics.items() if name in TITLES)
+    images = plural(evaluation.images, "validation image")
+    say(f"{scores} on {images} of {evaluation.data} ({evaluation.checkpoint})")
 
 
 def predict(
@@ -85,16 +88,16 @@ def predict(
     test_flip: bool | None = None,
     accelerator: str | None = None,
 ) -> None:
-    """This command
+    """Draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map.
 
     Args:
         checkpoint: A run's best.pt or last.pt, or its folder.
         pictures: Pictures, or folders of them.
         out: Folder for the pictures with what was found drawn on them.
-        threshold: Detection: least score of what is drawn.
-        test_scales: Segmentation: factors by which an image is resized; predictions are averaged.
-        test_flip: Segmentation: average the predictions for an image and its mirror image.
-        accelerator: What computes: auto, cpu, cuda, gpu, mps.
+        threshold: Detection: lowest score of an object that is drawn.
+        test_scales: Segmentation: factors by which an image is resized, predictions are averaged; default: the run's.
+        test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
+        accelerator: What computes: auto, cpu, cuda, gpu, mps; default: auto.
     """
     from rich.progress import track
 
@@ -107,9 +110,9 @@ def predict(
     digits = len(str(len(files)))
     targets = [out / f"{number:0{digits}d}-{path.stem}.png" for number, path in enumerate(files, start=1)]
     writing.refuse_others(targets)
-    asked = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
-    found = answers(checkpoint, files, threshold, **asked)
-    shown = track(found, "looking", len(files), console=console(stderr=True), transient=True)
+    changed = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
+    predictions = answers(checkpoint, files, threshold, **changed)
+    shown = track(predictions, "looking", len(files), console=console(stderr=True), transient=True)
     for predicted, target in zip(shown, targets, strict=True):
         writing.write_marked({target: png(predicted)})
         say(f"{line(predicted)} -> {target}")
@@ -125,42 +128,42 @@ def compare(
     out: Path = Path("runs/compare"),
     jobs: int | None = None,
 ) -> None:
-    """This command
+    """Train several ways of joining side by side and report how they differ.
 
     Args:
         joins: Ways of joining, among default, shared, unshared, lape-sharing, lape.
         pe: Position tables, among learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm.
-        pe_norm: What normalises positions in the joins that do: layernorm, and its stand-ins (Table 8).
-        start: Starts of the joins that normalise positions, among fresh, preserve.
+        pe_norm: PE norms of the joins that have them: layernorm, and what stands in its place in Table 8.
+        start: Starts of the joins that have PE norms, among fresh, preserve.
         seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves.
         out: Folder of the report and the runs; finished runs in it are kept.
-        jobs: Runs at once; nothing: one a core, or one on a GPU.
+        jobs: Runs at once; default: one per core, or one on a GPU.
     """
     from lape import report, writing
     from lape.report import tables
     from lape.report.progress import Display
     from lape.studies.analysis import Kept
-    from lape.studies.comparison import Asked, compare, seeds_of
+    from lape.studies.comparison import Factors, compare, seeds_of
 
     writing.refuse_others(report.places(out))
     kept = Kept(out / report.PAGE)
     with Display(console(stderr=True)) as display:
-        found = compare(experiment, Asked(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
-    if found.results:
-        (found,) = _analysed([found], kept)
-        page = report.write(found, report.maps(found), out)
-        console().print(tables.terminal(found))
+        study = compare(experiment, Factors(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
+    if study.results:
+        (study,) = _analysed([study], kept)
+        page = report.write(study, report.maps(study), out)
+        console().print(tables.terminal(study))
         say(f"Report: {page}")
-    found.raise_failures()
+    study.raise_failures()
 
 
 def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
-    """This command
+    """Put finished runs beside one another and beside the paper's claims, as one page.
 
     Args:
-        runs: Folders to look for finished runs in, and for what lape cost has filed.
-        out: The page, beside which its tables stand as .md and what was computed for it as .analysis.json; nothing:
-            report.html in the first folder.
+        runs: Folders in which finished runs, and measurements by lape cost, are looked for.
+        out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
+            default: report.html in the first folder.
     """
     from lape import report, writing
     from lape.report import tables
@@ -172,23 +175,24 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
         raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
     writing.refuse_others([page, page.with_suffix(".md")])
     kept = Kept(page)
-    found = gather(runs)
-    _tell(found.left_out, others=found.studies)
-    studies = _analysed(found.studies, kept)
+    gathered = gather(runs)
+    _name_left_out(gathered.left_out, others=gathered.studies)
+    studies = _analysed(gathered.studies, kept)
     costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
-    report.write_page(studies, found.left_out, costs, page)
-    console().print(tables.claims(studies))
+    report.write_page(studies, gathered.left_out, costs, page)
+    console().print(tables.terminal_of_claims(studies))
     say(f"Report: {page}")
 
 
-def _tell(left_out: Mapping[Path, str], others: "Sequence[object]") -> None:
+def _name_left_out(left_out: Mapping[Path, str], others: "Sequence[object]") -> None:
     """Say which runs are left out, and why; raise RunError where there are no others."""
     for folder, reason in left_out.items():
         say(f"left out: {folder}: {reason}", error=True)
     if not others:
         first = next(iter(left_out.values()))
         raise RunError(
-            f"Of {len(left_out)} runs none can be read. Mend one, or name another folder. The first: {first}"
+            f"{plural(len(left_out), 'run')} found, and none can be read. Mend one, or name another folder. The first: "
+            f"{first}"
         )
 
 
@@ -214,19 +218,19 @@ def cost(
     compile: bool = False,
     out: Path | None = None,
 ) -> None:
-    """This command
+    """Measure parameters, FLOPs, memory and time of each join beside the untouched model.
 
     Args:
         model: A timm VisionTransformer, or one that lape models lists.
-        joins: Ways of joining; nothing: all that mean something with the model's table. The untouched model, timed
-            twice, and folded LaPE stand beside them.
+        joins: Ways of joining; default: all that can be had with the model's table. The untouched model, timed twice,
+            and folded LaPE stand beside them.
         batch_size: Images in a step.
-        rounds: How often each contender takes its turn.
-        threads: Threads of torch; nothing: one a core.
+        rounds: How often each model is timed; they take turns.
+        threads: Threads of torch; default: one per core.
         device: What computes: cpu, cuda.
         precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed (times alone).
-        compile: Compile each contender with torch.compile (times alone).
-        out: Folder for cost.md and cost.json, which holds every single time.
+        compile: Compile each model with torch.compile (times alone).
+        out: Folder for cost.md, and cost.json with every single time; default: they are only printed.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -248,13 +252,13 @@ def cost(
         costs = measure(
             model, joins, batch_size, rounds, device, precision, compile, lambda done: bar.update(task, completed=done)
         )
-    said = explanation(model, batch_size, rounds, precision, compile)
-    console().print(terminal(costs, said))
+    legend = explanation(model, batch_size, rounds, precision, compile)
+    console().print(terminal(costs, legend))
     if out:
-        writing.write_marked({out / "cost.md": markdown(costs, said), out / "cost.json": as_json(costs, said)})
+        writing.write_marked({out / "cost.md": markdown(costs, legend), out / "cost.json": as_json(costs, legend)})
 
 
-def take_out(  # not `export`: jsonargparse would look up lape.export, and load torch for it
+def export(
     checkpoint: Path,
     out: Path | None = None,
     fold: bool = False,
@@ -262,20 +266,20 @@ def take_out(  # not `export`: jsonargparse would look up lape.export, and load 
     push: str | None = None,
     model_args: dict[str, Any] = {},  # noqa: B006 (only read)
 ) -> None:
-    """This command
+    """Write a trained model for other programs (ONNX, torch.export), or with its configuration for the Hub.
 
     Args:
         checkpoint: A run's best.pt or last.pt, its folder, or what this command wrote as .safetensors or folder.
-        out: What is written, by its suffix: .onnx, .pt2 (torch.export), .safetensors (weights with their
-            configuration); without a suffix a folder for the Hub; nothing: model.onnx, with push no file.
+        out: File to write; the suffix chooses its kind: .onnx, .pt2 (torch.export), .safetensors (weights with their
+            configuration); without a suffix it is a folder for the Hub; default: model.onnx, and with push no file.
         fold: Turn positions into constants first (.onnx and .pt2).
         dynamic_size: Leave height and width open (.onnx and .pt2).
-        push: Put weights and configuration into this repository of the Hub, as user/name, by the account of `hf auth
-            login` or of HF_TOKEN.
+        push: Upload weights and configuration to this repository of the Hub, as user/name, with the account of `hf
+            auth login` or of HF_TOKEN; default: nothing is uploaded.
         model_args: More keywords for the model, as {"dynamic_img_size": true}, which dynamic_size needs in timm's
             ViTs.
     """
-    from lape.sharing.exporting import brought_back, export
+    from lape.sharing.exporting import export, load_model
     from lape.sharing.hub import push_to_hub, save_pretrained
 
     out = out or (None if push else Path("model.onnx"))
@@ -284,22 +288,23 @@ def take_out(  # not `export`: jsonargparse would look up lape.export, and load 
         raise UsageError(
             f"fold and dynamic_size mean nothing for {out or push}, which holds weights. Give --out a .onnx or .pt2."
         )
-    model, known = brought_back(checkpoint, **model_args)
+    model, known = load_model(checkpoint, **model_args)
     if out and weights:
         say(f"{save_pretrained(model, out, known)}: loaded again, the same outputs to the last bit")
     elif out:
-        found = export(model, out, fold, dynamic_size)
-        seen = ", ".join("x".join(map(str, shape)) for shape in found.shapes)
-        say(f"{found.path}: largest difference from the model {found.difference:.1e} of its output, for images {seen}")
+        exported = export(model, out, fold, dynamic_size)
+        shapes = ", ".join("x".join(map(str, shape)) for shape in exported.shapes)
+        difference = f"largest difference from the model {exported.difference:.1e} of its output"
+        say(f"{exported.path}: {difference}, for images {shapes}")
     if push:
         say(f"{push_to_hub(model, push, known)}: loaded again before, the same outputs to the last bit")
 
 
 def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
-    """This command
+    """List the models of the paper: parameters, FLOPs, input size, joins.
 
     Args:
-        name: Parts of the names to list, as in cct or deit_tiny; nothing: all.
+        name: Parts of the names to list, as in cct or deit_tiny; default: all.
     """
     from rich.progress import track
 
@@ -312,10 +317,10 @@ def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
 
 
 def recipes(name: str | None = None) -> None:
-    """This command
+    """List the paper's experiments, or show one: command, expected number, open choices, settings.
 
     Args:
-        name: A recipe to show as a whole; nothing: all in a table.
+        name: A recipe to show in full; default: a table of all.
     """
     from lape import recipes
     from lape.report.catalogue import note
@@ -331,23 +336,23 @@ def recipes(name: str | None = None) -> None:
 
 
 def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
-    """This command
+    """Set finished runs of recipes beside the paper's numbers.
 
     Args:
-        runs: Folders to look for finished runs in.
-        out: A Markdown file for the table.
+        runs: Folders in which finished runs are looked for.
+        out: A Markdown file for the table; default: it is only printed.
     """
     from lape import writing
     from lape.report.results import markdown, terminal
-    from lape.studies.results import find
+    from lape.studies.results import find_results
 
     if out:
         writing.refuse_others([out])
-    found = find(runs)
-    _tell(found.left_out, others=(*found.rows, *found.others))
-    console().print(terminal(found))
+    gathered = find_results(runs)
+    _name_left_out(gathered.left_out, others=(*gathered.rows, *gathered.others))
+    console().print(terminal(gathered))
     if out:
-        writing.write_marked({out: markdown(found)})
+        writing.write_marked({out: markdown(gathered)})
 
 
 def analyze(
@@ -366,22 +371,23 @@ def analyze(
     seed: int = 0,
     out: Path = Path("analysis"),
 ) -> None:
-    """This command
+    """Show what positions bring to the attention of each layer (correlation), and how much (decomposition).
 
     Args:
         what: correlation, or decomposition.
         checkpoints: Runs' best.pt or last.pt, or their folders.
-        model: A fresh model instead: one that lape models lists, or a VisionTransformer of timm's.
-        model_args: More keywords for it, as {"depth": 6}.
-        weights: What it starts from: a file of ours, timm's or the authors', or a name of timm's; default: nothing.
-        joins: Ways of joining; nothing: default and lape for correlation, default for decomposition.
-        pe: Its position embedding; nothing: its own.
-        grid: Correlation: rows and columns of patches; nothing: the model's own.
-        data: Decomposition: a set, or a folder of images; nothing: the one that the run validated on, or digits.
-        data_dir: Where a named set lies.
-        img_size: Decomposition: side of the images as a fresh model sees them; nothing: the set's own, or the model's.
-        images: Decomposition: how many validation images; nothing: 64.
-        seed: Decides the weights of a fresh model.
+        model: In place of checkpoints: a new model that lape models lists, or a VisionTransformer of timm's; default:
+            the checkpoints' models.
+        model_args: More keywords for the new model, as {"depth": 6}.
+        weights: Its first weights: a file of lape's, timm's or the authors', or a name of timm's; default: random ones.
+        joins: Its ways of joining; default: default and lape for correlation, default for decomposition.
+        pe: Its position embedding; default: the one that it was designed with.
+        grid: Correlation: rows and columns of patches; default: those of the model.
+        data: Decomposition: a set, or a folder of images; default: the one that the run validated on, or digits.
+        data_dir: Folder of a named set; default: that of the run, or the user's cache.
+        img_size: Decomposition: side of the images for a new model; default: that of the set, or of the model.
+        images: Decomposition: how many validation images; default: 64.
+        seed: Decides the random weights of a new model.
         out: Folder for a picture, a table and all numbers.
     """
     from lape import writing
@@ -390,92 +396,85 @@ def analyze(
     from lape.report.analysis import SHEETS
 
     analysis, sheet = choose(ANALYSES, what, "an analysis"), SHEETS[what]
-    asked = Request(checkpoints, model, model_args, weights, joins, pe, grid, data, data_dir, img_size, images, seed)
+    request = Request(checkpoints, model, model_args, weights, joins, pe, grid, data, data_dir, img_size, images, seed)
     writing.refuse_others(sheet.places(out))
-    found = list(analysis.find(asked))
-    picture = sheet.write(found, out)
-    console().print(sheet.terminal(found))
+    results = list(analysis.analyse(request))
+    picture = sheet.write(results, out)
+    console().print(sheet.terminal(results))
     say("")
     say(f"Written: {picture}, .md, .json")
 
 
 @dataclass(frozen=True)
 class Command:
-    """One row of the help, and the function whose parameters are the options.
+    """A function whose parameters are the options and whose docstring is the help, with an example of its use.
 
     A first parameter `experiment` stands for all settings of a run but those in `without` and the function's own.
     """
 
     run: Callable[..., None]
-    does: str
     example: str
     without: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()  # the options that leading words without dashes are for; the last takes all the rest
+
+    @property
+    def does(self) -> str:
+        """The first sentence of the function's docstring."""
+        return " ".join((inspect.getdoc(self.run) or "").partition("\n\n")[0].split())
 
 
 COMMANDS: Mapping[str, Command] = {
     "compare": Command(
         compare,
-        "train several ways of joining side by side and report how they differ",
         "lape compare --data digits --joins default,lape --pe learnable,sinusoidal-1d --seeds 3",
         without=("join", "seed"),
     ),
     "report": Command(
         gather,
-        "put finished runs beside one another and beside the paper's claims, as one page",
         "lape report runs --out report.html",
         bare=("runs",),
     ),
     "train": Command(
         train,
-        "train one model",
         "lape train --data digits --join lape --pe learnable --epochs 3 --out runs/first",
     ),
     "eval": Command(
         evaluate,
-        "measure a checkpoint on validation images",
         "lape eval runs/first/best.pt",
         bare=("checkpoint",),
     ),
     "predict": Command(
         predict,
-        "draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map",
         "lape predict runs/first holiday.jpg more_pictures/",
         bare=("checkpoint", "pictures"),
     ),
     "export": Command(
-        take_out,
-        "write a trained model for other programs (ONNX, torch.export), or with its configuration for the Hub",
+        export,
         "lape export runs/first --out model.onnx --fold",
         bare=("checkpoint",),
     ),
     "analyze": Command(
         analyze,
-        "show in numbers and pictures what each layer is told of positions (correlation), or how much (decomposition)",
         "lape analyze correlation runs/default runs/lape --grid 14 14",
         bare=("what", "checkpoints"),
     ),
     "models": Command(
         models,
-        "list the models of the paper: parameters, FLOPs, input size, joins",
         "lape models cct",
         bare=("name",),
     ),
     "recipes": Command(
         recipes,
-        "list the paper's experiments, or show one: command, expected number, open choices, settings",
         "lape recipes cifar100/cct_7_3x1_32",
         bare=("name",),
     ),
     "results": Command(
         results,
-        "set finished runs of recipes beside the paper's numbers",
         "lape results runs --out results.md",
         bare=("runs",),
     ),
     "cost": Command(
         cost,
-        "measure parameters, FLOPs, memory and time of each join beside the untouched model",
         "lape cost --model deit_tiny_patch16_224 --joins default,lape",
     ),
 }

@@ -18,7 +18,7 @@ import yaml
 
 from lape import reading
 from lape.errors import UsageError, choose
-from lape.experiment import Experiment, told
+from lape.experiment import Experiment, parse
 from lape.tasks.measures import TITLES
 
 HERE = Path(__file__).parent
@@ -134,7 +134,7 @@ def _recipe(name: str, parts: dict[str, Any], path: Path, below: tuple[str, ...]
         raise UsageError(f"{path}: {reason}. Write it as the shipped recipes do.") from error
     chosen = tuple(" ".join(text.split()) for text in parts.pop("open", []))
     try:
-        recipe = told(Recipe, parts, name=name, settings=settings, open=(*above.open, *chosen))
+        recipe = parse(Recipe, parts, name=name, settings=settings, open=(*above.open, *chosen))
         if not isinstance(recipe.table, int | float):
             raise UsageError(f"the table of its paper is a number, not {recipe.table!r}")
         return recipe

@@ -20,7 +20,7 @@ def maps(study: "Study") -> "dict[str, Maps]":
     from lape.report.plots import Maps, panels
     from lape.studies.analysis import correlation_of
 
-    found = {}
+    by_panel = {}
     for panel in panels(study):
         by_way = {way: study.of(way, panel.pe) for way in panel.ways}
         common = [seed for seed in study.seeds if all(seed in some for some in by_way.values())]
@@ -31,8 +31,8 @@ def maps(study: "Study") -> "dict[str, Maps]":
             with suppress(UsageError, RunError, OSError):  # told in `study.not_analysed`
                 shown[str(way)] = correlation_of(by_seed[common[0]])
         if shown:
-            found[panel.title] = Maps(common[0], shown)
-    return found
+            by_panel[panel.title] = Maps(common[0], shown)
+    return by_panel
 
 
 PAGE, CURVES, DIFFERENCES = "index.html", "learning-curves.png", "differences.png"

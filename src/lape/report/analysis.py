@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lape import __version__, writing
 from lape.analysis import Correlation, Decomposition
-from lape.analysis.subjects import Specimen
+from lape.analysis.subjects import Subject
 from lape.characters import as_code, in_markdown, visible
 from lape.errors import UsageError
 from lape.report import plots
-from lape.report.words import as_markdown
+from lape.report.table import Table
 from lape.surgery.layers import grid_text
 from lape.training.provenance import provenance
 
@@ -40,91 +40,85 @@ class Sheet(Generic[Found]):
     layers: Callable[[Found], Sequence[Cells]]
     numbers: Callable[[Found], Mapping[str, Any]]
     draw: Callable[[Mapping[str, Found]], "Figure"]
-    said: str
+    legend: str
 
     def places(self, folder: Path) -> tuple[Path, Path, Path]:
         """Return where `write` puts picture, table and numbers."""
         return folder / f"{self.name}.png", folder / f"{self.name}.md", folder / f"{self.name}.json"
 
-    def write(self, found: Sequence[tuple[Specimen, Found]], folder: Path) -> Path:
+    def write(self, results: Sequence[tuple[Subject, Found]], folder: Path) -> Path:
         """Write NAME.png, .md and .json into a folder; return the picture's path.
 
         Raises UsageError for models that cannot be told apart or drawn together and where another's file is in the way,
         RunError where the disk refuses.
         """
-        figure = self.draw(dict(zip(_names(found), (one for _, one in found), strict=True)))
+        figure = self.draw(dict(zip(_names(results), (one for _, one in results), strict=True)))
         picture, table, numbers = self.places(folder)
         drawn = plots.png(figure, dots_per_inch=150)
-        writing.write_marked({picture: drawn, table: self.markdown(found), numbers: self.as_json(found)})
+        writing.write_marked({picture: drawn, table: self.markdown(results), numbers: self.as_json(results)})
         return picture
 
-    def tables(self, found: Sequence[tuple[Specimen, Found]]) -> list[list[Cells]]:
-        """Return the table of models and that of layers, headings first."""
-        models: list[Cells] = [("model", *self.of_models)]
-        layers: list[Cells] = [("model", "layer", *self.of_layers)]
-        for name, (_, one) in zip(_names(found), found, strict=True):
+    def tables(self, results: Sequence[tuple[Subject, Found]]) -> list[Table]:
+        """Return the table of models and that of layers."""
+        models: list[Cells] = []
+        layers: list[Cells] = []
+        for name, (_, one) in zip(_names(results), results, strict=True):
             models.append((name, *self.model(one)))
             layers += [(name, str(number), *cells) for number, cells in enumerate(self.layers(one), start=1)]
-        return [models, layers]
+        return [
+            Table(("model", *self.of_models), models),
+            Table(("model", "layer", *self.of_layers), layers),
+        ]
 
-    def explanation(self, found: Sequence[tuple[Specimen, Found]]) -> str:
+    def explanation(self, results: Sequence[tuple[Subject, Found]]) -> str:
         """Say what was looked at and how the numbers read."""
-        looked = dict.fromkeys(specimen.data for specimen, _ in found if specimen.data)
-        return " ".join([*(f"On {each}." for each in looked), self.said])
+        looked = dict.fromkeys(subject.data for subject, _ in results if subject.data)
+        return " ".join([*(f"On {each}." for each in looked), self.legend])
 
-    def terminal(self, found: Sequence[tuple[Specimen, Found]]) -> "Group":
+    def terminal(self, results: Sequence[tuple[Subject, Found]]) -> "Group":
         """Return tables and explanation for rich."""
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
-        shown: list[Any] = []
-        for headings, *lines in self.tables(found):
-            table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-            for place, heading in enumerate(headings):
-                table.add_column(heading, justify="right" if place else "left", vertical="bottom", overflow="fold")
-            for before, line in zip([None, *lines], lines, strict=False):
-                if before and before[0] != line[0] and "layer" in headings:
-                    table.add_section()
-                table.add_row(*map(Text, line))
-            shown += [table, Text()]
-        return Group(*shown, Text(self.explanation(found)))
+        models, layers = self.tables(results)
+        shown = [models.terminal(), Text(), layers.terminal(ruled=True), Text()]
+        return Group(*shown, Text(self.explanation(results)))
 
-    def markdown(self, found: Sequence[tuple[Specimen, Found]]) -> str:
+    def markdown(self, results: Sequence[tuple[Subject, Found]]) -> str:
         """Return tables, explanation and provenance as Markdown."""
-        made = provenance()
-        versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        origin = provenance()
+        versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
         parts = [
             f"# {self.title}",
-            *(as_markdown(headings, rows) for headings, *rows in self.tables(found)),
-            in_markdown(self.explanation(found)),
+            *(table.markdown() for table in self.tables(results)),
+            in_markdown(self.explanation(results)),
         ]
         picture = f"![{self.title}, layer by layer.]({self.name}.png)"
-        signed = f"{as_code(made['command'])} at commit {made['commit']}, {made['machine']}, {versions}"
+        signed = f"{as_code(origin['command'])} at commit {origin['commit']}, {origin['machine']}, {versions}"
         return "\n\n".join([*parts, picture, signed]) + "\n" + writing.COMMENT
 
-    def as_json(self, found: Sequence[tuple[Specimen, Found]]) -> str:
+    def as_json(self, results: Sequence[tuple[Subject, Found]]) -> str:
         """Return every number; null stands for one that is not defined, "inf" for one without bound."""
         models = [
-            {"name": name, "data": specimen.data, "settings": specimen.settings, **_plain(self.numbers(one))}
-            for name, (specimen, one) in zip(_names(found), found, strict=True)
+            {"name": name, "data": subject.data, "settings": subject.settings, **_plain(self.numbers(one))}
+            for name, (subject, one) in zip(_names(results), results, strict=True)
         ]
-        content = {writing.MARK: __version__, "explanation": self.explanation(found), **provenance(), "models": models}
+        explanation = self.explanation(results)
+        content = {writing.MARK: __version__, "explanation": explanation, **provenance(), "models": models}
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def _names(found: Sequence[tuple[Specimen, Any]]) -> list[str]:
+def _names(results: Sequence[tuple[Subject, Any]]) -> list[str]:
     """Return short names of the models that tell them apart: the last part of each path, or as many as it takes.
 
     They are written on one line of pictures and tables, whatever a folder is called.
     """
-    paths = [Path(visible(specimen.name)).parts for specimen, _ in found]
+    paths = [Path(visible(subject.name)).parts for subject, _ in results]
     for length in range(1, max(map(len, paths)) + 1):
         names = ["/".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
-    raise UsageError(f"Models are told apart by their names, and {found[0][0].name} is named twice. Leave one out.")
+    raise UsageError(f"Models are told apart by their names, and {results[0][0].name} is named twice. Leave one out.")
 
 
 def _plain(value: Any) -> Any:
@@ -156,22 +150,24 @@ def _measured(measures: Sequence[float], reach: float) -> Cells:
     return _number(two_dimensionality), _distance(half_distance, reach), _number(layer_difference)
 
 
-def _layers_of(found: Correlation) -> list[Cells]:
-    measures = torch.stack([found.two_dimensionality, found.half_distance, found.layer_difference], dim=1)
-    return [_measured(layer, found.reach) for layer in measures.tolist()]
+def _layers_of(correlations: Correlation) -> list[Cells]:
+    measures = torch.stack(
+        [correlations.two_dimensionality, correlations.half_distance, correlations.layer_difference], dim=1
+    )
+    return [_measured(layer, correlations.reach) for layer in measures.tolist()]
 
 
-def _model_of(found: Correlation) -> Cells:
-    return grid_text(found.grid), *_measured(astuple(found.shape), found.reach)
+def _model_of(correlations: Correlation) -> Cells:
+    return grid_text(correlations.grid), *_measured(astuple(correlations.shape), correlations.reach)
 
 
-def _correlations(found: Mapping[str, Correlation]) -> "Figure":
-    if len(grids := {one.grid for one in found.values()}) > 1:
+def _correlations(by_model: Mapping[str, Correlation]) -> "Figure":
+    if len(grids := {one.grid for one in by_model.values()}) > 1:
         raise UsageError(
             f"One picture shows models on one grid of patches; received {', '.join(map(grid_text, sorted(grids)))}. "
             "Give --grid, or analyse them one by one."
         )
-    return plots.correlations(found)
+    return plots.correlations(by_model)
 
 
 CORRELATION = Sheet[Correlation](
@@ -181,18 +177,18 @@ CORRELATION = Sheet[Correlation](
     of_layers=("two-dimensionality", "half distance", "layer difference"),
     model=_model_of,
     layers=_layers_of,
-    numbers=lambda found: {
-        "grid": found.grid,
-        "reach": found.reach,
-        "two_dimensionality": found.two_dimensionality,
-        "half_distance": found.half_distance,
-        "layer_difference": found.layer_difference,
-        "shape": asdict(found.shape),
-        "token": divmod(found.token, found.grid[1]),
-        "of_token": found.of_token,
+    numbers=lambda one: {
+        "grid": one.grid,
+        "reach": one.reach,
+        "two_dimensionality": one.two_dimensionality,
+        "half_distance": one.half_distance,
+        "layer_difference": one.layer_difference,
+        "shape": asdict(one.shape),
+        "token": divmod(one.token, one.grid[1]),
+        "of_token": one.of_token,
     },
     draw=_correlations,
-    said=(
+    legend=(
         "Cosine similarity of what the positions of two patches bring to a layer's attention (equation 12). "
         "two-dimensionality: 1 where it falls off along columns as along rows, 0 where along one of them alone. half "
         "distance: in patches, where it has fallen to half; > where it has not in the whole grid. layer difference: "
@@ -208,15 +204,15 @@ def _spread(mean: float, spread: float) -> str:
     return f"{mean:.3f} ± {spread:.3f}".replace("-", "−")
 
 
-def _weights_of(found: Decomposition) -> list[Cells]:
-    pairs = zip(found.mean.T.tolist(), found.spread.T.tolist(), strict=True)
+def _weights_of(weights: Decomposition) -> list[Cells]:
+    pairs = zip(weights.mean.T.tolist(), weights.spread.T.tolist(), strict=True)
     return [tuple(map(_spread, means, spreads)) for means, spreads in pairs]
 
 
-def _mean_weights_of(found: Decomposition) -> Cells:
-    whole = found.of_patches.flatten(1)
-    weights = map(_spread, whole.mean(1).tolist(), whole.std(1, correction=0).tolist())
-    return *weights, f"{found.error:.1e}".replace("-", "−")
+def _mean_weights_of(weights: Decomposition) -> Cells:
+    whole = weights.of_patches.flatten(1)
+    cells = map(_spread, whole.mean(1).tolist(), whole.std(1, correction=0).tolist())
+    return *cells, f"{weights.error:.1e}".replace("-", "−")
 
 
 DECOMPOSITION = Sheet[Decomposition](
@@ -226,18 +222,18 @@ DECOMPOSITION = Sheet[Decomposition](
     of_layers=("λ₁, tokens", "λ₂, positions", "λ₃, bias"),
     model=_mean_weights_of,
     layers=_weights_of,
-    numbers=lambda found: {
-        "grid": found.grid,
-        "images": found.weights.shape[2],
-        "mean": found.mean,
-        "spread": found.spread,
-        "prefix_mean": found.of_prefix.mean(2),
-        "prefix_spread": found.of_prefix.std(2, correction=0),
-        "second_by_patch": found.of_positions,
-        "error": found.error,
+    numbers=lambda one: {
+        "grid": one.grid,
+        "images": one.weights.shape[2],
+        "mean": one.mean,
+        "spread": one.spread,
+        "prefix_mean": one.of_prefix.mean(2),
+        "prefix_spread": one.of_prefix.std(2, correction=0),
+        "second_by_patch": one.of_positions,
+        "error": one.error,
     },
     draw=plots.decompositions,
-    said=(
+    legend=(
         "LN(x̃ + ω) = λ₁·LN(x̃) + λ₂·LN(ω) + λ₃·β (equation 6) in the norm before attention, mean ± standard deviation "
         "over images and patches. error of (6): largest difference between its sides in float64, beside their largest "
         "number."

@@ -1,14 +1,14 @@
 """Models and recipes as tables for the terminal, and a recipe as a note."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from lape.models.catalogue import Entry
 from lape.recipes import Recipe
+from lape.report.table import Table
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 
 def models(entries: Iterable[Entry]) -> "Group":
@@ -18,11 +18,8 @@ def models(entries: Iterable[Entry]) -> "Group":
 
     from lape.method import JOINS
 
-    names: dict[str, Literal["left", "right"]] = {"name": "left", "paper": "left"}
-    numbers: dict[str, Literal["left", "right"]] = {"parameters": "right", "GFLOPs": "right", "size": "right"}
-    table = _table({**names, **numbers, "joins": "left"})
-    for entry in entries:
-        table.add_row(
+    rows = [
+        (
             entry.name,
             entry.paper or "–",
             "–" if entry.parameters is None else f"{entry.parameters:,}",
@@ -30,13 +27,16 @@ def models(entries: Iterable[Entry]) -> "Group":
             str(max(entry.size)),
             {0: "–", len(JOINS): "all"}.get(len(entry.joins), f"{len(entry.joins)} of {len(JOINS)}"),
         )
-    said = (
+        for entry in entries
+    ]
+    table = Table(("name", "paper", "parameters", "GFLOPs", "size", "joins"), rows, names=2)
+    legend = (
         f"joins: {', '.join(JOINS)}; a fixed sinusoid has no unshared (add --pe learnable). LaPE adds two parameters "
         "a channel and layer. size: of the square images that a model is made for; --img_size sets another. GFLOPs: of "
         "one image, an addition and a multiplication counted as two; a detector's depend on what it finds. UperNet is "
         "made with transformers: pip install 'lape[dense]'. Every pre-norm VisionTransformer of timm takes a join, too."
     )
-    return Group(table, Text(), Text(said))
+    return Group(table.terminal(), Text(), Text(legend))
 
 
 def recipes(chosen: Sequence[Recipe]) -> "Group":
@@ -44,20 +44,20 @@ def recipes(chosen: Sequence[Recipe]) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    table = _table({"recipe": "left", "expected, %": "right"})
-    above = None
+    groups, rows = [], []
     for recipe in chosen:
-        if recipe.table != above:
-            above = recipe.table
-            heading = f"Table {above}: {', below it '.join(recipe.expected)}" if recipe.paper else "None of the paper's"
-            table.add_row(Text(heading, style="bold"), "")
+        heading = (
+            f"Table {recipe.table}: {', below it '.join(recipe.expected)}" if recipe.paper else "None of the paper's"
+        )
         for place, by_join in enumerate(recipe.expected.values() or [{}]):  # a line for each measure
-            table.add_row("" if place else f" {recipe.name}", " / ".join(f"{number:g}" for number in by_join.values()))
-    said = (
+            groups.append(heading)
+            rows.append(("" if place else recipe.name, " / ".join(f"{number:g}" for number in by_join.values())))
+    table = Table(("recipe", "expected, %"), rows)
+    legend = (
         "expected: the paper's; of two numbers the first is of --join default, the second of --join lape.",
         "lape recipes NAME shows one as a whole.",
     )
-    return Group(table, Text(), *map(Text, said))
+    return Group(table.terminal(groups), Text(), *map(Text, legend))
 
 
 def note(recipe: Recipe) -> list[str]:
@@ -77,13 +77,3 @@ def note(recipe: Recipe) -> list[str]:
     lines += [f"Hardware: {recipe.hardware}."] if recipe.hardware else []
     lines += ["", "Choices that the paper leaves open:", *(f"- {text}" for text in recipe.open)] if recipe.open else []
     return [*lines, "", "Settings:", *(f"  {key}: {value}" for key, value in recipe.settings.items())]
-
-
-def _table(headings: Mapping[str, Literal["left", "right"]]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for heading, side in headings.items():
-        table.add_column(heading, justify=side, no_wrap=True)
-    return table

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from lape import __version__, reading, writing
 from lape.analysis.cost import Cost, ratio
-from lape.characters import as_code, in_markdown
+from lape.characters import as_code, in_markdown, plural
 from lape.errors import RunError
-from lape.report.words import as_markdown, duration
+from lape.report.table import Table
+from lape.report.words import duration
 from lape.studies.paper import COSTS
 from lape.training.provenance import provenance
 
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 HEADINGS = ("", "parameters", "GFLOPs", "memory", "training", "beside", "inference", "beside")
 
 
-def cells(costs: Sequence[Cost]) -> list[tuple[str, ...]]:
-    """Return one line a contender; `beside` is the median of its ratios to the first one's times, round by round."""
+def table(costs: Sequence[Cost]) -> Table:
+    """Return one row for each model; `beside` is the median of its ratios to the first one's times, round by round."""
     base = costs[0]
-    return [
+    rows = [
         (
             cost.name,
             f"{cost.parameters:,}",
@@ -37,6 +38,7 @@ def cells(costs: Sequence[Cost]) -> list[tuple[str, ...]]:
         )
         for cost in costs
     ]
+    return Table(HEADINGS, rows)
 
 
 def _beside(times: Sequence[float], base: Sequence[float], itself: bool) -> str:
@@ -49,10 +51,11 @@ def explanation(model: str, batch_size: int, rounds: int, precision: str = "32-t
     """Say what the numbers are, and how to read the noise."""
     how = f"{precision}, {'compiled' if compile else 'not compiled'}"
     return (
-        f"{model}, {batch_size} images a step, {how}, {rounds} rounds in which all contenders take turns. GFLOPs: of "
-        "one image, an addition and a multiplication counted as two. memory: at the peak of a training step, with "
-        "AdamW. beside: the time over that of the untouched model in the same round, the median over rounds, ± half "
-        "the width of their middle half; the second line is the same model timed again, so what differs there is noise."
+        f"{model}, {plural(batch_size, 'image')} per step, {how}, {rounds} rounds in which all models take turns. "
+        "GFLOPs: of one image, an addition and a multiplication counted as two. memory: at the peak of a training step "
+        "with AdamW. beside: the time over that of the untouched model in the same round, the median over rounds, ± "
+        "half the width of their middle half; the second line is the same model timed again, so what differs there is "
+        "noise."
     ) + _paper(model)
 
 
@@ -67,39 +70,31 @@ def _paper(model: str) -> str:
     )
 
 
-def terminal(costs: Sequence[Cost], said: str) -> "Group":
+def terminal(costs: Sequence[Cost], legend: str) -> "Group":
     """Return the table and its explanation for rich."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    shown = [heading for heading in HEADINGS if heading != "GFLOPs"]  # 80 columns have no room for it
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for place, heading in enumerate(shown):
-        table.add_column(heading, justify="right" if place else "left", vertical="bottom", no_wrap=not place)
-    for line in cells(costs):
-        table.add_row(*(Text(cell) for cell, heading in zip(line, HEADINGS, strict=True) if heading != "GFLOPs"))
     flops = ", ".join(f"{cost.flops / 1e9:.3f} ({cost.name})" for cost in costs)
     same = len({cost.flops for cost in costs}) == 1
     counted = f"GFLOPs: {costs[0].flops / 1e9:.3f} for each of them." if same else f"GFLOPs: {flops}."
-    return Group(table, Text(), Text(f"{counted} {said}"))
+    # 80 columns have no room for them in the table.
+    return Group(table(costs).without("GFLOPs").terminal(), Text(), Text(f"{counted} {legend}"))
 
 
-def markdown(costs: Sequence[Cost], said: str) -> str:
+def markdown(costs: Sequence[Cost], legend: str) -> str:
     """Return table and explanation as Markdown."""
-    found = provenance()
-    table = as_markdown(HEADINGS, cells(costs))
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    signed = f"{as_code(found['command'])} at commit {found['commit']}, {found['machine']}, {versions}"
-    return f"{table}\n\n{in_markdown(said)}\n\n{signed}\n{writing.COMMENT}"
+    origin = provenance()
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    signature = f"{as_code(origin['command'])} at commit {origin['commit']}, {origin['machine']}, {versions}"
+    return f"{table(costs).markdown()}\n\n{in_markdown(legend)}\n\n{signature}\n{writing.COMMENT}"
 
 
-def as_json(costs: Sequence[Cost], said: str) -> str:
+def as_json(costs: Sequence[Cost], legend: str) -> str:
     """Return every time of every round, and what they were measured with."""
     content = {
         writing.MARK: __version__,
-        "explanation": said,
+        "explanation": legend,
         **provenance(),
         "costs": [asdict(cost) for cost in costs],
     }
@@ -119,10 +114,10 @@ def filed(path: Path) -> Filed:
     """Read what `as_json` wrote; raises RunError for a file that is something else."""
     try:
         content = reading.values(path, reading.RECORD)
-        found = Filed(path, str(content["explanation"]), [Cost(**cost) for cost in content["costs"]])
-        cells(found.costs)
+        measured = Filed(path, str(content["explanation"]), [Cost(**cost) for cost in content["costs"]])
+        table(measured.costs)
     except (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError) as error:
         raise RunError(
             f"{path} is no cost of lape cost's ({type(error).__name__}: {error}). Measure it again."
         ) from None
-    return found
+    return measured

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape import writing
+from lape.characters import plural
 from lape.report import cost, plots, tables, words
 from lape.studies.analysis import IMAGES
 from lape.studies.statistics import BASELINE
@@ -63,8 +64,7 @@ def page(
         "studies": list(map(_content, sections, words.apart([section.study for section in sections]))),
         "baseline": BASELINE,
         "images": IMAGES,
-        "claim_headings": words.CLAIM_HEADINGS,
-        "costs": [(each.path, cost.HEADINGS, cost.cells(each.costs), each.explanation) for each in costs],
+        "costs": [(each.path, cost.table(each.costs), each.explanation) for each in costs],
         "left_out": left_out or {},
     }
     return environment.from_string(source).render(content)
@@ -79,7 +79,7 @@ def _content(section: Section, apart: str) -> dict[str, Any]:
         "apart": apart,
         "findings": words.findings(study),
         "measure": study.measure,
-        "accuracy": tables.cells(study),
+        "scores": tables.scores(study),
         "beside_other": tables.OTHER_MODEL in tables.beside_the_paper(study),
         "third": words.third_epoch(study),
         "differences": picture(lambda theme: plots.differences(study, theme)) if _paired(study) else None,
@@ -88,8 +88,9 @@ def _content(section: Section, apart: str) -> dict[str, Any]:
             lambda theme: plots.learning_curves(study, theme, columns=1),
         ),
         "judgement": judgement,
-        "claims": list(map(words.claim_cells, judgement.tested)),
-        "outcomes": [found.outcome.name.lower() for found in judgement.tested],
+        "claims": tables.claims(judgement),
+        "untested": plural(len(judgement.untested), "claim"),
+        "outcomes": [finding.outcome.name.lower() for finding in judgement.tested],
         "shapes": tables.shapes(study),
         "maps": {
             title: (some.seed, picture(lambda theme, some=some: plots.correlation_maps(some, theme)))
@@ -100,7 +101,7 @@ def _content(section: Section, apart: str) -> dict[str, Any]:
             lambda theme: plots.weights_by_depth(study, theme),
             lambda theme: plots.weights_by_depth(study, theme, columns=1),
         )
-        if decomposed[1]
+        if decomposed.rows
         else None,
         "not_analysed": words.left_out(study.not_analysed, "Not analysed:"),
         "command": study.command,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lape import writing
 from lape.analysis import Correlation, Decomposition
-from lape.studies.statistics import BASELINE, LAPE, Run, Way
+from lape.studies.statistics import BASELINE, LAPE, FinishedRun, Way
 from lape.studies.study import Study
 
 if TYPE_CHECKING:
@@ -63,16 +63,16 @@ class Panel:
 
 def panels(study: Study) -> list[Panel]:
     """Return a panel for each table, and one more where LN_ω has stand-ins or the start is another one."""
-    found = []
+    shown = []
     for pe in study.pes:
         ways = tuple(row.way for row in study.rows if row.pe == pe)
         usual = tuple(way for way in ways if not way.other_than_usual)
         if usual:
-            found.append(Panel(pe, pe, usual))
+            shown.append(Panel(pe, pe, usual))
         if len(usual) < len(ways):
             beside = tuple(way for way in ways if way.other_than_usual or way in (BASELINE, LAPE))
-            found.append(Panel(f"{pe}, in place of LN", pe, beside))
-    return found
+            shown.append(Panel(f"{pe}, in place of LN", pe, beside))
+    return shown
 
 
 def learning_curves(study: Study, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":
@@ -131,7 +131,7 @@ def _stroke(way: Way) -> str:
     return "--" if way == BASELINE else STROKES.get(way.pe_norm, "-")
 
 
-def _curve(axis: "Axes", runs: list[Run], way: Way, hue: str, theme: Theme, band: float) -> None:
+def _curve(axis: "Axes", runs: list[FinishedRun], way: Way, hue: str, theme: Theme, band: float) -> None:
     by_step: dict[int, list[float]] = {}
     for point in (point for run in runs for point in run.curve):
         by_step.setdefault(point.step, []).append(point.score)
@@ -212,7 +212,7 @@ def correlation_maps(maps: Maps, theme: Theme = LIGHT) -> "Figure":
     return correlations(maps.by_join, theme)
 
 
-def correlations(found: Mapping[str, Correlation], theme: Theme = LIGHT) -> "Figure":
+def correlations(by_model: Mapping[str, Correlation], theme: Theme = LIGHT) -> "Figure":
     """Draw the position correlation of models on one grid: models from above down, layers from left to right.
 
     First the N×N maps of all models, then one token's row of each, folded to the grid, with a cross on the token. One
@@ -222,10 +222,10 @@ def correlations(found: Mapping[str, Correlation], theme: Theme = LIGHT) -> "Fig
     from matplotlib.colors import Normalize
 
     scale = Normalize(-1, 1)
-    some = next(iter(found.values()))
-    depth, (height, width) = max(len(one.maps) for one in found.values()), some.grid
-    heights = [SIDE * len(found) * share + HEAD for share in (1, min(1, height / width))]
-    figure = _figure(theme, max(SIDE * depth + 0.9 + 0.085 * max(map(len, found)), 4.6), sum(heights))
+    some = next(iter(by_model.values()))
+    depth, (height, width) = max(len(one.maps) for one in by_model.values()), some.grid
+    heights = [SIDE * len(by_model) * share + HEAD for share in (1, min(1, height / width))]
+    figure = _figure(theme, max(SIDE * depth + 0.9 + 0.085 * max(map(len, by_model)), 4.6), sum(heights))
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     token_row, token_column = divmod(some.token, width)
     for part, title in (
@@ -234,8 +234,8 @@ def correlations(found: Mapping[str, Correlation], theme: Theme = LIGHT) -> "Fig
     ):
         part.set_facecolor(theme.paper)
         part.suptitle(title, fontsize=9, color=theme.ink, x=0.01, ha="left")
-        panels = part.subplots(len(found), depth, squeeze=False)
-        for line, (name, one) in zip(panels, found.items(), strict=True):
+        panels = part.subplots(len(by_model), depth, squeeze=False)
+        for line, (name, one) in zip(panels, by_model.items(), strict=True):
             for spare in line[len(one.maps) :]:
                 spare.set_visible(False)
             for layer, panel in enumerate(line[: len(one.maps)]):
@@ -258,7 +258,7 @@ def correlations(found: Mapping[str, Correlation], theme: Theme = LIGHT) -> "Fig
     return figure
 
 
-def decompositions(found: Mapping[str, Decomposition], theme: Theme = LIGHT) -> "Figure":
+def decompositions(by_model: Mapping[str, Decomposition], theme: Theme = LIGHT) -> "Figure":
     """Draw λ1, λ2, λ3 of models over their layers, and beneath each layer its λ2 by patch.
 
     A line is the mean over images and patches, a band one standard deviation to each side. One axis and one colour
@@ -267,13 +267,13 @@ def decompositions(found: Mapping[str, Decomposition], theme: Theme = LIGHT) -> 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    depth = max(one.mean.shape[1] for one in found.values())
-    tallest = max(min(1, one.grid[0] / one.grid[1]) for one in found.values())
-    scale = Normalize(0, max(float(one.of_positions.max()) for one in found.values()))
-    figure = _figure(theme, max(SIDE * depth + 1.5, 4.6), (2.1 + SIDE * tallest + HEAD) * len(found) + 0.25)
+    depth = max(one.mean.shape[1] for one in by_model.values())
+    tallest = max(min(1, one.grid[0] / one.grid[1]) for one in by_model.values())
+    scale = Normalize(0, max(float(one.of_positions.max()) for one in by_model.values()))
+    figure = _figure(theme, max(SIDE * depth + 1.5, 4.6), (2.1 + SIDE * tallest + HEAD) * len(by_model) + 0.25)
     above: Axes | None = None
-    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
-    for part, (name, one) in zip(parts, found.items(), strict=True):
+    parts = figure.subfigures(len(by_model), 1, squeeze=False)[:, 0]
+    for part, (name, one) in zip(parts, by_model.items(), strict=True):
         part.set_facecolor(theme.paper)
         part.suptitle(name, fontsize=10, color=theme.ink, x=0.01, ha="left", parse_math=False)
         cells = part.add_gridspec(2, depth, height_ratios=(2.1, SIDE * tallest))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Self
 
+from lape.characters import plural
 from lape.studies.comparison import Watch
 from lape.studies.statistics import Combination
 from lape.studies.study import Result
@@ -53,9 +54,9 @@ class Display(Watch):
         self.begun = self.spoke = monotonic()
         self.all = self.bars.add_task("all runs", total=max(len(todo), 1), note="")
         if kept:
-            self._say(f"{len(kept)} finished runs are kept.")
+            self._say(f"{plural(len(kept), 'finished run')} kept.")
         if todo:
-            self._say(f"{len(todo)} runs to train, up to {min(jobs, len(todo))} at once.")
+            self._say(f"{plural(len(todo), 'run')} to train, up to {min(jobs, len(todo))} at once.")
 
     def moves(self, combination: Combination, progress: "Progress") -> None:
         """Move a run's bar, and all runs' with it."""

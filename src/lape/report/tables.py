@@ -1,29 +1,27 @@
 """A study as a table: for the terminal, for Markdown, and with full precision as CSV and JSON."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from lape import __version__, writing
 from lape.characters import in_markdown, visible
 from lape.report import words
+from lape.report.table import Table
 from lape.studies import paper
 from lape.studies.claims import Finding, judged
-from lape.studies.statistics import BASELINE, Row, Way
+from lape.studies.statistics import BASELINE, SummaryRow, Way
 from lape.studies.study import VARIED, Study
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from lape.studies.study import Analysis, Numbers
+    from lape.studies.study import Numbers, RunAnalysis
 
 
-Columns = dict[str, Callable[[Row], str]]
+Columns = dict[str, Callable[[SummaryRow], str]]
 
 
 def columns(study: Study) -> Columns:
@@ -41,7 +39,7 @@ def columns(study: Study) -> Columns:
     }
 
 
-def _difference(row: Row) -> str:
+def _difference(row: SummaryRow) -> str:
     if row.difference is not None:
         return words.signed(row.difference.mean)
     return "–" if row.way == BASELINE else "no pair"
@@ -52,12 +50,12 @@ OF_RECIPE, OTHER_MODEL = "paper, %", "paper’s DeiT-Ti, %"
 
 def beside_the_paper(study: Study) -> Columns:
     """Return the paper's numbers for the same ways and tables: of the recipe that was run, else of Tables 7 and 8."""
-    own = paper.of_recipe(study)
-    if not own and study.measure != "accuracy":
+    of_recipe = paper.of_recipe(study)
+    if not of_recipe and study.measure != "accuracy":
         return {}
-    expected = own or paper.joining()
+    expected = of_recipe or paper.joining()
 
-    def number(row: Row) -> str:
+    def number(row: SummaryRow) -> str:
         here, base = expected.get((row.way, row.pe)), expected.get((BASELINE, row.pe))
         if here is None:
             return "–"
@@ -65,52 +63,44 @@ def beside_the_paper(study: Study) -> Columns:
 
     if all(number(row) == "–" for row in study.rows):
         return {}
-    return {OF_RECIPE if own else OTHER_MODEL: number}
+    return {OF_RECIPE if of_recipe else OTHER_MODEL: number}
 
 
-def cells(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of text; the paper's numbers stand behind the runs'."""
+def scores(study: Study) -> Table:
+    """Return what the runs reached, for each way and table; the paper's numbers stand behind the runs'."""
     *names, parameters, time = columns(study).items()
     shown = dict([*names, *beside_the_paper(study).items(), parameters, time])
-    return list(shown), [[cell(row) for cell in shown.values()] for row in study.rows]
+    return _table(study, shown, names=2)
+
+
+def _table(study: Study, shown: Columns, names: int) -> Table:
+    return Table(list(shown), [[cell(row) for cell in shown.values()] for row in study.rows], names)
 
 
 def terminal(study: Study) -> "Group":
     """Return question, table, findings and remarks for rich; a position table's name stands above its joins."""
-    from rich import box
     from rich.console import Group
-    from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
 
-    shown = columns(study)
+    numbers = columns(study)
     for heading in ("join", "table", "seeds"):
-        del shown[heading]
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    table.add_column("")  # a long name is broken rather than a number
-    texts = {heading: [cell(row).replace(" ± ", "±") for row in study.rows] for heading, cell in shown.items()}
-    for heading, column in texts.items():
-        width = max(map(len, column + heading.split()))  # a heading is broken where it is wider than its numbers
-        lines = Group(*(Text(part, justify="right") for part in wrap(heading, width)))
-        table.add_column(lines, justify="right", vertical="bottom", no_wrap=True)
-    above = None
-    for row, line in zip(study.rows, zip(*texts.values(), strict=True), strict=True):
-        if row.pe != above:
-            table.add_row(Text(row.pe, style="bold"))
-            above = row.pe
-        table.add_row(Padding(str(row.way), (0, 0, 0, 1)), *map(Text, line))
-    found = words.findings(study)
-    sentences = [*found.main, *filter(None, [found.gap]), *found.remarks]
+        del numbers[heading]
+    narrow: Columns = {
+        heading: lambda row, cell=cell: cell(row).replace(" ± ", "±") for heading, cell in numbers.items()
+    }
+    table = _table(study, {"": lambda row: str(row.way), **narrow}, names=1).terminal([row.pe for row in study.rows])
+    findings = words.findings(study)
+    sentences = [*findings.main, *filter(None, [findings.gap]), *findings.remarks]
     return Group(Text(), Text(words.question(study)), Text(), table, Text(), *map(Text, sentences), Text())
 
 
-def shapes(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of the analysis: the means over seeds, for each way and table that has them."""
+def shapes(study: Study) -> Table:
+    """Return the position correlation in numbers: the means over seeds, for each way and table that has them."""
     headings = ["join", "table", "seeds", "two-dimensionality", "half distance", "layer difference"]
-    groups: dict[tuple[Way, str], list[Analysis]] = {}
+    groups: dict[tuple[Way, str], list[RunAnalysis]] = {}
     for (way, pe, _), analysis in study.analyses.items():
         groups.setdefault((way, pe), []).append(analysis)
-    return headings, [
+    rows = [
         [
             *(str(way), pe, str(len(some))),
             words.number(fmean(one.shape.two_dimensionality for one in some), 2),
@@ -119,77 +109,67 @@ def shapes(study: Study) -> tuple[list[str], list[list[str]]]:
         ]
         for (way, pe), some in groups.items()
     ]
+    return Table(headings, rows, names=2)
 
 
-def weights(study: Study) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of λ1, λ2, λ3 by layer, the means over seeds, for each table with the default join."""
+def weights(study: Study) -> Table:
+    """Return λ1, λ2, λ3 by layer, the means over seeds, for each table with the default join."""
     by_table: dict[str, list[tuple[Numbers, ...]]] = {}
     for (way, pe, _), analysis in study.analyses.items():
         if way == BASELINE and analysis.weights is not None:
             by_table.setdefault(pe, []).append(analysis.weights)
     layers = max((len(one[0]) for some in by_table.values() for one in some), default=0)
-    return ["table", "weight", *(f"layer {layer}" for layer in range(1, layers + 1))], [
+    rows = [
         [pe, name, *(words.number(fmean(values), 3) for values in zip(*of_seeds, strict=True))]
         for pe, seeds in by_table.items()
         for name, of_seeds in zip(("λ1", "λ2", "λ3"), zip(*seeds, strict=True), strict=True)
     ]
+    return Table(["table", "weight", *(f"layer {layer}" for layer in range(1, layers + 1))], rows, names=2)
 
 
-def claims(studies: Sequence[Study]) -> "Group":
+def claims(judgement: words.Judgement) -> Table:
+    """Return the claims that a study tests, and what its runs say of them."""
+    return Table(words.CLAIM_HEADINGS, list(map(words.claim_cells, judgement.tested)), names=2)
+
+
+def terminal_of_claims(studies: Sequence[Study]) -> "Group":
     """Return for each study what it is, the claims that it tests and how they went, for rich."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     shown: list[Any] = []
     for study in studies:
-        found = words.judgement(study)
+        judgement = words.judgement(study)
         shown += [Text(), Text(words.question(study)), Text()]
-        if found.tested:
-            table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-            table.add_column("claim of the paper")
-            table.add_column("here", vertical="bottom")
-            table.add_column("difference", justify="right", vertical="bottom", no_wrap=True)
-            table.add_column("95 % interval", justify="right", vertical="bottom", no_wrap=True)
-            for one in found.tested:
-                sentence, outcome, mean, interval, *_ = words.claim_cells(one)
-                table.add_row(*map(Text, (sentence, outcome, mean, interval)))
-            shown += [table, Text()]
-        shown.append(Text(found.summary))
+        if judgement.tested:
+            shown += [claims(judgement).without("in", "pairs", "in the paper").terminal(), Text()]
+        shown.append(Text(judgement.summary))
     return Group(*shown, Text())
 
 
 def markdown(study: Study) -> str:
     """Return question, findings, remarks and every table as Markdown: scores, claims, and what the analysis found."""
-    found, judgement = words.findings(study), words.judgement(study)
+    findings, judgement = words.findings(study), words.judgement(study)
     facts = "\n".join(
-        f"- {in_markdown(sentence)}" for sentence in (*found.main, *filter(None, [found.gap]), *found.remarks)
+        f"- {in_markdown(sentence)}" for sentence in (*findings.main, *filter(None, [findings.gap]), *findings.remarks)
     )
-    parts = [in_markdown(words.question(study)), facts, words.as_markdown(*cells(study), left=2)]
+    parts = [in_markdown(words.question(study)), facts, scores(study).markdown()]
     if judgement.tested:
-        parts += [
-            words.as_markdown(words.CLAIM_HEADINGS, map(words.claim_cells, judgement.tested), left=2),
-            in_markdown(judgement.summary),
-        ]
-    parts += [words.as_markdown(headings, rows, left=2) for headings, rows in (shapes(study), weights(study)) if rows]
+        parts += [claims(judgement).markdown(), in_markdown(judgement.summary)]
+    parts += [table.markdown() for table in (shapes(study), weights(study)) if table.rows]
     command = "\n".join(f"    {visible(line)}" for line in study.command.split("\n"))
     return "\n\n".join([*parts, command]) + "\n"
 
 
 def as_csv(study: Study) -> str:
     """Return one line for each join and table, numbers unrounded, empty where there is none."""
-    out = io.StringIO()
     records = [_record(row) | {writing.MARK: __version__} for row in study.rows]
-    writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return out.getvalue()
+    return Table(list(records[0]), [list(record.values()) for record in records]).csv()
 
 
-def _record(row: Row) -> dict[str, Any]:
-    found = row.difference
-    low, high = (found.interval if found else None) or (None, None)
+def _record(row: SummaryRow) -> dict[str, Any]:
+    difference = row.difference
+    low, high = (difference.interval if difference else None) or (None, None)
     return {
         "way": str(row.way),
         **row.way._asdict(),
@@ -200,11 +180,11 @@ def _record(row: Row) -> dict[str, Any]:
         "score_std": row.score.std,
         "third_score_mean": row.third.mean,
         "third_score_std": row.third.std,
-        "difference_mean": found and found.mean,
+        "difference_mean": difference and difference.mean,
         "difference_low": low,
         "difference_high": high,
-        "difference_pairs": len(found.by_seed) if found else 0,
-        "verdict": found and found.verdict.value,
+        "difference_pairs": len(difference.by_seed) if difference else 0,
+        "verdict": difference and difference.verdict.value,
         "parameters": row.parameters,
         "seconds_per_step": row.seconds_per_step,
     }
@@ -215,32 +195,32 @@ def settings(study: Study) -> dict[str, Any]:
     return {name: value for name, value in study.experiment.settings().items() if name not in VARIED}
 
 
-def _claim(found: Finding) -> dict[str, Any]:
-    seen = found.difference
+def _claim(finding: Finding) -> dict[str, Any]:
+    difference = finding.difference
     return {
-        "claim": found.claim.sentence,
-        "place": found.claim.place,
-        "outcome": found.outcome.value,
-        "unit": found.claim.unit.name,
-        "difference_mean": seen and seen.mean,
-        "difference_interval": seen and seen.interval,
-        "difference_by_seed": seen and dict(seen.by_seed),
+        "claim": finding.claim.sentence,
+        "place": finding.claim.place,
+        "outcome": finding.outcome.value,
+        "unit": finding.claim.unit.name,
+        "difference_mean": difference and difference.mean,
+        "difference_interval": difference and difference.interval,
+        "difference_by_seed": difference and dict(difference.by_seed),
     }
 
 
 def as_json(study: Study) -> str:
     """Return rows, gaps, single runs, settings and provenance as JSON, with full precision."""
-    found = words.findings(study)
+    findings = words.findings(study)
     content = {
         writing.MARK: __version__,
         "question": words.question(study),
-        "findings": [*found.main, *filter(None, [found.gap])],
-        "remarks": found.remarks,
+        "findings": [*findings.main, *filter(None, [findings.gap])],
+        "remarks": findings.remarks,
         "rows": [
             _record(row) | {"difference_by_seed": row.difference and dict(row.difference.by_seed)} for row in study.rows
         ],
         "gaps": [{**asdict(gap), "way": str(gap.way)} for gap in study.gaps],
-        "claims": [_claim(found) for found in judged(study)],
+        "claims": [_claim(findings) for findings in judged(study)],
         "runs": [
             {
                 "way": str(combination.way),

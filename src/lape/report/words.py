@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lape.characters import in_markdown
+from lape.characters import plural
 from lape.experiment import Experiment
 from lape.studies.claims import Finding, Outcome, judged
-from lape.studies.statistics import BASELINE, LAPE, Difference, Row, Run, Sample, Verdict
+from lape.studies.statistics import BASELINE, LAPE, Difference, FinishedRun, Sample, SummaryRow, Verdict
 from lape.studies.study import VARIED, LeftOut, Study
 
 
@@ -45,14 +45,6 @@ def number(value: float, decimals: int) -> str:
     return "∞" if math.isinf(value) else f"{value:.{decimals}f}".replace("-", "−")
 
 
-def as_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Write a Markdown table whose first columns, `left` of them, are words, and the others numbers."""
-    rule = [*["---"] * left, *["---:"] * (len(headings) - left)]
-    escaped = (map(in_markdown, line) for line in (headings, *rows))
-    first, *others = (f"| {' | '.join(line)} |" for line in escaped)
-    return "\n".join([first, f"| {' | '.join(rule)} |", *others])
-
-
 def duration(seconds: float) -> str:
     """Write the time of a step: "12.3 ms", "1.23 s"."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
@@ -64,7 +56,7 @@ def third_epoch(study: Study) -> str:
     return listed(dict.fromkeys(f"epoch {run.third.epoch} of {_epochs(run)}" for run in runs))
 
 
-def _epochs(run: Run) -> int:
+def _epochs(run: FinishedRun) -> int:
     return run.curve[-1].epoch
 
 
@@ -77,24 +69,25 @@ def question(study: Study) -> str:
     ways, tables = _counted("Join", study.ways, "ways of joining"), _counted("position table", study.pes)
     return (
         f"{ways} compared on {base.data}{_images(study)}: {base.model} with the {tables}, "
-        f"{_length(base)}, {seeds} {'seeds' if seeds > 1 else 'seed'}."
+        f"{_length(base)}, {plural(seeds, 'seed')}."
     )
 
 
 def several(studies: int, runs: int) -> str:
     """Name a page of several studies."""
-    return f"{runs} finished runs in {studies} studies"
+    return f"{plural(runs, 'finished run')} in {plural(studies, 'study', 'studies')}"
 
 
 def _images(study: Study) -> str:
     if study.images:
-        return f" ({study.images[0]:,} training and {study.images[1]:,} validation images)"
+        training, validation = study.images
+        return f" ({training:,} training and {plural(validation, 'validation image')})"
     some = study.experiment.train_images
-    return f" ({some:,} training images)" if some else ""
+    return f" ({plural(some, 'training image')})" if some else ""
 
 
 def _length(base: Experiment) -> str:
-    return f"{base.steps:,} steps" if base.steps else f"{base.all_steps(1)} epochs"
+    return plural(base.steps, "step") if base.steps else plural(base.all_steps(1), "epoch")
 
 
 def _counted(noun: str, names: Sequence[object], many: str = "") -> str:
@@ -117,18 +110,24 @@ def apart(studies: Sequence[Study]) -> list[str]:
     ]
 
 
-def finding(row: Row, baseline: Row) -> str:
+def finding(row: SummaryRow, baseline: SummaryRow) -> str:
     """Say how a row differs from the baseline of the same table, how sure that is, and in how many pairs."""
-    found = row.difference
-    assert found is not None
-    lead = f"With the table {row.pe}, {row.way} differs from {BASELINE} by {signed(found.mean)} points"
+    difference = row.difference
+    assert difference is not None
+    lead = f"With the table {row.pe}, {row.way} {_beside(difference.mean)} {BASELINE}"
     levels = f"{row.score.mean:.2f} % against {baseline.score.mean:.2f} %"
-    if found.verdict is Verdict.ONE_PAIR:
-        return f"{lead} ({levels}): {Verdict.ONE_PAIR.value} and decides nothing."
-    return (
-        f"{lead} ({levels}; 95 % interval {interval(found)}, {len(found.by_seed)} pairs of runs): "
-        f"{found.verdict.value}."
-    )
+    if difference.verdict is Verdict.ONE_PAIR:
+        return f"{lead} ({levels}): {Verdict.ONE_PAIR.value}, so nothing can be concluded."
+    pairs = plural(len(difference.by_seed), "pair of runs", "pairs of runs")
+    return f"{lead} ({levels}; difference {interval(difference)}, {pairs}): {difference.verdict.value}."
+
+
+def _beside(points: float) -> str:
+    """Say where a score is beside another: "is 0.31 points above", "equals"."""
+    apart = f"{abs(points):.2f}"
+    if apart == "0.00":
+        return "equals"
+    return f"is {apart} {'point' if apart == '1.00' else 'points'} {'above' if points > 0 else 'below'}"
 
 
 @dataclass(frozen=True)
@@ -162,37 +161,38 @@ def left_out(some: LeftOut, what: str) -> list[str]:
 
 def _remarks(study: Study) -> list[str]:
     rows, seeds = study.rows, study.seeds
-    said = left_out(study.left_out, "Left out:")
+    remarks = left_out(study.left_out, "Left out:")
     if len(seeds) == 1:
         more = shlex.join(["--seeds", "5"])
-        said.append(
-            f"One seed gives no spread and no interval, so that nothing is decided here; {more} would tell more."
+        remarks.append(
+            f"One seed gives no spread and no interval, so nothing can be concluded. Train more, as with {more}."
         )
     if BASELINE not in study.ways:
-        said.append(f"The join {BASELINE} was not trained, so there is nothing to take a difference to.")
+        remarks.append(f"The join {BASELINE} was not trained, so no differences are shown.")
     for combination, error in study.failures.items():
-        said.append(f"Failed and missing: {combination} ({error}).")
+        remarks.append(f"Failed and missing: {combination} ({error}).")
     for row in rows:
         if row.difference is not None and row.difference.unpaired:
             lost = listed(row.difference.unpaired)
-            said.append(
+            remarks.append(
                 f"{row.way} × {row.pe} is paired with {BASELINE} without seed {lost}, which only one of them has."
             )
         elif row.difference is None and row.way != BASELINE and BASELINE in study.ways:
-            said.append(f"{row.way} × {row.pe} has no run of {BASELINE} with the same table and seed: no difference.")
-    told = [row.difference for row in rows if row.difference is not None and row.difference.interval is not None]
-    if len(told) > 1:
-        said.append(f"Each of the {len(told)} intervals holds for itself at 95 %, not all of them together.")
+            remarks.append(
+                f"{row.way} × {row.pe} has no run of {BASELINE} with the same table and seed: no difference."
+            )
+    intervals = [row.difference for row in rows if row.difference is not None and row.difference.interval is not None]
+    if len(intervals) > 1:
+        remarks.append(f"Each of the {len(intervals)} intervals covers its difference at 95 %; together they do not.")
     if study.jobs is None:
-        said.append("Times per step are the runs' own, perhaps taken side by side: measure cost with lape cost.")
+        remarks.append("Times per step may have been taken while other runs went on, so they are rough: use lape cost.")
     elif study.jobs > 1:
-        said.append(
-            f"Times per step were taken with up to {study.jobs} runs side by side: compare them roughly, and "
-            "measure cost with lape cost."
+        remarks.append(
+            f"Times per step were taken with up to {study.jobs} runs at once, so they are rough: use lape cost."
         )
     if len(study.provenances()) > 1:
-        said.append("The runs were not all made with one commit, version and machine: see below.")
-    return said
+        remarks.append("The runs were not all made with one commit, version and machine: see below.")
+    return remarks
 
 
 # --- Claims -------------------------------------------------------------------------------------------------------
@@ -209,18 +209,17 @@ class Judgement:
 
 def judgement(study: Study) -> Judgement:
     """Judge all claims, and count the outcomes."""
-    found = judged(study)
-    tested = tuple(one for one in found if one.outcome is not Outcome.UNTESTED)
-    untested = tuple(one for one in found if one.outcome is Outcome.UNTESTED)
+    findings = judged(study)
+    tested = tuple(one for one in findings if one.outcome is not Outcome.UNTESTED)
+    untested = tuple(one for one in findings if one.outcome is Outcome.UNTESTED)
     if not tested:
-        return Judgement(tested, untested, f"These runs test none of {len(found)} claims of the paper.")
+        return Judgement(tested, untested, f"These runs test none of {len(findings)} claims of the paper.")
     counts = Counter(one.outcome for one in tested)
-    told = listed(f"{counts[outcome]} {verb}" for outcome, verb in OUTCOMES.items() if counts[outcome])
-    summary = f"Of {len(found)} claims of the paper these runs test {len(tested)}: {told}."
+    outcomes = listed(f"{counts[outcome]} {verb}" for outcome, verb in OUTCOMES.items() if counts[outcome])
+    summary = f"Of {len(findings)} claims of the paper these runs test {len(tested)}: {outcomes}."
     if len(tested) > 1:
         summary += (
-            f" {len(tested)} claims at 95 % are {len(tested)} claims: each verdict stands for itself, and of many some "
-            "go wrong by chance."
+            f" Each of the {len(tested)} verdicts is at 95 %, so that among many of them some are wrong by chance."
         )
     return Judgement(tested, untested, summary)
 
@@ -232,18 +231,18 @@ OUTCOMES = {
 }
 
 
-def claim_cells(found: Finding) -> tuple[str, ...]:
+def claim_cells(finding: Finding) -> tuple[str, ...]:
     """Write a tested claim: sentence, verdict, mean difference with its interval, unit, pairs, place."""
-    assert found.difference is not None
-    mean, unit = found.difference.mean, found.claim.unit
+    assert finding.difference is not None
+    mean, unit = finding.difference.mean, finding.claim.unit
     return (
-        found.claim.sentence,
-        found.outcome.value,
+        finding.claim.sentence,
+        finding.outcome.value,
         signed(mean, unit.decimals),
-        interval(found.difference, unit.decimals),
+        interval(finding.difference, unit.decimals),
         unit.name,
-        str(len(found.difference.by_seed)),
-        found.claim.place,
+        str(len(finding.difference.by_seed)),
+        finding.claim.place,
     )
 
 

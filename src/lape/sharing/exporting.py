@@ -29,7 +29,7 @@ from lape.weights import fill
 # by some 1e-6; another function differs by more than this.
 BOUND = 1e-4
 
-Run = Callable[[Tensor], list[Tensor]]
+Runner = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Format:
     """One kind of file: how it is written, with what is known of the model, and how it is run; and what that needs."""
 
     write: Callable[[ExportedProgram, str, Path], None]
-    open: Callable[[Path], Run]
+    open: Callable[[Path], Runner]
     needs: tuple[str, ...] = ()
 
 
@@ -63,7 +63,7 @@ def _write_onnx(program: ExportedProgram, config: str, path: Path) -> None:
     written.save(path)
 
 
-def _open_onnx(path: Path) -> Run:
+def _open_onnx(path: Path) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -76,7 +76,7 @@ def _write_program(program: ExportedProgram, config: str, path: Path) -> None:
     torch.export.save(program, path, extra_files={hub.CONFIG: config})
 
 
-def _open_program(path: Path) -> Run:
+def _open_program(path: Path) -> Runner:
     module = torch.export.load(path).module()
     return lambda images: hub.outputs(module, images)
 
@@ -158,9 +158,9 @@ def export(
         made = Path(room) / f"model{path.suffix}"
         with _following(original, path.suffix, dynamic_size):
             form.write(program, _config(model), made)
-            run = form.open(made)
-            found = [run(images) for images in batches]  # a program refuses what it was not traced for
-        difference = _difference(found, [hub.outputs(original, images) for images in batches])
+            answer = form.open(made)
+            answers = [answer(images) for images in batches]  # a program refuses what it was not traced for
+        difference = _difference(answers, [hub.outputs(original, images) for images in batches])
         if not difference <= BOUND:  # NaN is not
             raise RunError(
                 f"{path} was not written: its outputs differ from the model's by {difference:.1e} of the largest, and "
@@ -170,7 +170,7 @@ def export(
     return Exported(path, difference, tuple(tuple(images.shape) for images in batches))
 
 
-def brought_back(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]:
+def load_model(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]:
     """Return the model of a run, of its checkpoint or of what `lape.save_pretrained` wrote, and what is known of it.
 
     `model_args` are more keywords for the model. Raises RunError as `trained` and `from_pretrained` do.
@@ -178,19 +178,22 @@ def brought_back(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]
     if source.suffix == ".safetensors" or (source / hub.CONFIG).exists():
         return hub.from_pretrained(source, **model_args), hub.Known()
     from lape.tasks.measures import TITLES
-    from lape.training.evaluation import trained
+    from lape.training.evaluation import load_run
 
     here = {"accelerator": "cpu", "devices": 1, "nodes": 1, "precision": "32-true"}
-    found = trained(source, lambda _, own: own, **here)
-    model: Any = found.work.module
-    own = found.work.source
+    run = load_run(source, lambda _, stored: stored, **here)
+    model: Any = run.work.module
+    stored = run.work.source
     if model_args:
-        model, weights = hub.made(hub.described(model), str(found.path), **model_args).eval(), model.state_dict()
-        fill(model, weights, found.path)
-    told = {"label_names": own.classes, "mean": getattr(own, "mean", None), "std": getattr(own, "std", None)}
-    model.pretrained_cfg = model.pretrained_cfg | {name: value for name, value in told.items() if value}
-    metrics = {f"{TITLES[name]}, %": value for name, value in found.metrics.items() if name in TITLES}
-    return model, hub.Known(metrics=metrics, data=own.name)
+        model, weights = (
+            hub.build_model(hub.configuration(model), str(run.path), **model_args).eval(),
+            model.state_dict(),
+        )
+        fill(model, weights, run.path)
+    facts = {"label_names": stored.classes, "mean": getattr(stored, "mean", None), "std": getattr(stored, "std", None)}
+    model.pretrained_cfg = model.pretrained_cfg | {name: value for name, value in facts.items() if value}
+    metrics = {f"{TITLES[name]}, %": value for name, value in run.metrics.items() if name in TITLES}
+    return model, hub.Known(metrics=metrics, data=stored.name)
 
 
 def _config(model: nn.Module) -> str:
@@ -202,8 +205,8 @@ def _config(model: nn.Module) -> str:
 
 def _step(model: nn.Module) -> int:
     """Return what the sides of images are multiples of, as far as the parts of a model tell."""
-    told = [getattr(part, "multiple_of", getattr(part, "patch_size", None)) for part in model.modules()]
-    sides = [side for sizes in told for side in (sizes if isinstance(sizes, tuple) else (sizes,))]
+    multiples = [getattr(part, "multiple_of", getattr(part, "patch_size", None)) for part in model.modules()]
+    sides = [side for sizes in multiples for side in (sizes if isinstance(sizes, tuple) else (sizes,))]
     return math.lcm(*(side for side in sides if isinstance(side, int)), getattr(model, "multiple", 1))
 
 
@@ -245,12 +248,12 @@ def _following(model: nn.Module, tool: str, dynamic_size: bool) -> Generator[Non
     except Exception as error:
         what = "for images of every size" if dynamic_size else "as it is"
         way = " Leave dynamic_size out; for a few sizes, export one file for each." if dynamic_size else ""
-        said = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-        raise UsageError(f"{tool} cannot follow {type(model).__name__} {what} ({said}).{way}") from error
+        reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+        raise UsageError(f"{tool} cannot follow {type(model).__name__} {what} ({reason}).{way}") from error
 
 
-def _difference(found: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+def _difference(answers: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
     """Return the largest difference of any output of any batch, beside the model's largest; NaN where there is one."""
-    pairs = [pair for batches in zip(found, expected, strict=True) for pair in zip(*batches, strict=True)]
+    pairs = [pair for batches in zip(answers, expected, strict=True) for pair in zip(*batches, strict=True)]
     ratios = [(ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30) for ours, theirs in pairs]
     return float(torch.stack(ratios).max())  # Python's max could lose a NaN

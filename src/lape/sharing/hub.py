@@ -61,7 +61,7 @@ class Known:
 # --- A model in words
 
 
-def described(model: nn.Module, known: Known = Known(), **model_args: Any) -> dict[str, Any]:
+def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -> dict[str, Any]:
     """Return the configuration of a model, in timm's layout: its name, keywords and join, and what its images are like.
 
     The keywords are those that timm recorded when it made the model, and `model_args`. Raises UsageError for a model
@@ -125,7 +125,7 @@ def _joined(model: nn.Module) -> dict[str, str]:
     return {"join": chosen.join.name, "pe": chosen.embedding.name, "pe_norm": norm, "start": chosen.start.name}
 
 
-def made(config: Mapping[str, Any], where: str, build: Build = as_asked, **model_args: Any) -> nn.Module:
+def build_model(config: Mapping[str, Any], where: str, build: Build = as_asked, **model_args: Any) -> nn.Module:
     """Make the model that a configuration tells of, and more keywords, with initial weights, built so."""
     import timm
     from timm.models import PretrainedCfg
@@ -136,8 +136,8 @@ def made(config: Mapping[str, Any], where: str, build: Build = as_asked, **model
         refuse_fetching(name, args)
         if config.get("num_classes") is not None:
             args.setdefault("num_classes", config["num_classes"])
-        said = {field.name for field in fields(PretrainedCfg)} - _SOURCES
-        cfg = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in said}
+        known = {field.name for field in fields(PretrainedCfg)} - _SOURCES
+        cfg = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key in known}
         if config.get("label_names"):
             cfg["label_names"] = tuple(config["label_names"])
         args["pretrained_cfg"] = cfg | {"architecture": name}
@@ -146,8 +146,8 @@ def made(config: Mapping[str, Any], where: str, build: Build = as_asked, **model
     except RunError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
-        told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise RunError(f"{where} describes a model that cannot be made here: {told}") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise RunError(f"{where} describes a model that cannot be made here: {reason}") from error
 
 
 # --- Saving and loading
@@ -194,7 +194,7 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
     """Write a model into an empty folder, load it from there and compare."""
     from safetensors.torch import save_file
 
-    config = described(model, known, **args)
+    config = configuration(model, known, **args)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     text = json.dumps(config, indent=1)
     save_file(tensors, folder / WEIGHTS, {"format": "pt", HEADER: text})
@@ -202,10 +202,10 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
     try:
         again = from_pretrained(folder)
     except RunError as error:
-        told = str(error).replace(f"{folder / WEIGHTS}", "What was to be saved")
+        reason = str(error).replace(f"{folder / WEIGHTS}", "What was to be saved")
         raise UsageError(
-            f"This model does not come back by its name and keywords: {told} If it was made with keywords that are not "
-            "recorded, give them: lape.save_pretrained(model, folder, depth=...)."
+            f"This model cannot be made again from its name and keywords: {reason} If it was made with keywords that "
+            "are not recorded, give them: lape.save_pretrained(model, folder, depth=...)."
         ) from error
     original = copy.deepcopy(model).cpu().eval()
     images = random_images(original, 2)
@@ -241,18 +241,18 @@ def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
         >>> again.blocks[0].pe_norm.weight.equal(model.blocks[0].pe_norm.weight)
         True
     """
-    config, weights = _found(source)
+    config, weights = _files(source)
     if weights.suffix != ".safetensors":
         raise RunError(f"{weights} is no .safetensors file. For weights alone there is lape.load_weights.")
     tensors = opened(weights)
-    model = made(_config(config), str(config), LikeItsFile(tensors, weights), **model_args)
+    model = build_model(_config(config), str(config), LikeItsFile(tensors, weights), **model_args)
     floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     model = model.to(next(floating, torch.float32))
     fill(model, tensors, weights)
     return model.eval()
 
 
-def _found(source: str | Path) -> tuple[Path, Path]:
+def _files(source: str | Path) -> tuple[Path, Path]:
     """Return the paths of configuration and weights, fetched if need be."""
     path = Path(source)
     if path.is_file():
@@ -269,7 +269,9 @@ def _found(source: str | Path) -> tuple[Path, Path]:
     try:
         config, weights = (hub.hf_hub_download(repo, name, revision=revision or None) for name in (CONFIG, WEIGHTS))
     except Exception as error:  # the Hub's client and its network library raise kinds of their own
-        raise RunError(f"{source} is no folder here, and cannot be had from the Hub ({first_line(error)}).") from error
+        raise RunError(
+            f"{source} is not a folder here, and could not be downloaded from the Hub ({first_line(error)})."
+        ) from error
     return Path(config), Path(weights)
 
 
@@ -373,12 +375,10 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     where = in_markdown(f" on {on}") if on else ""
     facts |= {in_markdown(name): f"{value:.2f} {where}".strip() for name, value in metrics.items()}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    hub: Any = import_module("huggingface_hub")
+    data = hub.ModelCardData(library_name="timm", tags=["timm", "lape", "vision-transformer"])
     return f"""---
-library_name: timm
-tags:
-- timm
-- lape
-- vision-transformer
+{data.to_yaml()}
 ---
 # {in_markdown(repo_id.rpartition("/")[2])}
 
@@ -416,8 +416,8 @@ def random_images(model: nn.Module, count: int, size: tuple[int, int, int] | Non
             raise UsageError(f"{type(model).__name__} does not tell the size of its images. Give input_size=(C, H, W).")
         shape = get_model_input_config(model)["input_size"]
     some = next(model.parameters())
-    made = torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))
-    return made.to(some.device, some.dtype)
+    images = torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))
+    return images.to(some.device, some.dtype)
 
 
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:

@@ -19,22 +19,24 @@ from lape.data.sources import find
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies.statistics import Way
-from lape.studies.study import Analysis, Numbers, Result, Study
+from lape.studies.study import Numbers, Result, RunAnalysis, Study
 from lape.tasks.work import ClassificationWork, Source
 from lape.training.checkpoints import LAST
-from lape.training.evaluation import Trained, trained
+from lape.training.evaluation import LoadedRun, load_run
 
 IMAGES = 64  # of the validation set, drawn once and for all, for the decomposition
 
 
-def brought_back(result: Result, source_of: Callable[[Experiment, Source], Source] = lambda _, own: own) -> Trained:
+def load_result(
+    result: Result, source_of: Callable[[Experiment, Source], Source] = lambda _, stored: stored
+) -> LoadedRun:
     """Bring back the model of a finished run as its last score was taken: the weights, or their average (EMA)."""
-    return trained(result.folder / LAST, source_of, accelerator="cpu", devices=1, nodes=1)
+    return load_run(result.folder / LAST, source_of, accelerator="cpu", devices=1, nodes=1)
 
 
 def correlation_of(result: Result) -> Correlation:
     """Return the position correlation of a finished run's model; raises UsageError where it is not defined."""
-    return correlation(brought_back(result).work.module)
+    return correlation(load_result(result).work.module)
 
 
 def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None) -> Study:
@@ -43,18 +45,18 @@ def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None
     What is kept is computed again where its checkpoint has changed. What cannot be had is told in `not_analysed`, and
     costs nothing else.
     """
-    found: dict[Any, Analysis] = {}
+    analyses: dict[Any, RunAnalysis] = {}
     reasons: dict[str, dict[tuple[Way, str], None]] = {}
     images = _Images()
-    for one, result in study.results.items():
+    for combination, result in study.results.items():
         try:
-            found[one] = analysis = kept.of(result) or kept.keep(result, _analysis(result))
-            if analysis.weights is None and not _normed(one.way):
-                found[one] = kept.keep(result, replace(analysis, weights=_weights(result, images)))
+            analyses[combination] = analysis = kept.of(result) or kept.keep(result, _analysis(result))
+            if analysis.weights is None and not _normed(combination.way):
+                analyses[combination] = kept.keep(result, replace(analysis, weights=_weights(result, images)))
         except (UsageError, RunError, OSError) as error:  # a name in settings may be none for the disk
-            reasons.setdefault(str(error), {})[one.way, one.pe] = None
+            reasons.setdefault(str(error), {})[combination.way, combination.pe] = None
         tell()
-    return replace(study, analyses=found, not_analysed={why: tuple(some) for why, some in reasons.items()})
+    return replace(study, analyses=analyses, not_analysed={why: tuple(some) for why, some in reasons.items()})
 
 
 def _normed(way: Way) -> bool:
@@ -63,14 +65,14 @@ def _normed(way: Way) -> bool:
     return JOINS[way.join].normed
 
 
-def _analysis(result: Result) -> Analysis:
-    model = brought_back(result).work.module
-    found = correlation(model)
+def _analysis(result: Result) -> RunAnalysis:
+    model = load_result(result).work.module
+    correlations = correlation(model)
     two_dimensionality, half_distance, layer_difference = map(
-        _numbers, (found.two_dimensionality, found.half_distance, found.layer_difference)
+        _numbers, (correlations.two_dimensionality, correlations.half_distance, correlations.layer_difference)
     )
     width = entering(model).shape[-1]
-    return Analysis(width, two_dimensionality, half_distance, layer_difference, found.shape, None)
+    return RunAnalysis(width, two_dimensionality, half_distance, layer_difference, correlations.shape, None)
 
 
 class _Images:
@@ -80,7 +82,7 @@ class _Images:
         self.source: Source | None = None
         self.missing: UsageError | RunError | None = None
 
-    def __call__(self, experiment: Experiment, own: Source) -> Source:
+    def __call__(self, experiment: Experiment, _: Source) -> Source:
         if self.missing is not None:
             raise self.missing
         try:
@@ -92,7 +94,7 @@ class _Images:
 
 
 def _weights(result: Result, source_of: Callable[[Experiment, Source], Source]) -> tuple[Numbers, ...]:
-    work = brought_back(result, source_of).work
+    work = load_result(result, source_of).work
     if not isinstance(work, ClassificationWork):
         raise UsageError("The decomposition takes images of one size, as classifiers do.")
     count = min(IMAGES, len(work.source.validation))
@@ -129,7 +131,7 @@ class Kept:
         with suppress(RunError, OSError, ValueError, KeyError, TypeError):  # then all are computed
             self.entries.update(reading.values(self.path, reading.RECORD)["analyses"])
 
-    def of(self, result: Result) -> Analysis | None:
+    def of(self, result: Result) -> RunAnalysis | None:
         """Return the analysis of a run, as long as its checkpoint is as it was; None where there is none."""
         key = _key(result)
         try:
@@ -139,11 +141,11 @@ class Kept:
             lists = {name: _back(entry[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
             shape = Shape(**{name: float(value) for name, value in entry["shape"].items()})
             weights = None if entry["weights"] is None else tuple(map(_back, entry["weights"]))
-            return Analysis(int(entry["width"]), shape=shape, weights=weights, **lists)
+            return RunAnalysis(int(entry["width"]), shape=shape, weights=weights, **lists)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
 
-    def keep(self, result: Result, analysis: Analysis) -> Analysis:
+    def keep(self, result: Result, analysis: RunAnalysis) -> RunAnalysis:
         """Note the analysis of a run, where the disk allows it, and return it."""
         self.entries[self._name(result)] = _plain({"checkpoint": _key(result), **asdict(analysis)})
         text = json.dumps({writing.MARK: __version__, "analyses": self.entries}, indent=1) + "\n"

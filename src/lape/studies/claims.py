@@ -15,7 +15,7 @@ from lape.studies.statistics import BASELINE, LAPE, Difference, Verdict, Way, di
 from lape.studies.study import Result, Study
 
 if TYPE_CHECKING:
-    from lape.studies.study import Analysis
+    from lape.studies.study import RunAnalysis
 
 BySeed = Mapping[int, float]
 Series = Callable[[Study], BySeed]  # one number for each seed that has one
@@ -38,14 +38,14 @@ def of_runs(way: Way, pe: str, number: Callable[[Result], float]) -> Series:
     return lambda study: {seed: number(result) for seed, result in study.of(way, pe).items()}
 
 
-def of_models(way: Way, pe: str, number: "Callable[[Analysis], float | None]") -> Series:
+def of_models(way: Way, pe: str, number: "Callable[[RunAnalysis], float | None]") -> Series:
     """A number of each trained model of one way with one table, where it has one."""
 
     def series(study: Study) -> BySeed:
-        found = {
+        by_seed = {
             one.seed: number(analysis) for one, analysis in study.analyses.items() if (one.way, one.pe) == (way, pe)
         }
-        return {seed: value for seed, value in found.items() if value is not None and not math.isnan(value)}
+        return {seed: value for seed, value in by_seed.items() if value is not None and not math.isnan(value)}
 
     return series
 
@@ -54,14 +54,18 @@ def together(function: Callable[..., float], *series: Series) -> Series:
     """A function of several series, for the seeds that all of them have."""
 
     def of(study: Study) -> BySeed:
-        found = [each(study) for each in series]
-        return {seed: function(*(each[seed] for each in found)) for seed in found[0] if all(seed in f for f in found)}
+        by_series = [each(study) for each in series]
+        return {
+            seed: function(*(each[seed] for each in by_series))
+            for seed in by_series[0]
+            if all(seed in f for f in by_series)
+        }
 
     return of
 
 
 def zero(series: Series) -> Series:
-    """0 for each seed of a series: what is compared with it is told from zero."""
+    """0 for each seed of a series: what is compared with it is compared with zero."""
     return lambda study: dict.fromkeys(series(study), 0.0)
 
 
@@ -100,36 +104,36 @@ def with_depth(values: Sequence[float]) -> float | None:
 
 def surplus(study: Study) -> BySeed:
     """Parameters that LaPE adds to the default join, less 2·D a layer: what that misses by, over all tables."""
-    found: dict[int, float] = {}
+    missing: dict[int, float] = {}
     for pe in study.pes:
         usual, lape = study.of(BASELINE, pe), study.of(LAPE, pe)
         added = of_models(LAPE, pe, lambda analysis: 2 * analysis.width * len(analysis.half_distance))(study)
         for seed in usual.keys() & added.keys():
             missed = lape[seed].run.parameters - usual[seed].run.parameters - added[seed]
-            found[seed] = found.get(seed, 0.0) + abs(missed)
-    return found
+            missing[seed] = missing.get(seed, 0.0) + abs(missed)
+    return missing
 
 
 # --- Claims -------------------------------------------------------------------------------------------------------
 
 
-def above(found: Difference) -> Outcome:
+def above(difference: Difference) -> Outcome:
     """Whether the difference is above zero."""
-    return {Verdict.ABOVE: Outcome.HOLDS, Verdict.BELOW: Outcome.FAILS}.get(found.verdict, Outcome.UNDECIDED)
+    return {Verdict.ABOVE: Outcome.HOLDS, Verdict.BELOW: Outcome.FAILS}.get(difference.verdict, Outcome.UNDECIDED)
 
 
-def not_below(found: Difference) -> Outcome:
+def not_below(difference: Difference) -> Outcome:
     """Whether the difference is zero or above."""
-    return Outcome.HOLDS if found.interval and found.interval[0] >= 0 else above(found)
+    return Outcome.HOLDS if difference.interval and difference.interval[0] >= 0 else above(difference)
 
 
-def exactly(found: Difference) -> Outcome:
+def exactly(difference: Difference) -> Outcome:
     """Whether every single difference is zero: of what is counted, there is nothing to estimate."""
-    return Outcome.FAILS if any(found.by_seed.values()) else Outcome.HOLDS
+    return Outcome.FAILS if any(difference.by_seed.values()) else Outcome.HOLDS
 
 
 class Unit(NamedTuple):
-    """What a difference is counted in, and the decimals that it is told with."""
+    """What a difference is counted in, and the decimals that it is written with."""
 
     name: str
     decimals: int
@@ -171,8 +175,8 @@ def judged(study: Study) -> tuple[Finding, ...]:
 
 
 def _judged(claim: Claim, study: Study) -> Finding:
-    found = difference(claim.these(study), claim.those(study))
-    return Finding(claim, Outcome.UNTESTED if found is None else claim.outcome(found), found)
+    measured = difference(claim.these(study), claim.those(study))
+    return Finding(claim, Outcome.UNTESTED if measured is None else claim.outcome(measured), measured)
 
 
 TABLES = {"learnable": "Tables 1 and 7", "sinusoidal-1d": "Table 7", "sinusoidal-2d": "Table 7"}
@@ -188,7 +192,7 @@ def _stand_in(norm: str) -> Series:
 
 
 def _lambda2(pe: str) -> Series:
-    def falling(analysis: "Analysis") -> float | None:
+    def falling(analysis: "RunAnalysis") -> float | None:
         rising = None if analysis.weights is None else with_depth(analysis.weights[1])
         return None if rising is None else -rising
 
@@ -211,7 +215,7 @@ def _reach() -> Series:
     return of_models(LAPE, "learnable", lambda analysis: with_depth(analysis.half_distance))
 
 
-def _told_from_zero(sentence: str, place: str, these: Series, unit: Unit) -> Claim:
+def _above_zero(sentence: str, place: str, these: Series, unit: Unit) -> Claim:
     return Claim(sentence, place, these, zero(these), unit)
 
 
@@ -276,14 +280,14 @@ CLAIMS: tuple[Claim, ...] = (
         _layer_difference(BASELINE),
         SIMILARITY,
     ),
-    _told_from_zero(
+    _above_zero(
         "Under LaPE correlation reaches farther with depth, from local to global (learnable)",
         "Figure 4",
         _reach(),
         RANK,
     ),
     *(
-        _told_from_zero(
+        _above_zero(
             f"By default λ2, the share of positions, shrinks with depth ({pe})", "Section 3.2", _lambda2(pe), RANK
         )
         for pe in TABLES

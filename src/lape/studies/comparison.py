@@ -15,7 +15,7 @@ from lape.errors import UsageError, choose
 from lape.experiment import Experiment
 from lape.studies.parallel import Done, side_by_side
 from lape.studies.statistics import BASELINE, LAPE, Combination, Way
-from lape.studies.study import LeftOut, Result, Study, read
+from lape.studies.study import LeftOut, Result, Study, read_result
 from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
@@ -44,20 +44,20 @@ class Watch:
         """A run is finished, or has failed."""
 
 
-def seeds_of(given: Sequence[int]) -> tuple[int, ...]:
+def seeds_of(numbers: Sequence[int]) -> tuple[int, ...]:
     """Read `--seeds`: one number counts (5 is 0, 1, 2, 3, 4), several are the seeds themselves."""
-    if len(given) == 1 and given[0] > 0:
-        return tuple(range(given[0]))
-    if len(given) > 1 and len(set(given)) == len(given) and min(given) >= 0:
-        return tuple(given)
+    if len(numbers) == 1 and numbers[0] > 0:
+        return tuple(range(numbers[0]))
+    if len(numbers) > 1 and len(set(numbers)) == len(numbers) and min(numbers) >= 0:
+        return tuple(numbers)
     raise UsageError(
         f"seeds is how many (5 means 0 to 4), or two and more different seeds from 0 on; "
-        f"{' '.join(map(str, given)) or 'nothing'} was received. Use for instance --seeds 3, or --seeds 0 7 21."
+        f"{' '.join(map(str, numbers)) or 'nothing'} was received. Use for instance --seeds 3, or --seeds 0 7 21."
     )
 
 
 @dataclass(frozen=True)
-class Asked:
+class Factors:
     """What a comparison varies: every sound combination of these names is trained."""
 
     joins: Sequence[str]
@@ -81,8 +81,8 @@ class Asked:
         )
         for what, names, there_are, kind in lists:
             if len(set(names)) < len(names) or not names:
-                given = " ".join(names) or "nothing"
-                raise UsageError(f"{what} lists names, at least one and none twice; {given} was received.")
+                received = " ".join(names) or "nothing"
+                raise UsageError(f"{what} lists names, at least one and none twice; {received} was received.")
             for name in names:
                 choose(there_are, name, kind)
         return tuple(
@@ -92,7 +92,7 @@ class Asked:
         )
 
 
-def plans(base: Experiment, asked: Asked, out: Path) -> tuple[list[Plan], LeftOut]:
+def plans(base: Experiment, factors: Factors, out: Path) -> tuple[list[Plan], LeftOut]:
     """Return the runs, and the combinations that mean nothing, by the reason.
 
     Seeds are outside and ways inside, so that runs which are paired are trained side by side. Raises UsageError as
@@ -100,9 +100,9 @@ def plans(base: Experiment, asked: Asked, out: Path) -> tuple[list[Plan], LeftOu
     """
     from lape.method import scheme
 
-    made: list[Plan] = []
+    runs: list[Plan] = []
     left_out: dict[str, dict[tuple[Way, str], None]] = {}
-    for seed, pe, way in product(asked.seeds, asked.pes, asked.ways()):
+    for seed, pe, way in product(factors.seeds, factors.pes, factors.ways()):
         try:
             scheme(way.join, pe, way.pe_norm, way.start)
         except UsageError as error:
@@ -111,27 +111,27 @@ def plans(base: Experiment, asked: Asked, out: Path) -> tuple[list[Plan], LeftOu
         experiment = replace(base, **way._asdict(), pe=pe, seed=seed, devices=1)
         # The folder's name holds what the result depends on: other settings are another run and lose nothing.
         names = (way.join, *way.other_than_usual, pe, f"seed{seed}", experiment.fingerprint()[:8])
-        made.append(Plan(Combination(way, pe, seed), experiment, out / "runs" / "-".join(names)))
-    _refuse_idle(asked, made, left_out)
-    return made, {reason: tuple(pairs) for reason, pairs in left_out.items()}
+        runs.append(Plan(Combination(way, pe, seed), experiment, out / "runs" / "-".join(names)))
+    _refuse_idle(factors, runs, left_out)
+    return runs, {reason: tuple(pairs) for reason, pairs in left_out.items()}
 
 
-def _refuse_idle(asked: Asked, made: Sequence[Plan], left_out: Mapping[str, Iterable[tuple[Way, str]]]) -> None:
+def _refuse_idle(factors: Factors, runs: Sequence[Plan], left_out: Mapping[str, Iterable[tuple[Way, str]]]) -> None:
     """Raise UsageError where a name that was given is in no run."""
     from lape.method import scheme
 
-    used = {name for plan in made for name in (*plan.combination.way, plan.combination.pe)} | {*LAPE[1:]}
-    for name in (*asked.joins, *asked.pes):
+    used = {name for plan in runs for name in (*plan.combination.way, plan.combination.pe)} | {*LAPE[1:]}
+    for name in (*factors.joins, *factors.pes):
         if name not in used:
             raise UsageError(next(why for why, pairs in left_out.items() for way, pe in pairs if name in (*way, pe)))
-    for norm, start in product(asked.pe_norms, asked.starts):
+    for norm, start in product(factors.pe_norms, factors.starts):
         if not {norm, start} <= used:  # of the joins, none has PE norms
-            scheme(made[0].combination.way.join, made[0].combination.pe, norm, start)
+            scheme(runs[0].combination.way.join, runs[0].combination.pe, norm, start)
 
 
 def compare(
     base: Experiment,
-    asked: Asked,
+    factors: Factors,
     out: Path,
     jobs: int | None = None,
     watch: Watch = Watch(),  # noqa: B008 (it holds nothing)
@@ -145,7 +145,7 @@ def compare(
     """
     from lape.data import sources
 
-    todo, left_out = plans(base, asked, out)
+    todo, left_out = plans(base, factors, out)
     if base.devices not in (1, "auto") or base.nodes != 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             f"compare trains each run on one device, several runs at once; devices={base.devices}, nodes={base.nodes} "
@@ -165,14 +165,14 @@ def compare(
         for event in events:
             combination = event.task.combination
             if not isinstance(event, Done):
-                watch.moves(combination, event.news)
+                watch.moves(combination, event.report)
                 continue
             if event.error is None:
-                outcome = results[combination] = read(event.task.folder)
+                outcome = results[combination] = read_result(event.task.folder)
             else:
                 outcome = failures[combination] = event.error
             watch.ends(combination, outcome)
-    order = [Combination(way, pe, seed) for pe, way, seed in product(asked.pes, asked.ways(), asked.seeds)]
+    order = [Combination(way, pe, seed) for pe, way, seed in product(factors.pes, factors.ways(), factors.seeds)]
     return Study(
         results={combination: results[combination] for combination in order if combination in results},
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -186,7 +186,7 @@ def compare(
 def _kept(plan: Plan) -> Result:
     from lape.training.checkpoints import refuse_other
 
-    result = read(plan.folder)
+    result = read_result(plan.folder)
     refuse_other(plan.folder / RESULT, result.record["experiment"], plan.experiment)
     return result
 

@@ -29,16 +29,16 @@ def joining() -> Mapping[tuple[Way, str], float]:
         recipes.load(path.relative_to(recipes.HERE).with_suffix("").as_posix())
         for path in sorted(recipes.HERE.glob("table[78]/*.yaml"))
     ]
-    found = {}
+    accuracies = {}
     for row in rows:
         way, pe, _ = combination(row.experiment())
-        found[way, pe] = row.expected["accuracy"][way.join]
-    return found
+        accuracies[way, pe] = row.expected["accuracy"][way.join]
+    return accuracies
 
 
 def of_recipe(study: Study) -> Mapping[tuple[Way, str], float]:
     """Return what the paper expects of the runs themselves, where these are of its recipes and nothing was changed."""
-    found = {}
+    scores = {}
     for (way, pe, _), result in study.results.items():
         experiment = result.experiment
         if experiment.recipe is None:
@@ -46,5 +46,5 @@ def of_recipe(study: Study) -> Mapping[tuple[Way, str], float]:
         recipe = recipes.load(experiment.recipe)
         expected = recipe.expected.get(result.run.measure, {}).get(way.join)
         if expected is not None and not recipe.changed(experiment):
-            found[way, pe] = expected
-    return found
+            scores[way, pe] = expected
+    return scores

@@ -22,16 +22,16 @@ from lape.errors import RunError, UsageError
 GRACE = 30  # seconds that a process has to keep its state, once it is told to end
 
 Task = TypeVar("Task")
-News = TypeVar("News")
-Tell = Callable[[News], None]
+Report = TypeVar("Report")
+Send = Callable[[Report], None]
 
 
 @dataclass(frozen=True)
-class Told(Generic[Task, News]):
+class Reported(Generic[Task, Report]):
     """A task at work said how far it is."""
 
     task: Task
-    news: News
+    report: Report
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Done(Generic[Task]):
 
 
 def side_by_side(
-    work: Callable[[Task, Tell[News]], None], tasks: Sequence[Task], jobs: int, threads: int
-) -> Generator[Told[Task, News] | Done[Task], None, None]:
-    """Run `work(task, tell)` for every task, `jobs` at a time with `threads` torch threads each; yield what happens.
+    work: Callable[[Task, Send[Report]], None], tasks: Sequence[Task], jobs: int, threads: int
+) -> Generator[Reported[Task, Report] | Done[Task], None, None]:
+    """Run `work(task, send)` for every task, `jobs` at a time with `threads` torch threads each; yield what happens.
 
     `work` is a function of a module, so that a new process finds it. Close the generator (`contextlib.closing`) to end
     the processes, also after an exception such as Ctrl-C: work must be such that it can be cut off at any moment.
@@ -55,22 +55,22 @@ def side_by_side(
     try:
         while waiting or busy:
             while waiting and len(busy) < jobs:
-                link = idle.pop() if idle else _hire(processes, work, threads)
+                link = idle.pop() if idle else _start(processes, work, threads)
                 busy[link] = waiting.popleft()
                 with suppress(ConnectionError):  # a process that died in between is noticed below
                     link.send(busy[link])
             ready = wait(list(busy))
             for link in [link for link in busy if link in ready]:
                 try:
-                    news: News | Done[Task] = link.recv()
+                    report: Report | Done[Task] = link.recv()
                 except (EOFError, ConnectionError):
-                    yield Done(busy.pop(link), _death(processes.pop(link)))
+                    yield Done(busy.pop(link), _ended_early(processes.pop(link)))
                     continue
-                if isinstance(news, Done):
+                if isinstance(report, Done):
                     idle.append(link)
-                    yield Done(busy.pop(link), news.error)
+                    yield Done(busy.pop(link), report.error)
                 else:
-                    yield Told(busy[link], news)
+                    yield Reported(busy[link], report)
     finally:
         for process in processes.values():
             process.terminate()
@@ -81,20 +81,20 @@ def side_by_side(
                 process.join()
 
 
-def _hire(
-    processes: dict[Connection, BaseProcess], work: Callable[[Task, Tell[News]], None], threads: int
+def _start(
+    processes: dict[Connection, BaseProcess], work: Callable[[Task, Send[Report]], None], threads: int
 ) -> Connection:
     context = multiprocessing.get_context("spawn")
     link, theirs = context.Pipe()
     # Not a daemon: data loaders in it may have processes of their own.
-    process = context.Process(target=_serve, args=(theirs, work, threads))
+    process = context.Process(target=_work_through, args=(theirs, work, threads))
     process.start()
     theirs.close()  # the one other end is the process's, so its death ends the link
     processes[link] = process
     return link
 
 
-def _death(process: BaseProcess) -> RunError:
+def _ended_early(process: BaseProcess) -> RunError:
     process.join()
     return RunError(
         f"its process ended with status {process.exitcode} before the run did (-9 is what a machine out of memory "
@@ -102,7 +102,7 @@ def _death(process: BaseProcess) -> RunError:
     )
 
 
-def _serve(link: Connection, work: Callable[[Task, Tell[News]], None], threads: int) -> None:
+def _work_through(link: Connection, work: Callable[[Task, Send[Report]], None], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
     os.environ["OMP_NUM_THREADS"] = str(threads)
     warnings.formatwarning = _on_one_line  # of the loaders that this process starts too
@@ -121,9 +121,11 @@ def _on_one_line(message: Warning | str, *_: object, **__: object) -> str:
     return f"lape: {visible(' '.join(str(message).splitlines()))}\n"
 
 
-def _outcome(work: Callable[[Task, Tell[News]], None], task: Task, tell: Tell[News]) -> UsageError | RunError | None:
+def _outcome(
+    work: Callable[[Task, Send[Report]], None], task: Task, send: Send[Report]
+) -> UsageError | RunError | None:
     try:
-        work(task, tell)
+        work(task, send)
     except (UsageError, RunError) as error:
         return type(error)(str(error))
     except ConnectionError:

@@ -17,7 +17,7 @@ from lape.training.checkpoints import RESULT
 
 
 @dataclass(frozen=True)
-class Row:
+class RecipeRow:
     """The runs of one recipe under one join, made with the same settings, by one measure."""
 
     recipe: Recipe
@@ -34,12 +34,12 @@ class Row:
 class Results:
     """What lies below some folders: rows of recipes, finished runs of no recipe, and for each in neither why."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[RecipeRow, ...]
     others: tuple[Path, ...]
     left_out: Mapping[Path, str]
 
 
-def find(folders: Sequence[Path]) -> Results:
+def find_results(folders: Sequence[Path]) -> Results:
     """Gather every `result.json` below the folders.
 
     One that cannot be read, whose recipe cannot or expects another measure, or that is there twice is left out, and
@@ -48,9 +48,9 @@ def find(folders: Sequence[Path]) -> Results:
     groups: dict[str, dict[int, Result]] = {}
     others: list[Path] = []
     left_out: dict[Path, str] = {}
-    for file in study.files(folders):
+    for file in study.result_files(folders):
         try:
-            result = study.read(file.parent)
+            result = study.read_result(file.parent)
         except RunError as error:
             left_out[file.parent] = str(error)
             continue
@@ -65,7 +65,7 @@ def find(folders: Sequence[Path]) -> Results:
             left_out[file.parent] = (
                 f"Seed {experiment.seed} of one experiment is there twice; {first.folder} stands for both."
             )
-    rows: list[Row] = []
+    rows: list[RecipeRow] = []
     for by_seed in groups.values():
         try:
             rows += _rows(by_seed)
@@ -75,7 +75,7 @@ def find(folders: Sequence[Path]) -> Results:
     return Results(tuple(sorted(rows, key=_place)), tuple(others), left_out)
 
 
-def _rows(by_seed: Mapping[int, Result]) -> list[Row]:
+def _rows(by_seed: Mapping[int, Result]) -> list[RecipeRow]:
     seeds = tuple(sorted(by_seed))
     runs = [by_seed[seed] for seed in seeds]
     experiment = runs[0].experiment
@@ -90,7 +90,7 @@ def _rows(by_seed: Mapping[int, Result]) -> list[Row]:
             f"{', '.join(kept)}. Mend `expected` in the recipe."
         )
     return [
-        Row(
+        RecipeRow(
             recipe,
             experiment.join,
             measure,
@@ -104,5 +104,5 @@ def _rows(by_seed: Mapping[int, Result]) -> list[Row]:
     ]
 
 
-def _place(row: Row) -> tuple[Any, ...]:
+def _place(row: RecipeRow) -> tuple[Any, ...]:
     return row.recipe.table, row.recipe.name, bool(row.changed), row.join

@@ -48,7 +48,7 @@ class Combination(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """One finished run, as far as a comparison looks at it."""
 
     combination: Combination
@@ -79,12 +79,12 @@ class Sample:
 
 
 class Verdict(Enum):
-    """What an interval says of a difference; the value completes "the difference is ..."."""
+    """What an interval says of a difference."""
 
-    ABOVE = "above zero"
-    BELOW = "below zero"
-    UNDECIDED = "not told from zero"
-    ONE_PAIR = "from one pair of runs, which gives no interval"
+    ABOVE = "significant (95 % interval above 0)"
+    BELOW = "significant (95 % interval below 0)"
+    UNDECIDED = "not significant (95 % interval includes 0)"
+    ONE_PAIR = "one pair of runs gives no interval"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Di
 
 
 @dataclass(frozen=True)
-class Row:
+class SummaryRow:
     """One way of joining with one table, over its seeds."""
 
     way: Way
@@ -160,13 +160,13 @@ class Gap:
     points: float
 
 
-def rows(runs: Iterable[Run]) -> tuple[Row, ...]:
+def rows(runs: Iterable[FinishedRun]) -> tuple[SummaryRow, ...]:
     """Summarise runs by way and table, in the order in which these first occur, tables outside, ways inside."""
-    groups: dict[str, dict[Way, list[Run]]] = {}
+    groups: dict[str, dict[Way, list[FinishedRun]]] = {}
     for run in runs:
         groups.setdefault(run.combination.pe, {}).setdefault(run.combination.way, []).append(run)
     return tuple(
-        Row(
+        SummaryRow(
             way,
             pe,
             measure=members[0].measure,
@@ -181,16 +181,16 @@ def rows(runs: Iterable[Run]) -> tuple[Row, ...]:
     )
 
 
-def _by_seed(runs: Iterable[Run]) -> dict[int, float]:
+def _by_seed(runs: Iterable[FinishedRun]) -> dict[int, float]:
     return {run.combination.seed: run.score for run in runs}
 
 
-def gaps(rows: Sequence[Row]) -> tuple[Gap, ...]:
+def gaps(rows: Sequence[SummaryRow]) -> tuple[Gap, ...]:
     """Return, for each way of joining with two tables or more, the range of its mean scores over the tables."""
-    found = []
+    spans = []
     for way in dict.fromkeys(row.way for row in rows):
-        own = sorted((row for row in rows if row.way == way), key=lambda row: row.score.mean)
-        if len(own) > 1:
-            points = own[-1].score.mean - own[0].score.mean
-            found.append(Gap(way, best=own[-1].pe, worst=own[0].pe, points=points))
-    return tuple(found)
+        ranked = sorted((row for row in rows if row.way == way), key=lambda row: row.score.mean)
+        if len(ranked) > 1:
+            points = ranked[-1].score.mean - ranked[0].score.mean
+            spans.append(Gap(way, best=ranked[-1].pe, worst=ranked[0].pe, points=points))
+    return tuple(spans)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape import reading
-from lape.characters import LONE
+from lape.characters import LONE, plural
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
-from lape.studies.statistics import LAPE, Combination, Gap, Point, Row, Run, Way, gaps, rows
+from lape.studies.statistics import LAPE, Combination, FinishedRun, Gap, Point, SummaryRow, Way, gaps, rows
 from lape.tasks.measures import TITLES
 from lape.training.checkpoints import RESULT
 
@@ -28,7 +28,7 @@ VARIED = ("join", "pe", "pe_norm", "start", "seed")
 class Result:
     """A finished run: its numbers, its folder, and all that `result.json` says."""
 
-    run: Run
+    run: FinishedRun
     folder: Path
     record: Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def combination(experiment: Experiment) -> Combination:
     return Combination(way, experiment.pe, experiment.seed)
 
 
-def read(folder: Path) -> Result:
+def read_result(folder: Path) -> Result:
     """Read the `result.json` of a finished run; raise RunError where it is not what a run writes."""
     path = folder / RESULT
     try:
@@ -53,7 +53,7 @@ def read(folder: Path) -> Result:
             raise ValueError(f"{lone[0]!r} in it is no character")
         _refuse_odd_provenance(record)
         score = record["score"]
-        run = Run(
+        run = FinishedRun(
             combination(Experiment.of(record["experiment"])),
             measure=TITLES[score],
             score=_finite(record["final"][score]),
@@ -93,7 +93,7 @@ def _finite(number: Any) -> float:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class RunAnalysis:
     """What one trained model's attention is told of positions, layer by layer (see `lape.analysis`)."""
 
     width: int  # D
@@ -114,7 +114,7 @@ class Study:
     left_out: LeftOut = field(default_factory=dict)  # combinations of what was asked for that mean nothing
     images: tuple[int, int] | None = None  # for training, for validation
     jobs: int | None = None  # runs side by side; None where that is not known
-    analyses: Mapping[Combination, Analysis] = field(default_factory=dict)
+    analyses: Mapping[Combination, RunAnalysis] = field(default_factory=dict)
     not_analysed: LeftOut = field(default_factory=dict)
 
     @property
@@ -143,7 +143,7 @@ class Study:
         return tuple(dict.fromkeys(one.seed for one in self.asked))
 
     @cached_property
-    def rows(self) -> tuple[Row, ...]:
+    def rows(self) -> tuple[SummaryRow, ...]:
         """One row for each way and table of which a run is finished."""
         return rows(result.run for result in self.results.values())
 
@@ -173,9 +173,11 @@ class Study:
         """Raise one error for all failed runs: UsageError where every one of them was a wrong request."""
         if not self.failures:
             return
-        told = " ".join(f"{combination}: {error}" for combination, error in self.failures.items())
+        reasons = " ".join(f"{combination}: {error}" for combination, error in self.failures.items())
         usage = all(isinstance(error, UsageError) for error in self.failures.values())
-        raise (UsageError if usage else RunError)(f"{len(self.failures)} of {len(self.asked)} runs failed. {told}")
+        raise (UsageError if usage else RunError)(
+            f"{len(self.failures)} of {plural(len(self.asked), 'run')} failed. {reasons}"
+        )
 
 
 PROVENANCE: Mapping[str, Any] = {"commit": None, "versions": {}, "machine": "an unknown machine"}
@@ -189,14 +191,14 @@ class Gathered:
     left_out: Mapping[Path, str]
 
 
-def files(folders: Iterable[Path]) -> list[Path]:
+def result_files(folders: Iterable[Path]) -> list[Path]:
     """Return every `result.json` below the folders; raises UsageError where there is none."""
     folders = list(folders)
-    found = sorted({file for folder in folders for file in folder.rglob(RESULT)})
-    if not found:
+    results = sorted({file for folder in folders for file in folder.rglob(RESULT)})
+    if not results:
         looked = ", ".join(map(str, folders))
         raise UsageError(f"No finished run ({RESULT}) below {looked}. Train one, or name the folder of your runs.")
-    return found
+    return results
 
 
 def gather(folders: Iterable[Path]) -> Gathered:
@@ -208,9 +210,9 @@ def gather(folders: Iterable[Path]) -> Gathered:
     """
     groups: dict[str, dict[Combination, Result]] = {}
     left_out: dict[Path, str] = {}
-    for file in files(folders):
+    for file in result_files(folders):
         try:
-            result = read(file.parent)
+            result = read_result(file.parent)
             _sound(result)
         except (RunError, UsageError) as error:
             left_out[file.parent] = str(error)

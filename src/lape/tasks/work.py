@@ -20,7 +20,7 @@ from lape.data.pipeline import Normalise, reseed, seed_of
 from lape.data.preparation import Finishing, Preparation
 from lape.data.sources import MODES, ImageSource, PictureSource
 from lape.errors import RunError, UsageError, choose, first_line
-from lape.experiment import Augmentation, Dense, Experiment, told
+from lape.experiment import Augmentation, Dense, Experiment, parse
 from lape.hosts import find
 from lape.models.rebuilding import Build, as_asked
 from lape.models.registry import DETECTORS, SEGMENTERS, create_model
@@ -281,8 +281,8 @@ def without_pictures(described: Mapping[str, Any]) -> Source:
     kind = choose(KINDS, str(facts.pop("kind", None)), "a kind of set")
     for name, section in (("augmentation", Augmentation), ("dense", Dense)):
         if name in facts:
-            facts[name] = told(section, facts[name])
-    return told(kind.source, facts, train=(), validation=())
+            facts[name] = parse(section, facts[name])
+    return parse(kind.source, facts, train=(), validation=())
 
 
 def filled(experiment: Experiment, source: InstanceSource | MapSource) -> tuple[Augmentation, Dense]:

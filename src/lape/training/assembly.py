@@ -89,7 +89,7 @@ def _groups(experiment: Experiment, model: nn.Module) -> list[dict[str, Any]]:
     names: set[str] = getattr(model, "no_weight_decay", set)()  # type: ignore[operator]
     scales = _layer_scales(model, experiment.layer_decay) if experiment.layer_decay else {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    found: set[str] = set()
+    matched: set[str] = set()
     exempt: list[str] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -97,18 +97,18 @@ def _groups(experiment: Experiment, model: nn.Module) -> list[dict[str, Any]]:
         decays = parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in names)
         if not decays and not name.endswith("bias"):
             asked = set(experiment.also_decay) & set(name.split("."))
-            found |= asked
+            matched |= asked
             exempt.append(name)
             decays = bool(asked)
         key = (experiment.weight_decay if decays else 0.0, scales.get(name, 1.0))
         groups.setdefault(key, []).append(parameter)
     for part in experiment.also_decay:
-        if part not in found:
+        if part not in matched:
             raise UsageError(
                 f"also_decay names parts of parameters that would be exempt from weight decay; {part!r} is in none of "
                 f"{', '.join(exempt) or 'none'}. Leave it out."
             )
-    return [{"params": own, "weight_decay": decay, "lr_scale": scale} for (decay, scale), own in groups.items()]
+    return [{"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()]
 
 
 def _layer_scales(model: Any, factor: float) -> dict[str, float]:

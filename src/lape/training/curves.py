@@ -11,7 +11,7 @@ from lape import writing
 
 CSV, TENSORBOARD = "curve.csv", "tensorboard"
 
-Row = Mapping[str, float]
+CurveRow = Mapping[str, float]
 
 
 class Curves:
@@ -21,7 +21,7 @@ class Curves:
     UsageError where the folder for it is a link.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
+    def __init__(self, folder: Path, rows: Sequence[CurveRow]) -> None:
         self.path, board = folder / CSV, folder / TENSORBOARD
         writing.make_folder(board, below=folder)
         writing.remove([*writing.unfinished(board), *board.glob("events.out.tfevents.*.lape")])
@@ -32,12 +32,12 @@ class Curves:
             self._draw(row)
         self._write(rows)
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[CurveRow]) -> None:
         """Write both with one more row, the last."""
         self._draw(rows[-1])
         self._write(rows)
 
-    def _draw(self, row: Row) -> None:
+    def _draw(self, row: CurveRow) -> None:
         drawn = {name: value for name, value in row.items() if name not in ("epoch", "step")}
         values = [{"tag": name, "simple_value": value} for name, value in drawn.items()]
         self._append(step=int(row["step"]), summary={"value": values})
@@ -49,7 +49,7 @@ class Curves:
         event: Any = event_pb2.Event(wall_time=time(), **what)  # pyright: ignore[reportAttributeAccessIssue]
         RecordWriter(self.events).write(event.SerializeToString())
 
-    def _write(self, rows: Sequence[Row]) -> None:
+    def _write(self, rows: Sequence[CurveRow]) -> None:
         text = io.StringIO()
         if rows:
             table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")

@@ -9,11 +9,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from lape.characters import plural
 from lape.data import pipeline
 from lape.data.pipeline import Batches, Whole
 from lape.data.sources import find
 from lape.errors import RunError, UsageError
-from lape.experiment import Experiment, Place
+from lape.experiment import Execution, Experiment
 from lape.models.rebuilding import LikeItsFile
 from lape.tasks.work import Source, Task, Work, without_pictures, work_of
 from lape.training.assembly import launch
@@ -22,7 +23,7 @@ from lape.weights import fill, judged_weights
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluation:
     """A checkpoint's metrics on the validation images of a set."""
 
     checkpoint: Path
@@ -45,7 +46,7 @@ def evaluate(fabric: Fabric, task: Task, model: nn.Module, batches: Batches) -> 
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedRun:
     """A checkpoint, brought back to what made it."""
 
     path: Path
@@ -56,7 +57,7 @@ class Trained:
     metrics: Mapping[str, float]  # of its validation; none where it was not validated
 
 
-def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source], **changed: object) -> Trained:
+def load_run(checkpoint: Path, source_of: Callable[[Experiment, Source], Source], **changed: object) -> LoadedRun:
     """Bring back a checkpoint, or the best one of a run folder, with its experiment's settings but for those changed.
 
     `source_of` is handed the experiment and its set without pictures, and returns the set that it is wanted for.
@@ -66,17 +67,17 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
     path = checkpoint / BEST if checkpoint.is_dir() else checkpoint
     saved = read(path)
     experiment = Experiment.of(saved["experiment"])
-    elsewhere = {field.name: field.default for field in fields(Place) if field.name != "data_dir"}
+    elsewhere = {field.name: field.default for field in fields(Execution) if field.name != "data_dir"}
     taught = {"teacher": None, "teacher_weights": None}
     asked = {name: value for name, value in changed.items() if value is not None}
     experiment = replace(experiment, **(elsewhere | taught | asked))
     weights = judged_weights(saved)
     try:
-        own = without_pictures(saved["set"])
+        stored = without_pictures(saved["set"])
     except UsageError as error:
         raise RunError(f"{path} does not tell of the set that it was trained on ({error}). Give another.") from error
     try:
-        source = source_of(experiment, own)
+        source = source_of(experiment, stored)
         fabric = launch(experiment)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
@@ -86,10 +87,10 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
         raise UsageError(f"{path}: {error}") from error
     fill(work.module, weights, path)
     work.module = fabric.strategy.precision.convert_module(work.module.to(fabric.device)).eval()
-    return Trained(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})
+    return LoadedRun(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})
 
 
-def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
+def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Evaluation:
     """Judge a checkpoint, or the best one of a run folder, with its experiment's settings but for those changed.
 
     Raises UsageError for a set of other classes, RunError for a file that is no checkpoint of its model.
@@ -97,24 +98,24 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
 
     may_download = changed.get("data_dir") is not None  # and never where the checkpoint says
 
-    def with_pictures(experiment: Experiment, own: Source) -> Source:
+    def with_pictures(experiment: Experiment, stored: Source) -> Source:
         source = find(experiment.data, experiment.data_dir, download=may_download)
-        if source.classes != own.classes:
+        if source.classes != stored.classes:
             raise UsageError(
-                f"{checkpoint} was trained to tell {_named(own.classes)} apart, and {source.name} has "
+                f"{checkpoint} was trained to tell {_named(stored.classes)} apart, and {source.name} has "
                 f"{_named(source.classes)}. Give --data a set of the same classes."
             )
         return source
 
-    found = trained(checkpoint, with_pictures, **changed)
-    work, fabric, held_out = found.work, found.fabric, found.work.source.validation
-    at_once = work.validation_batch or found.experiment.batch_size
+    run = load_run(checkpoint, with_pictures, **changed)
+    work, fabric, held_out = run.work, run.fabric, run.work.source.validation
+    at_once = work.validation_batch or run.experiment.batch_size
     share = Whole(len(held_out), at_once, fabric.global_rank, fabric.world_size)
     pin = fabric.device.type == "cuda"
-    batches = pipeline.load(work.validation(), share, found.experiment.workers, pin)
-    metrics = evaluate(fabric, found.task, work.module, batches)
-    return Judged(found.path, work.source.name, len(held_out), metrics)
+    batches = pipeline.load(work.validation(), share, run.experiment.workers, pin)
+    metrics = evaluate(fabric, run.task, work.module, batches)
+    return Evaluation(run.path, work.source.name, len(held_out), metrics)
 
 
 def _named(classes: Sequence[str]) -> str:
-    return f"{len(classes)} classes ({', '.join(classes[:3])} ...)"
+    return f"{plural(len(classes), 'class', 'classes')} ({', '.join(classes[:3])} ...)"

@@ -24,7 +24,7 @@ from lape import writing
 from lape.data import pipeline, sources
 from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
 from lape.errors import RunError, UsageError, first_line
-from lape.experiment import Experiment, told
+from lape.experiment import Experiment, parse
 from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
 from lape.tasks.work import described, work_of
@@ -87,7 +87,7 @@ def train(
     fabric = launch(experiment)
     claim(folder, experiment, resume)
     if not (folder / RESULT).exists():
-        run = Run(experiment, folder, fabric, resume)
+        run = TrainingRun(experiment, folder, fabric, resume)
         if resume:
             run.restore()
         if run.state.step == 0:
@@ -99,7 +99,7 @@ def train(
     return folder / RESULT
 
 
-class Run:
+class TrainingRun:
     """Everything that one training run holds."""
 
     def __init__(self, experiment: Experiment, folder: Path, fabric: Fabric, resume: bool = False) -> None:
@@ -108,7 +108,7 @@ class Run:
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
             self.source = sources.of(experiment, download=not resume)
-        self.saved = self._kept() if resume else None
+        self.saved = self._last_checkpoint() if resume else None
         build = LikeItsFile(self.saved["model"], folder / LAST) if self.saved else as_asked
         self.work: Any = work_of(experiment, self.source, build)
         self.order = Order(
@@ -153,33 +153,27 @@ class Run:
         self.curves = self._open_folder()
         batches = self._training_batches()
         saved = reported = monotonic()
-        self.begun = saved - self.state.seconds
-        waiting: tuple[int, Tensor] | None = None
-        told_early = False
+        self.begun, self.noted = saved - self.state.seconds, self.state.step
         prepared = self.preparation.ahead(batches, self.fabric.to_device)
+        before: tuple[int, Tensor] | None = None  # the last step, and what it returned
         with closing(batches), signals() as heard:
             for step in range(self.state.step, self.steps):
-                top = monotonic()
+                begun = monotonic()
                 news = self._step(step, prepared, stop=bool(heard))
-                # Reading a number waits for the device: read the last step's while it computes this one.
-                stop = told_early or (waiting is not None and self._settle(*waiting))
-                waiting = step, news
-                now = monotonic()
-                self.durations.append(now - top)
+                # Reading a number waits for the device: the loss of the step before is read while this one is computed.
+                stop = before is not None and self._note_loss(*before)
+                before = step, news
+                self.durations.append(monotonic() - begun)
                 epoch_ends = (step + 1) % self.order.steps == 0 or step + 1 == self.steps
-                if epoch_ends or stop or now - saved > self.experiment.checkpoint_seconds:
-                    told_early, waiting = self._settle(*waiting), None
-                    # All processes must stop at one step, and their clocks differ: those not here learn of it next.
-                    stop = stop or (epoch_ends and told_early)
-                    self.state.step = step + 1
-                    self._refuse_broken_weights(step)
-                    if epoch_ends and self._is_validated(step + 1):
-                        self._validate()
-                    self._save()
+                if epoch_ends or stop or monotonic() - saved > self.experiment.checkpoint_seconds:
+                    # All processes stop at one step. Their clocks differ, so only at the end of an epoch do they all
+                    # read this step's news here; the others' turn comes in the next step.
+                    stop |= self._note_loss(*before) and epoch_ends
+                    self._keep(step + 1, epoch_ends)
                     saved = monotonic()
-                if self.curves and (epoch_ends or now - reported > SECONDS_BETWEEN_REPORTS):
-                    reported = now
+                if self.curves and (epoch_ends or monotonic() - reported > SECONDS_BETWEEN_REPORTS):
                     report(self._progress(step + 1))
+                    reported = monotonic()
                 if stop:
                     place = f"step {step + 1} of {self.steps} is kept in {self.folder / LAST}"
                     raise Stopped(heard[0] if heard else signal.SIGTERM, f"Stopped: {place}. Go on with --resume.")
@@ -211,13 +205,23 @@ class Run:
         news = torch.stack([total, total.new_tensor(float(stop))])
         return news if fabric.world_size == 1 else fabric.all_reduce(news, reduce_op="mean")  # pyright: ignore
 
-    def _settle(self, step: int, news: Tensor) -> bool:
-        """Take note of the loss of a step; returns whether to stop."""
+    def _note_loss(self, step: int, news: Tensor) -> bool:
+        """Take note of the loss of a step, once; returns whether any process was told to stop."""
         loss, stop = news.tolist()
         if not math.isfinite(loss):
             self._refuse(step, f"The loss is {loss}")
-        self.state.losses.append(loss)
+        if step == self.noted:
+            self.state.losses.append(loss)
+            self.noted += 1
         return stop > 0
+
+    def _keep(self, step: int, epoch_ends: bool) -> None:
+        """Write a checkpoint after so many steps; at the end of an epoch with its validation."""
+        self.state.step = step
+        self._refuse_broken_weights(step - 1)
+        if epoch_ends and self._is_validated(step):
+            self._validate()
+        self._save()
 
     def _refuse_broken_weights(self, step: int) -> None:
         """Keep weights out of a checkpoint that are not finite: a gradient may overflow where the loss does not."""
@@ -263,10 +267,10 @@ class Run:
         state.losses.clear()
         if self.curves:
             if best:
-                save(self.folder / BEST, self._named() | {"model": self.judged.state_dict(), "metrics": row})
+                save(self.folder / BEST, self._description() | {"model": self.judged.state_dict(), "metrics": row})
             self.curves.add(state.curve)
 
-    def _named(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         return {"experiment": self.experiment.settings(), "set": described(self.source)}
 
     def _save(self) -> None:
@@ -275,7 +279,7 @@ class Run:
         durations = list(self.durations)
         self.state.seconds_per_step = median(durations[FIRST_STEPS:] or durations)
         if self.fabric.is_global_zero:
-            state = self._named() | {
+            state = self._description() | {
                 "state": asdict(self.state),
                 "model": self.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -284,7 +288,7 @@ class Run:
             }
             save(self.folder / LAST, state)
 
-    def _kept(self) -> dict[str, Any] | None:
+    def _last_checkpoint(self) -> dict[str, Any] | None:
         """Read the last checkpoint, where there is one."""
         path = self.folder / LAST
         if not path.exists():
@@ -305,7 +309,7 @@ class Run:
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.fabric.strategy.precision.load_state_dict(saved["precision"])
-            self.state = told(State, saved["state"])
+            self.state = parse(State, saved["state"])
             if not 0 < self.state.step <= self.steps:
                 raise UsageError(f"step {self.state.step} is none of {self.steps}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:

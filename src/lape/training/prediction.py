@@ -12,7 +12,7 @@ from lape.data.sources import opened
 from lape.errors import UsageError
 from lape.experiment import Experiment
 from lape.tasks.work import Answer, Source
-from lape.training.evaluation import trained
+from lape.training.evaluation import load_run
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Predicted:
     classes: tuple[str, ...]
 
 
-def files_of(given: Sequence[Path]) -> list[Path]:
+def files_of(paths: Sequence[Path]) -> list[Path]:
     """Return pictures, and for a folder those in it; raises UsageError for a path that is neither."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    found: list[Path] = []
-    for path in given:
+    pictures: list[Path] = []
+    for path in paths:
         inside = sorted(file for file in path.glob("*") if file.suffix.lower() in IMG_EXTENSIONS)
         if path.is_dir() and not inside:
             raise UsageError(f"{path} holds no picture ({', '.join(IMG_EXTENSIONS)}). Name another folder, or files.")
         if not path.exists():
             raise UsageError(f"There is no picture or folder {path}. Check the path.")
-        found += inside or [path]
-    return found
+        pictures += inside or [path]
+    return pictures
 
 
 def predict(
@@ -52,10 +52,10 @@ def predict(
     def without_pictures(_: Experiment, source: Source) -> Source:
         return source
 
-    found: Any = trained(checkpoint, without_pictures, devices=1, nodes=1, **changed)
+    run: Any = load_run(checkpoint, without_pictures, devices=1, nodes=1, **changed)
     for path in pictures:
         with opened(path) as file:
             picture = file.convert("RGB")
-        with torch.no_grad(), found.fabric.autocast():
-            answer = found.work.answer(found.task, picture, found.fabric.device, threshold)
-        yield Predicted(path, picture, answer, found.work.source.classes)
+        with torch.no_grad(), run.fabric.autocast():
+            answer = run.work.answer(run.task, picture, run.fabric.device, threshold)
+        yield Predicted(path, picture, answer, run.work.source.classes)

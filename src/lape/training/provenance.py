@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lape.characters import plural
+
 PACKAGES = ("lape", "torch", "timm", "lightning-fabric")
 
 
@@ -36,7 +38,7 @@ def machine() -> str:
     import torch
 
     graphics = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    threads = f"{os.cpu_count()} cores, torch threads: {torch.get_num_threads()}"
+    threads = f"{plural(os.cpu_count() or 1, 'core')}, torch threads: {torch.get_num_threads()}"
     return ", ".join([f"{platform.system()} {platform.machine()}", threads, *graphics])
 
 

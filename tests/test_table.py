@@ -1,0 +1,60 @@
+"""Law: a table says the same in the terminal, in Markdown and as CSV, whatever stands in its cells."""
+
+import csv
+import io
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from lape.characters import in_markdown, visible
+from lape.report.table import Table
+
+CELLS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+TABLES = st.lists(st.tuples(CELLS, CELLS, st.floats(allow_nan=False) | st.none()), max_size=4)
+
+
+@given(TABLES)
+def test_markdown_and_csv_hold_every_cell(rows):
+    table = Table(("a", "b", "c"), rows, names=2)
+    _, rule, *lines = table.markdown().split("\n")
+    assert rule == "| --- | --- | ---: |"
+    cells = [re.split(r"(?<!\\)(?:\\\\)*\|", line[1:-1]) for line in lines]
+    assert [len(line) for line in cells] == [3] * len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        assert line == f"| {' | '.join(in_markdown(str(cell)) for cell in row)} |"
+    read = list(csv.reader(io.StringIO(table.csv(), newline="")))
+    assert read == [["a", "b", "c"], *([*map(visible, row[:2]), "" if row[2] is None else str(row[2])] for row in rows)]
+
+
+def _shown(table, width=200, **how):
+    out = io.StringIO()
+    Console(file=out, width=width).print(table.terminal(**how))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def test_the_terminal_breaks_names_and_headings_and_no_number():
+    table = Table(("name", "a long heading"), [("a name that is long", "12.34 ± 0.12"), ("b", "1.00 ± 0.10")])
+    lines = _shown(table, width=24)
+    assert any(line.endswith("12.34 ± 0.12") for line in lines)
+    assert all(len(line) <= 24 for line in lines)
+    assert "heading" in "".join(lines)
+
+
+def test_groups_stand_above_their_rows_and_rules_between_models():
+    table = Table(("join", "score"), [("default", "1"), ("lape", "2"), ("lape", "3")])
+    lines = _shown(table, groups=["learnable", "learnable", "none"])
+    assert [line.split() for line in lines[2:]] == [
+        ["learnable"],
+        ["default", "1"],
+        ["lape", "2"],
+        ["none"],
+        ["lape", "3"],
+    ]
+    assert len(_shown(table, ruled=True)) == len(_shown(table)) + 1
+
+
+def test_columns_can_be_left_out():
+    table = Table(("name", "kind", "score"), [("a", "b", "1")], names=2)
+    assert table.without("kind") == Table(["name", "score"], [["a", "1"]], names=1)
