@@ -277,8 +277,8 @@ class Subject:
 
     Args:
         recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings stand where none are typed.
-        data: digits, fashion-mnist, cifar10, cifar100, shapes-detection, shapes-segmentation, or a folder: train/ and
-            val/ with a folder for each class, or COCO's layout, or ADE20K's. Beside a recipe: the folder of its set.
+        data: A named set, as digits or cifar10 (another name is refused with all that there are), or a folder: train/
+            and val/ with a folder for each class, or COCO's or ADE20K's layout. Beside a recipe: the folder of its set.
         train_images: Train on this many images alone, drawn once: the same ones for every seed; nothing: all.
         img_size: Side of the images as the model sees them; nothing: the set's own, for a folder the model's.
         model: One that lape models lists, as vit_nano_patch4_32, or a VisionTransformer of timm's.

@@ -142,7 +142,7 @@ def compare(
 
     Raises UsageError for a request that means nothing, RunError for a `result.json` that cannot be read.
     """
-    from lape.data import sources
+    from lape.data.sources import set_of
 
     todo, left_out = plans(base, asked, out)
     if base.devices not in (1, "auto") or base.nodes != 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -151,7 +151,7 @@ def compare(
             "was received. Leave devices and nodes at 1, start it without torchrun, and set jobs."
         )
     out.mkdir(parents=True, exist_ok=True)
-    source = sources.of(base)  # once, before several processes would download the same files
+    source = set_of(base)  # once, before several processes would download the same files
     results = {plan.combination: _kept(plan) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}
     todo = [plan for plan in todo if plan.combination not in results]

@@ -10,12 +10,12 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from lape.data import pipeline
-from lape.data.pipeline import Batches, Whole
-from lape.data.sources import find
+from lape.data.pipeline import Batches, InOrder
+from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment, Place
 from lape.models.rebuilding import LikeItsFile
-from lape.tasks.work import Source, Task, Work, without_pictures, work_of
+from lape.tasks.work import Task, Work, set_without_pictures, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST, read
 from lape.weights import fill, judged_weights
@@ -72,7 +72,7 @@ def trained(checkpoint: Path, source_of: Callable[[Experiment, Source], Source],
     experiment = replace(experiment, **(elsewhere | taught | asked))
     weights = judged_weights(saved)
     try:
-        own = without_pictures(saved["set"])
+        own = set_without_pictures(saved["set"])
     except UsageError as error:
         raise RunError(f"{path} does not tell of the set that it was trained on ({error}). Give another.") from error
     try:
@@ -98,7 +98,7 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
     may_download = changed.get("data_dir") is not None  # and never where the checkpoint says
 
     def with_pictures(experiment: Experiment, own: Source) -> Source:
-        source = find(experiment.data, experiment.data_dir, download=may_download)
+        source = find_set(experiment.data, experiment.data_dir, download=may_download)
         if source.classes != own.classes:
             raise UsageError(
                 f"{checkpoint} was trained to tell {_named(own.classes)} apart, and {source.name} has "
@@ -109,7 +109,7 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Judged:
     found = trained(checkpoint, with_pictures, **changed)
     work, fabric, held_out = found.work, found.fabric, found.work.source.validation
     at_once = work.validation_batch or found.experiment.batch_size
-    share = Whole(len(held_out), at_once, fabric.global_rank, fabric.world_size)
+    share = InOrder(len(held_out), at_once, fabric.global_rank, fabric.world_size)
     pin = fabric.device.type == "cuda"
     batches = pipeline.load(work.validation(), share, found.experiment.workers, pin)
     metrics = evaluate(fabric, found.task, work.module, batches)
