@@ -310,7 +310,7 @@ class PositionNorm(nn.Module):
         p_l in any case; where the variance is below eps, no gradient passes on to the layers before.
         """
         # torch.jit traces a graph once with gradients and checks it without: the two must be the same.
-        learns = (torch.is_grad_enabled() and position.requires_grad) or torch.jit.is_tracing()
+        learns = (torch.is_grad_enabled() and position.requires_grad) or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         if not (self.kind.normalise and learns):
             return position
         constant = position.detach()

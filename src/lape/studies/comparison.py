@@ -143,7 +143,7 @@ def compare(
 
     Raises UsageError for a request that means nothing, RunError for a `result.json` that cannot be read.
     """
-    from lape.data import sources
+    from lape.data.sources import set_of
 
     todo, left_out = plans(base, factors, out)
     if base.devices not in (1, "auto") or base.nodes != 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -154,7 +154,7 @@ def compare(
     writing.make_folder(out)
     for plan in todo:
         writing.refuse_links(out, plan.folder)
-    source = sources.of(base)  # once, before several processes would download the same files
+    source = set_of(base)  # once, before several processes would download the same files
     results = {plan.combination: _kept(plan) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}
     todo = [plan for plan in todo if plan.combination not in results]

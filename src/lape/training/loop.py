@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from lape import writing
-from lape.data import pipeline, sources
-from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
+from lape.data import pipeline
+from lape.data.pipeline import Batch, Batches, InOrder, Key, Order, Shares, reseed, seed_of
+from lape.data.sources import set_of
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment, parse
 from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
-from lape.tasks.work import described, work_of
+from lape.tasks.work import describe_set, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
 from lape.training.checkpoints import BEST, BROKEN_BATCH, LAST, RESULT, SETTINGS, claim, read, refuse_other, save
 from lape.training.curves import Curves
@@ -107,7 +108,7 @@ class TrainingRun:
 
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
-            self.source = sources.of(experiment, download=not resume)
+            self.source = set_of(experiment, download=not resume)
         self.saved = self._last_checkpoint() if resume else None
         build = LikeItsFile(self.saved["model"], folder / LAST) if self.saved else as_asked
         self.work: Any = work_of(experiment, self.source, build)
@@ -251,7 +252,7 @@ class TrainingRun:
         """Validate, add a row to the curve, and keep the best weights."""
         state = self.state
         at_once = self.work.validation_batch or self.order.share
-        share = Whole(len(self.source.validation), at_once, self.fabric.global_rank, self.fabric.world_size)
+        share = InOrder(len(self.source.validation), at_once, self.fabric.global_rank, self.fabric.world_size)
         metrics = evaluate(self.fabric, self.task, self.judged, self._load(self.work.validation(), share))
         row = {
             "epoch": -(-state.step // self.order.steps),
@@ -271,7 +272,7 @@ class TrainingRun:
             self.curves.add(state.curve)
 
     def _description(self) -> dict[str, Any]:
-        return {"experiment": self.experiment.settings(), "set": described(self.source)}
+        return {"experiment": self.experiment.settings(), "set": describe_set(self.source)}
 
     def _save(self) -> None:
         """Replace the last checkpoint."""
