@@ -375,8 +375,11 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
     of a join may be missing, nothing else. Raises RunError, the model untouched, naming what does not fit.
     """
     vit, host = find(model)
-    target = vit if host.filter is not None else _of_transformers(model, vit) or model
     stored = _read(source)
+    target = vit
+    if host.filter is None:
+        as_it_is = stored.weights.keys() <= model.state_dict().keys()
+        target = model if as_it_is else _of_transformers(model, vit) or model
     weights = _fitted_to(target, stored, vit, host)
     missing = _compared(weights, target.state_dict(), _of_a_join(host), _of_a_join(host), stored.where)
     target.load_state_dict(weights, strict=False)
