@@ -221,6 +221,13 @@ def test_of_a_run_of_ours_what_it_validates_is_taken(evaluated: bool, tmp_path: 
     assert loaded.average == ("ema" if evaluated else None)
 
 
+@pytest.mark.parametrize("experiment", ["first", {"name": "first"}, None])
+def test_a_strangers_file_may_name_its_experiment(experiment: Any) -> None:
+    source, model = shaken(lape.apply(host())), lape.apply(host())
+    assert lape.load_weights(model, {"experiment": experiment, "model": source.state_dict()}).missing == ()
+    assert torch.equal(model.blocks[0].pe_norm.bias, source.blocks[0].pe_norm.bias)
+
+
 # --- Prefixes
 
 PREFIXES = ("_orig_mod.", "module.", "module._orig_mod.", "net.", "model.", "backbone.", "teacher.backbone.", "a.0.b.")

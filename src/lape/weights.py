@@ -175,7 +175,8 @@ class _Source:
 
 def _state(stored: Any, where: str | Path) -> _Source:
     average = None
-    if isinstance(stored, Mapping) and {"experiment", "model"} <= stored.keys():  # of a run of ours
+    settings = stored.get("experiment") if isinstance(stored, Mapping) else None
+    if isinstance(settings, Mapping) and "ema_evaluated" in settings and "model" in stored:  # of a run of ours
         judged = judged_weights(stored)
         stored, average = judged, "ema" if judged is stored.get("ema") else None
     while isinstance(stored, Mapping):
