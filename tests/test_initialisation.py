@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,17 @@ def test_a_sinusoid_is_made_anew_in_every_library(name: str) -> None:
     assert "reset_parameters" not in {name for part in model.modules() for name in part.__dict__}
 
 
+def test_what_a_reset_does_not_begin_is_said() -> None:
+    """PyTorch's FSDP takes a module with `reset_parameters` for one that is initialised by it."""
+    with pytest.warns(UserWarning, match=r"position table of VisionTransformer; cls_token beside it stay"):
+        lape.apply(host()).reset_parameters()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("vit", "torchvision", "sequences"):
+            reset(applied(name, pe="sinusoidal-1d"))
+        lape.apply(host()).init_weights()
+
+
 def test_a_table_of_a_module_that_has_no_initialiser_begins_by_the_hosts_scale() -> None:
     model = applied("sequences")
     nn.init.constant_(model.pos_embed, torch.nan)
@@ -108,7 +120,9 @@ def test_a_table_of_a_module_that_has_no_initialiser_begins_by_the_hosts_scale()
 # --- timm: init_weights
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_ape_224", "t2t_vit_7"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_small_patch16_rope_ape_224", "t2t_vit_7", "ceit_tiny_patch16_224"]
+)
 @pytest.mark.parametrize("join", ["default", "lape"])
 def test_timms_initialiser_leaves_a_sinusoid(name: str, join: str) -> None:
     model = timm.create_model(name, **{**TINY, "img_size": 32})
@@ -120,12 +134,20 @@ def test_timms_initialiser_leaves_a_sinusoid(name: str, join: str) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_an_untouched_t2t_vit_keeps_its_sinusoid_too() -> None:
-    model: Any = timm.create_model("t2t_vit_7", **{**TINY, "img_size": 32})
-    before = copy.deepcopy(model.state_dict())
+@pytest.mark.parametrize("name", ["t2t_vit_7", "ceit_tiny_patch16_224", "cct_2_3x2_32", "vit_2_4_32"])
+def test_an_untouched_model_of_ours_begins_anew_as_it_began(name: str) -> None:
+    model: Any = timm.create_model(name, num_classes=5, img_size=32)
+    before = copy.deepcopy(model)
     spoilt(model).init_weights()
-    assert torch.equal(model.pos_embed, before["pos_embed"])
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for part, parameter in model.named_parameters():
+        began = before.get_parameter(part)
+        assert parameter.requires_grad == began.requires_grad
+        if began.numel() == 1 or not began.std():
+            assert torch.equal(parameter, began), part
+        elif parameter.numel() > 100:
+            assert 0.8 < parameter.std() / began.std() < 1.25, part
+    if name == "t2t_vit_7":
+        assert torch.equal(model.pos_embed, before.pos_embed)
 
 
 # --- transformers: a class that applies in its constructor, loaded from a plain file

@@ -221,6 +221,13 @@ def test_of_a_run_of_ours_what_it_validates_is_taken(evaluated: bool, tmp_path: 
     assert loaded.average == ("ema" if evaluated else None)
 
 
+@pytest.mark.parametrize("experiment", ["first", {"name": "first"}, None])
+def test_a_strangers_file_may_name_its_experiment(experiment: Any) -> None:
+    source, model = shaken(lape.apply(host())), lape.apply(host())
+    assert lape.load_weights(model, {"experiment": experiment, "model": source.state_dict()}).missing == ()
+    assert torch.equal(model.blocks[0].pe_norm.bias, source.blocks[0].pe_norm.bias)
+
+
 # --- Prefixes
 
 PREFIXES = ("_orig_mod.", "module.", "module._orig_mod.", "net.", "model.", "backbone.", "teacher.backbone.", "a.0.b.")
@@ -349,6 +356,21 @@ def test_the_part_that_a_classifier_of_transformers_has_around_goes_in_too(tmp_p
     ):
         lape.load_weights(bare, tmp_path / "model.safetensors")
     assert all(torch.equal(value, before[name]) for name, value in bare.state_dict().items())
+
+
+def test_a_file_of_what_holds_a_model_of_transformers_has_its_own_names(tmp_path: Path) -> None:
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.head = applied("vit"), torch.nn.Linear(32, 3)
+
+    source, model = Holder(), Holder()
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert lape.load_weights(model, saved(source, tmp_path)).missing == ()
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+    lape.load_weights(model, saved(source.inside, tmp_path))  # of what it holds, too
+    assert torch.equal(model.inside.layers[1].pe_norm.bias, source.inside.layers[1].pe_norm.bias)
 
 
 def test_what_does_not_fit_a_model_of_transformers_is_named(tmp_path: Path) -> None:

@@ -175,7 +175,8 @@ class _Source:
 
 def _state(stored: Any, where: str | Path) -> _Source:
     average = None
-    if isinstance(stored, Mapping) and {"experiment", "model"} <= stored.keys():  # of a run of ours
+    settings = stored.get("experiment") if isinstance(stored, Mapping) else None
+    if isinstance(settings, Mapping) and "ema_evaluated" in settings and "model" in stored:  # of a run of ours
         judged = judged_weights(stored)
         stored, average = judged, "ema" if judged is stored.get("ema") else None
     while isinstance(stored, Mapping):
@@ -395,8 +396,11 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         Every parameter was loaded.
     """
     vit, host = find(model)
-    target = vit if host.files is not None else _of_transformers(model, vit) or model
     stored = _read(source)
+    target = vit
+    if host.files is None:
+        as_it_is = stored.weights.keys() <= model.state_dict().keys()
+        target = model if as_it_is else _of_transformers(model, vit) or model
     weights = _fitted_to(target, stored, vit, host)
     missing = _compared(weights, target.state_dict(), _of_a_join(host), _of_a_join(host), stored.where)
     target.load_state_dict(weights, strict=False)

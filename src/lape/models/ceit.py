@@ -128,7 +128,17 @@ class CeiT(VisionTransformer):
             qkv_bias=options.get("qkv_bias", True),
             norm_layer=type(self.norm) if "norm_layer" not in options else options["norm_layer"],
         )
-        self.pos_layer_embed = nn.Parameter(torch.zeros(1, depth, dim))
+        self.pos_layer_embed = nn.Parameter(torch.empty(1, depth, dim))
+        self._as_the_original()
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """As the original: a class token as wide as a ViT's table at first, and no difference between layers."""
+        super().init_weights(mode, needs_reset)
+        if hasattr(self, "pos_layer_embed"):  # timm's constructor asks before it is there
+            self._as_the_original()
+
+    def _as_the_original(self) -> None:
+        nn.init.zeros_(self.pos_layer_embed)
         for part in self.lca.modules():
             if isinstance(part, nn.Linear):
                 trunc_normal_(part.weight, std=0.02)

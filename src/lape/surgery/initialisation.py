@@ -4,6 +4,7 @@ PyTorch asks each module for `reset_parameters`, timm the model for `init_weight
 about each module that a file did not fill. What stands in for them lets the host's class do its work first.
 """
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,14 @@ class _Reset:
             kind.reset_parameters(module)
         elif by_host:
             type(vit)._init_weights(vit, module)
+        else:
+            others = {name for name, _ in module.named_parameters(recurse=False)} - _tables(self.record)
+            if others:  # FSDP takes a module that has the method for one that is initialised by it
+                warnings.warn(
+                    f"reset_parameters begins the position table of {kind.__name__}; {', '.join(sorted(others))} "
+                    "beside it stay as they are. Initialise them too, by init_weights() where the model has it.",
+                    stacklevel=2,
+                )
         _begin(self.record, module, by_host=by_host)
 
 
@@ -124,6 +133,11 @@ def _a_row_for_the_host(record: Positions) -> Generator[None, None, None]:
     finally:
         if taken:
             swap_parameter(vit, name, None)
+
+
+def _tables(record: Positions) -> set[str]:
+    """Return the names that tables have in the modules that hold them."""
+    return {record.host.table.rpartition(".")[2], record.host.table_name, BIAS_TABLE}
 
 
 def _table_module(record: Positions) -> nn.Module:
