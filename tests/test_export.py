@@ -113,8 +113,8 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
 # --- What differs is not left behind
 
 
-def off_by(amount: float) -> Callable[[Path], exporting.Run]:
-    def open_wrongly(path: Path) -> exporting.Run:
+def off_by(amount: float) -> Callable[[Path], exporting.Runner]:
+    def open_wrongly(path: Path) -> exporting.Runner:
         opened = exporting._open_program(path)
         return lambda x: [output + amount * output.abs().max() for output in opened(x)]
 

@@ -148,7 +148,7 @@ def test_an_analysis_is_kept_until_its_checkpoint_changes(runs, monkeypatch):
     first = analysed(study, Kept(runs / "page.html")).analyses
     heard = []
     monkeypatch.setattr(
-        kept_analyses, "trained", lambda *args, **kinds: heard.append(args) or (_ for _ in ()).throw(RunError("no"))
+        kept_analyses, "load_run", lambda *args, **kinds: heard.append(args) or (_ for _ in ()).throw(RunError("no"))
     )
     assert analysed(study, Kept(runs / "page.html")).analyses == first
     assert heard == []
