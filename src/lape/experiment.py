@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar, get_args, get_origin
 
 from lape.characters import LONE
 from lape.errors import UsageError
+from lape.names import SchemeNames
 
 Parsed = TypeVar("Parsed")
 
@@ -309,6 +310,11 @@ class DataAndModel:
     start: str = "fresh"
     drop_path: float = 0.1
     grad_checkpointing: bool = False
+
+    @property
+    def names(self) -> SchemeNames:
+        """What is asked of the model's positions."""
+        return SchemeNames(self.join, self.pe, self.pe_norm, self.start)
 
 
 # Where numbers mean something.

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.errors import UsageError, choose
+from lape.names import SchemeNames
 
 Grid = tuple[int, int]
 
@@ -495,6 +496,12 @@ class Scheme:
     def with_tokens(self) -> bool:
         """Whether ω is part of x_0."""
         return self.join.with_tokens or self.start.table_stays
+
+    @property
+    def names(self) -> SchemeNames:
+        """The names that it was chosen by."""
+        norm = next(name for name, kind in POSITION_NORMS.items() if kind == self.norm)
+        return SchemeNames(self.join.name, self.embedding.name, norm, self.start.name)
 
     def step(self, layer: int, position: Tensor | None, norm: PositionNorm | None) -> Step:
         """Return the rung of a layer that is handed ω_l, and ω_{l+1}."""

@@ -26,7 +26,8 @@ from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
 from lape.hosts import Host, blocks_path, class_names, find, grid_of, value_at
 from lape.hosts.registry import RECORD
-from lape.method import POSITION_EMBEDDINGS, POSITION_NORMS, TABLES, Grid, Table
+from lape.method import POSITION_EMBEDDINGS, TABLES, Grid, Table
+from lape.names import SchemeNames
 from lape.surgery.operation import apply
 from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
 from lape.surgery.proxy import Proxies
@@ -561,7 +562,7 @@ def _as_transformers_loads(weights: Weights, model: nn.Module, vit: nn.Module) -
     def begin(self: Any, config: Any) -> None:
         kind.__init__(self, config)
         if record is not None:
-            apply(self, **_names(record))
+            apply(self, *_names(record))
 
     # By its module transformers tells a class whose names it converts from a user's.
     twin: Any = type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
@@ -582,13 +583,11 @@ def _as_transformers_loads(weights: Weights, model: nn.Module, vit: nn.Module) -
     return loaded | foreign | others
 
 
-def _names(record: Positions) -> dict[str, Any]:
+def _names(record: Positions) -> SchemeNames:
     """Return what `apply` calls the scheme of a model, with a learnt table for a fixed one: any file's goes in."""
-    scheme = record.scheme
-    table, plus, bias = scheme.embedding.name.partition("+")
-    learnt = table if table not in TABLES else f"learnable{plus}{bias}"
-    (norm,) = (name for name, kind in POSITION_NORMS.items() if kind == scheme.norm)
-    return {"join": scheme.join.name, "pe": learnt, "pe_norm": norm, "start": scheme.start.name}
+    names = record.scheme.names
+    table, plus, bias = str(names.pe).partition("+")
+    return names._replace(pe=table if table not in TABLES else f"learnable{plus}{bias}")
 
 
 @contextmanager

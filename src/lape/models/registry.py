@@ -22,6 +22,7 @@ from lape.models import ceit, compact, deit, mask_rcnn, segmenter, swin, t2t_vit
 from lape.models.ceit import CeiT
 from lape.models.compact import CompactTransformer
 from lape.models.t2t_vit import T2TViT
+from lape.names import SchemeNames
 from lape.surgery.operation import apply
 from lape.weights import convert
 
@@ -140,9 +141,9 @@ def _build(name: str, family: Family) -> Build:
     return build
 
 
-def _refuse_another(asked: Mapping[str, str | None], saved: Mapping[str, str]) -> None:
-    if asked != {name: saved.get(name) for name in asked}:
-        theirs = ", ".join(f"{name}={saved.get(name)!r}" for name in asked)
+def _refuse_another(asked: SchemeNames, saved: Mapping[str, str]) -> None:
+    if asked != tuple(saved.get(name) for name in asked._fields):
+        theirs = ", ".join(f"{name}={saved.get(name)!r}" for name in asked._fields)
         raise UsageError(f"These weights were trained with {theirs}. Leave out join, pe, pe_norm, start.")
 
 
@@ -170,7 +171,8 @@ def _register(name: str, family: Family) -> None:
                 f"features_only takes the maps of a backbone, and {name} is a whole model with its heads. Leave it "
                 "out, or name a classifier, as deit_tiny_patch16_224."
             )
-        if (join, pe, pe_norm, start) == (None, None, "layernorm", "fresh"):
+        asked = SchemeNames(join or "default", pe, pe_norm, start)
+        if join is None and asked == SchemeNames("default"):
             return build(pretrained=pretrained, **options)
         if options.get("features_only"):
             options = {"feature_cls": "getter"} | options  # it keeps the model whole
@@ -179,9 +181,9 @@ def _register(name: str, family: Family) -> None:
         model = build(pretrained=ready, **options)
         if not ready:
             family.as_published(find(model)[0])
-        apply(model, join or "default", pe, pe_norm, start)
+        apply(model, *asked)
         if "join" in saved:
-            _refuse_another({"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}, saved)
+            _refuse_another(asked, saved)
             _load_joined(model.model if options.get("features_only") else model, options)
         return model
 
@@ -230,14 +232,17 @@ def create_model(
     known = name.partition(".")[0]
     if "/" not in name and ":" not in name:
         choose(dict.fromkeys(timm.list_models()), known, "a model that timm knows")
-    joined = {"join": join, "pe": pe, "pe_norm": pe_norm, "start": start}
+    asked = SchemeNames(join, pe, pe_norm, start)
     try:
-        model = timm.create_model(name, **options | joined if known in MODELS else options)
+        model = timm.create_model(name, **options | asked._asdict() if known in MODELS else options)
     except (UsageError, RunError):
         raise
     except OSError as error:  # of the disk, of the network
-        raise RunError(f"The weights of {name} cannot be had ({first_line(error)}). Create it without them.") from error
+        raise RunError(
+            f"The weights of {name} could not be downloaded ({first_line(error)}). Create it without them."
+        ) from error
     except Exception as error:  # whatever timm's constructors stumble over
-        told = first_line(error)
-        raise UsageError(f"{name} does not take these options: {told}. Leave them out, or name a ViT.") from error
-    return model if known in MODELS else apply(model, **joined)
+        raise UsageError(
+            f"{name} does not take these options: {first_line(error)}. Leave them out, or name a ViT."
+        ) from error
+    return model if known in MODELS else apply(model, *asked)

@@ -22,14 +22,13 @@ from lape.characters import as_code, in_markdown
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.hosts.registry import RECORD
-from lape.method import POSITION_NORMS
 from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model
+from lape.names import SchemeNames
 from lape.weights import fill, opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 HEADER = "lape"  # the key of the configuration in the header of a weight file
-JOINED = ("join", "pe", "pe_norm", "start")
 # What timm's description of a model says of where weights are to be had: none of it is taken from a configuration.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 
@@ -79,7 +78,8 @@ def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -
         args = get_model_args(model, model_args)
     except ValueError as error:
         raise UsageError(f"{error} Give the keywords that the model was made with, or leave them out.") from error
-    args = {name: value for name, value in args.items() if name not in JOINED and not name.startswith(FETCHING)}
+    left_out = SchemeNames._fields  # what is applied now says them
+    args = {name: value for name, value in args.items() if name not in left_out and not name.startswith(FETCHING)}
     args |= _joined(model)
     shown = filter_pretrained_cfg({**cfg}, remove_source=True)
     shown |= get_model_input_config(model)
@@ -120,9 +120,7 @@ def _joined(model: nn.Module) -> dict[str, str]:
             "A folded model is for inference and has no table any more. Save it as it was before, and fold what is "
             "loaded: lape.fold(lape.from_pretrained(...)); or export it to .onnx or .pt2."
         )
-    chosen = record.scheme
-    norm = next(name for name, kind in POSITION_NORMS.items() if kind is chosen.norm)
-    return {"join": chosen.join.name, "pe": chosen.embedding.name, "pe_norm": norm, "start": chosen.start.name}
+    return record.scheme.names._asdict()
 
 
 def build_model(config: Mapping[str, Any], where: str, build: Build = as_asked, **model_args: Any) -> nn.Module:
@@ -362,7 +360,7 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     args, cfg = config["model_args"], config["pretrained_cfg"]
     facts = {
         "architecture": as_code(config["architecture"]),
-        "position embedding": " · ".join(f"{name}={args[name]}" for name in JOINED if name in args)
+        "position embedding": " · ".join(f"{name}={args[name]}" for name in SchemeNames._fields if name in args)
         or "the model's own",
         "images": f"{'×'.join(map(str, cfg['input_size']))}, mean {cfg.get('mean')}, deviation {cfg.get('std')}",
         "classes": str(config["num_classes"]),

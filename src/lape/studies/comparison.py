@@ -104,7 +104,7 @@ def plans(base: Experiment, factors: Factors, out: Path) -> tuple[list[Plan], Le
     left_out: dict[str, dict[tuple[Way, str], None]] = {}
     for seed, pe, way in product(factors.seeds, factors.pes, factors.ways()):
         try:
-            scheme(way.join, pe, way.pe_norm, way.start)
+            scheme(*Combination(way, pe, seed).names)  # pyright: ignore[reportArgumentType]  # pe is named
         except UsageError as error:
             left_out.setdefault(str(error), {})[way, pe] = None
             continue

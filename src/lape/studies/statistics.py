@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from lape.names import SchemeNames
+
 
 class Way(NamedTuple):
     """A way of joining positions with tokens: the join, what normalises them (Table 8), and the start."""
@@ -42,6 +44,11 @@ class Combination(NamedTuple):
     way: Way
     pe: str
     seed: int
+
+    @property
+    def names(self) -> SchemeNames:
+        """What is asked of the model's positions."""
+        return SchemeNames(self.way.join, self.pe, self.way.pe_norm, self.way.start)
 
     def __str__(self) -> str:
         return f"{self.way} × {self.pe}, seed {self.seed}"

@@ -12,6 +12,7 @@ from lape import reading
 from lape.characters import LONE, plural
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.names import SchemeNames
 from lape.studies.statistics import LAPE, Combination, FinishedRun, Gap, Point, SummaryRow, Way, gaps, rows
 from lape.tasks.measures import TITLES
 from lape.training.checkpoints import RESULT
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 LeftOut = Mapping[str, Sequence[tuple[Way, str]]]  # ways and tables, by the reason
 Numbers = tuple[float, ...]  # (layers,)
-VARIED = ("join", "pe", "pe_norm", "start", "seed")
+VARIED = (*SchemeNames._fields, "seed")
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def _sound(result: Result) -> None:
     one, recipe = result.run.combination, result.experiment.recipe
     if recipe is not None:
         recipes.load(recipe)
-    scheme(one.way.join, one.pe, one.way.pe_norm, one.way.start)
+    scheme(*one.names)  # pyright: ignore[reportArgumentType]  # a run names its pe
 
 
 def _study(results: Mapping[Combination, Result]) -> Study:

@@ -56,7 +56,7 @@ def build_model(experiment: Experiment, source: Source, build: Build, options: M
         "drop_path_rate": experiment.drop_path,
         **options,
     }
-    joined = {"join": experiment.join, "pe": experiment.pe, "pe_norm": experiment.pe_norm, "start": experiment.start}
+    joined = experiment.names._asdict()
     refuse_keywords(experiment.model_args, {name: SET_BY.get(name, f"--{name}") for name in settings | joined})
 
     def make() -> nn.Module:
