@@ -114,7 +114,7 @@ def test_correlation_of_fresh_models_on_another_grid(lape) -> None:
 def test_a_similarity_that_never_falls_by_half_is_told_by_the_grids_length(lape) -> None:
     found = [(Subject("flat", torch.nn.Identity(), {}), Correlation(torch.ones(2, 49, 49).double(), (7, 7)))]
     sheet = SHEETS["correlation"]
-    assert sheet.tables(found)[1][1:] == [("flat", str(layer), "–", "> 8.5", "0.000") for layer in (1, 2)]
+    assert list(sheet.tables(found)[1].rows) == [("flat", str(layer), "–", "> 8.5", "0.000") for layer in (1, 2)]
     (model,) = json.loads(sheet.as_json(found))["models"]
     assert (model["half_distance"], model["two_dimensionality"]) == (["inf", "inf"], [None, None])
 

@@ -482,9 +482,10 @@ class Scheme:
     Example:
         >>> import torch
         >>> from lape.method import scheme
-        >>> ladder = scheme("default", "learnable").ladder([torch.ones(1, 5, 8)] * 2, [])
-        >>> ladder[0].residual.shape, ladder[1].empty
-        (torch.Size([1, 5, 8]), True)
+        >>> chosen = scheme("default", "learnable")
+        >>> rung, following = chosen.step(0, torch.ones(1, 5, 8), None)
+        >>> rung.residual.shape, following
+        (torch.Size([1, 5, 8]), None)
     """
 
     join: Join  # of JOINS

@@ -24,10 +24,10 @@ def names(patterns: Sequence[str]) -> list[str]:
     """Return the models whose name fits one of the patterns, or all; UsageError where there is none."""
     from lape.models.registry import MODELS
 
-    found = [name for name in MODELS if not patterns or any(fnmatch(name, f"*{pattern}*") for pattern in patterns)]
-    if not found:
+    names = [name for name in MODELS if not patterns or any(fnmatch(name, f"*{pattern}*") for pattern in patterns)]
+    if not names:
         raise UsageError(f"No model's name has {' or '.join(patterns)} in it. `lape models` lists all {len(MODELS)}.")
-    return found
+    return names
 
 
 def entries(chosen: Iterable[str]) -> Iterator[Entry]:

@@ -167,11 +167,11 @@ class CeiT(VisionTransformer):
     def forward_intermediates(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """Return the tokens after blocks, as timm's VisionTransformer does."""
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        told, _ = _TOLD_THE_GRID.of(self, {"blocks": [partial(block, grid=grid) for block in self.blocks]})
-        return VisionTransformer.forward_intermediates(told, x, *arguments, **options)
+        proxy, _ = _BLOCKS_WITH_GRID.of(self, {"blocks": [partial(block, grid=grid) for block in self.blocks]})
+        return VisionTransformer.forward_intermediates(proxy, x, *arguments, **options)
 
 
-_TOLD_THE_GRID = Proxies(CeiT, ["blocks"])
+_BLOCKS_WITH_GRID = Proxies(CeiT, ["blocks"])
 HOST = register(
     replace(
         VISION_TRANSFORMER,

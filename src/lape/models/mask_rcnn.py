@@ -82,8 +82,8 @@ class RegionAlign(nn.Module):
         regions = finest.new_zeros(len(levels), finest.shape[1], self.side, self.side)
         for level, stride in enumerate(STRIDES):
             here = levels == level
-            found = _cut(pyramid[str(level)].to(boxes_of_images), boxes_of_images[here], self.side, 1 / stride)
-            regions[here] = found.to(regions.dtype)
+            pooled = _cut(pyramid[str(level)].to(boxes_of_images), boxes_of_images[here], self.side, 1 / stride)
+            regions[here] = pooled.to(regions.dtype)
         return regions
 
 
@@ -132,9 +132,9 @@ class RegionHeads(RoIHeads):
         logits, corrected = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
         labels = torch.cat(labels_of_images)
         positive = labels > 0
-        own = corrected.unflatten(1, (-1, 4))[positive, labels[positive]]
+        of_label = corrected.unflatten(1, (-1, 4))[positive, labels[positive]]
         count = max(len(labels), 1)
-        distance = (own - torch.cat(corrections)[positive]).abs()
+        distance = (of_label - torch.cat(corrections)[positive]).abs()
 
         shown = [image > 0 for image in labels_of_images]
         boxes, objects = ([part[at] for part, at in zip(parts, shown, strict=True)] for parts in (boxes, objects))

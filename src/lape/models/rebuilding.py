@@ -109,10 +109,10 @@ class Limit:
                 handle.remove()
 
 
-def _counted(said: Any) -> int:
+def _counted(values: Any) -> int:
     """Return the sum of the whole numbers in keywords of a model."""
-    if isinstance(said, Mapping):
-        return _counted(list(said.values()))
-    if isinstance(said, list | tuple):
-        return sum(map(_counted, said))
-    return abs(said) if isinstance(said, int) else 0
+    if isinstance(values, Mapping):
+        return _counted(list(values.values()))
+    if isinstance(values, list | tuple):
+        return sum(map(_counted, values))
+    return abs(values) if isinstance(values, int) else 0

@@ -94,8 +94,8 @@ class Injector(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(dim))
 
     def forward(self, tokens: Tensor, grid: Grid, pyramid: Tensor, grids: Sequence[Grid]) -> Tensor:
-        found = self.attn(self.query_norm(tokens), _centres([grid], tokens), self.feat_norm(pyramid), grids)
-        return tokens + self.gamma * found
+        attended = self.attn(self.query_norm(tokens), _centres([grid], tokens), self.feat_norm(pyramid), grids)
+        return tokens + self.gamma * attended
 
 
 class ConvolutionalFeedForward(nn.Module):

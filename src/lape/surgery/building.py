@@ -41,37 +41,41 @@ def refuse_embedding(record: Positions) -> None:
         )
 
 
-def build(record: Positions, own: nn.Parameter | None) -> None:
+def build(record: Positions, table_before: nn.Parameter | None) -> None:
     """Give the model the tables, the biases and the PE norms of its scheme."""
     layers = record.layers(record.grid)
     widths = [record.width]
     for layer in layers[1:]:
         crossing: Any = layer.crossing
         widths.append(widths[-1] if crossing is None else crossing.reduction.out_features)
-    _build_tables(record, own, layers, widths)
+    _build_tables(record, table_before, layers, widths)
     _build_biases(record)
     if record.scheme.embedding.table is not None:
         _build_norms(record, layers, widths)
 
 
-def _build_tables(record: Positions, own: nn.Parameter | None, layers: list[Layer], widths: list[int]) -> None:
+def _build_tables(record: Positions, table_before: nn.Parameter | None, layers: list[Layer], widths: list[int]) -> None:
     vit, host, join, table = record.model, record.host, record.scheme.join, record.scheme.embedding.table
     new = dtype_and_device(vit)
 
-    def made(grid: Grid, width: int) -> nn.Parameter | None:
+    def new_table(grid: Grid, width: int) -> nn.Parameter | None:
         if table is None:
             return None
         fresh = table.make(grid, record.prefix_rows, width) * (host.embedding.scale if table.learns else 1)
         return nn.Parameter(fresh.to(**new), requires_grad=table.learns)
 
-    kept = own if table is POSITION_EMBEDDINGS[host.embedding.own].table else None
+    kept = table_before if table is POSITION_EMBEDDINGS[host.embedding.own].table else None
     if kept is not None and not join.table_per_layer:
         return
-    record.put_aside[host.table] = own
-    swap_parameter(vit, host.table, None if join.table_per_layer else record.stored(made(record.grid, record.width)))
+    record.put_aside[host.table] = table_before
+    swap_parameter(
+        vit, host.table, None if join.table_per_layer else record.stored(new_table(record.grid, record.width))
+    )
     for number, (layer, width) in enumerate(zip(layers, widths, strict=True) if join.table_per_layer else ()):
         fresh = (
-            made(layer.grid, width) if number or kept is None else record.batched(nn.Parameter(kept.detach().clone()))
+            new_table(layer.grid, width)
+            if number or kept is None
+            else record.batched(nn.Parameter(kept.detach().clone()))
         )
         setattr(layer.block, host.table_name, fresh)
 

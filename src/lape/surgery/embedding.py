@@ -21,7 +21,7 @@ RESIZES_BY_ITSELF = "dynamic_img_size"  # timm's flag of a model that resizes it
 class TableMethod:
     """Stands in for the method of the host that adds its table.
 
-    The host's own runs unchanged on a proxy whose table is what joins the tokens: ω, or zeros.
+    The host's method runs unchanged on a proxy whose table is what joins the tokens: ω, or zeros.
     """
 
     def __init__(self, positions: Positions) -> None:
@@ -34,7 +34,7 @@ class TableMethod:
         self.rotary_proxies = None if rotary is None else Proxies(type(rotary), ["get_embed"])
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Run the host's method; raise UsageError where it does not read the table that it is given."""
+        """Run the host's method; raise UsageError where it does not read the table that it is inputs."""
         positions, host, holder = self.positions, self.positions.host, self.positions.holder
         image, *others = (*inputs, *options.values())
         symbolic = isinstance(image, fx.Proxy)
@@ -148,25 +148,25 @@ class PatchDropout:
         return tokens if isinstance(drop, patch_dropout.PatchDropout) else (tokens, forward.kept)
 
 
-def grid_of_input(positions: Positions, given: Tensor) -> Grid:
+def grid_of_input(positions: Positions, inputs: Tensor) -> Grid:
     """Return the grid of an input: of a sequence, of patches (B, H, W, D), of images (B, C, H, W), or the model's."""
     host = positions.host
-    if isinstance(given, fx.Proxy):
+    if isinstance(inputs, fx.Proxy):
         return symbolic_grid(positions)
     if host.sequence:
         rows, columns = positions.grid
-        tokens = given.shape[1 if host.before is None else positions.tokens_axis(given)]
+        tokens = inputs.shape[1 if host.before is None else positions.tokens_axis(inputs)]
         if rows != 1 and tokens != rows * columns:
             raise UsageError(
                 f"This model's positions are those of {grid_text(positions.grid)} patches, and the input has {tokens} "
                 f"tokens. Apply with the grid of the input, or with grid=(1, {tokens}) for a sequence."
             )
         return rows, tokens // rows
-    if given.ndim == 4 and host.gives_map:
-        return given.shape[1], given.shape[2]
-    if given.ndim == 4 and isinstance(host.grid, tuple):
+    if inputs.ndim == 4 and host.gives_map:
+        return inputs.shape[1], inputs.shape[2]
+    if inputs.ndim == 4 and isinstance(host.grid, tuple):
         height, width = pair(value_at(positions.model, host.grid[1]))
-        return given.shape[2] // height, given.shape[3] // width
+        return inputs.shape[2] // height, inputs.shape[3] // width
     return positions.own_grid()
 
 

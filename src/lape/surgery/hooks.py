@@ -216,11 +216,11 @@ class BlockHooks:
         width = 3 * attention.shape[-1]
         attention = self._laid_out(attention, tokens)
         if type(projection) is nn.Linear:
-            told = F.linear(attention, projection.weight[-width:])
-            return output + F.pad(told, (output.shape[-1] - width, 0))
-        # Quantised, adapted, parametrised: what it makes of a sum is asked of it.
-        told = type(projection).forward(projection, tokens + attention)  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.cat([output[..., :-width], told[..., -width:]], dim=-1)
+            projected = F.linear(attention, projection.weight[-width:])
+            return output + F.pad(projected, (output.shape[-1] - width, 0))
+        # Quantised, adapted, parametrised: it projects the sum itself.
+        projected = type(projection).forward(projection, tokens + attention)  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.cat([output[..., :-width], projected[..., -width:]], dim=-1)
 
     def leave(self, unit: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """End a run: raise UsageError unless the block has taken the attention part of its rung once."""

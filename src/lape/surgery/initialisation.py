@@ -25,19 +25,19 @@ from lape.surgery.weak import Weak
 def initialisers(record: Positions) -> list[tuple[nn.Module, str, Any]]:
     """Return what stands in an operated model for its initialisers: module, name of the method, method."""
     vit, host, embedding = record.model, record.host, record.scheme.embedding
-    found: list[tuple[nn.Module, str, Any]] = []
+    replaced: list[tuple[nn.Module, str, Any]] = []
     holding = [] if embedding.table is None or record.scheme.join.table_per_layer else [_table_module(record)]
     if record.scheme.join.table_per_layer or (embedding.bias is not None and host.window_bias is None):
         holding += record.blocks
-    found += [(module, "reset_parameters", _Reset(record, Weak(module))) for module in holding]
+    replaced += [(module, "reset_parameters", _Reset(record, Weak(module))) for module in holding]
     if host.window_bias is not None and embedding.bias is None:
         attentions = [part for part in vit.modules() if host.window_bias.method in part.__dict__]
-        found += [(part, "reset_parameters", _ResetWithoutBias(Weak(part))) for part in attentions]
+        replaced += [(part, "reset_parameters", _ResetWithoutBias(Weak(part))) for part in attentions]
     of_transformers = [part for part in vit.modules() if hasattr(type(part), "_initialize_weights")]
-    found += [(part, "_initialize_weights", _InitializeEach(record, Weak(part))) for part in of_transformers]
+    replaced += [(part, "_initialize_weights", _InitializeEach(record, Weak(part))) for part in of_transformers]
     if not of_transformers and hasattr(type(vit), "init_weights"):
-        found.append((vit, "init_weights", _InitWeights(record)))
-    return found
+        replaced.append((vit, "init_weights", _InitWeights(record)))
+    return replaced
 
 
 @dataclass
@@ -148,14 +148,14 @@ def _table_module(record: Positions) -> nn.Module:
 def _begin(record: Positions, module: nn.Module, by_host: bool) -> None:
     """Give what a join put into a module its start values; `by_host` says that the host began what is its own."""
     host, table, join = record.host, record.scheme.embedding.table, record.scheme.join
-    own = table_of(record.model, host)
-    if own is not None and table is not None and module is _table_module(record):
+    stored = table_of(record.model, host)
+    if stored is not None and table is not None and module is _table_module(record):
         if not table.learns:
             with torch.no_grad():
-                own.copy_(table.make(record.grid, record.prefix_rows, own.shape[-1]).view_as(own))
-            own.requires_grad_(False)  # transformers makes a new parameter of what it loads
+                stored.copy_(table.make(record.grid, record.prefix_rows, stored.shape[-1]).view_as(stored))
+            stored.requires_grad_(False)  # transformers makes a new parameter of what it loads
         elif not by_host or host.table in record.put_aside:
-            nn.init.trunc_normal_(own, std=SPREAD * host.embedding.scale)
+            nn.init.trunc_normal_(stored, std=SPREAD * host.embedding.scale)
     learnt = module._parameters.get(host.table_name) if join.table_per_layer else None
     if learnt is not None:
         nn.init.trunc_normal_(learnt, std=SPREAD * host.embedding.scale)
@@ -184,16 +184,19 @@ class _Fixed:
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         record, table = self.record, self.record.scheme.embedding.table
-        own, values = table_of(record.model, record.host), state.get(f"{prefix}{record.host.table.rpartition('.')[2]}")
+        stored, values = (
+            table_of(record.model, record.host),
+            state.get(f"{prefix}{record.host.table.rpartition('.')[2]}"),
+        )
         if (
-            own is None
+            stored is None
             or table is None
             or values is None
             or values.is_meta
             or type(values) not in (Tensor, nn.Parameter)
         ):
             return  # a table that lies on several machines is in parts, which the same model saved
-        if values.shape == own.shape and not table.holds(values, record.grid, record.prefix_rows):
+        if values.shape == stored.shape and not table.holds(values, record.grid, record.prefix_rows):
             raise RunError(
                 f"The position table to be loaded was learnt, and this model's is fixed "
                 f"(pe={record.scheme.embedding.name!r}). Leave it out of the state dict, or use pe='learnable'."

@@ -79,12 +79,12 @@ def apply(
         raise UsageError(f"A join is applied once: this model has join={before!r}. Call lape.remove(model) first.")
     refuse_parallel(model, vit)
     table = table_of(vit, host)
-    chosen = scheme(join, pe or _own(vit, host, join), pe_norm, start)
+    chosen = scheme(join, pe or _own_embedding(vit, host, join), pe_norm, start)
     if chosen.start.preserves:
-        own = POSITION_EMBEDDINGS[_own(vit, host, "default")]
-        if chosen.embedding.bias is not own.bias or (table is not None and chosen.embedding.table is not own.table):
+        kept = POSITION_EMBEDDINGS[_own_embedding(vit, host, "default")]
+        if chosen.embedding.bias is not kept.bias or (table is not None and chosen.embedding.table is not kept.table):
             raise UsageError(
-                f"start={start!r} keeps what the model computes with its own position embedding, {own.name}; "
+                f"start={start!r} keeps what the model computes with its own position embedding, {kept.name}; "
                 f"{chosen.embedding.name} would be another. Leave pe or start out."
             )
         if table is None:
@@ -163,36 +163,36 @@ def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
     return model, host
 
 
-def _grid(vit: nn.Module, host: Host, given: Grid | None) -> Grid:
+def _grid(vit: nn.Module, host: Host, grid: Grid | None) -> Grid:
     """Return the grid of a model's table."""
-    own = grid_of(vit, host)
-    if own is not None and given is not None and own != tuple(given):
+    set_to = grid_of(vit, host)
+    if set_to is not None and grid is not None and set_to != tuple(grid):
         raise UsageError(
-            f"This model says that its grid is {grid_text(own)}, and grid={given} is another. Leave grid out."
+            f"This model says that its grid is {grid_text(set_to)}, and grid={grid} is another. Leave grid out."
         )
-    if own is None and given is None:
+    if set_to is None and grid is None:
         raise UsageError(
             f"A {host.name} does not say how many tokens it is for. Give the (rows, columns) of its tokens: "
             "lape.apply(model, grid=(1, 512)) for sequences of at most 512."
         )
-    if given is not None and min(given) < 1:
-        raise UsageError(f"A grid has a row and a column of tokens at least; received grid={given}. Give a larger one.")
-    rows, columns = own or given  # pyright: ignore[reportGeneralTypeIssues]
+    if grid is not None and min(grid) < 1:
+        raise UsageError(f"A grid has a row and a column of tokens at least; received grid={grid}. Give a larger one.")
+    rows, columns = set_to or grid  # pyright: ignore[reportGeneralTypeIssues]
     return rows, columns
 
 
 def joins_of(model: nn.Module) -> tuple[str, ...]:
     """Return the joins that mean something for a model that none is applied to, with the position embedding it has."""
     vit, host = find(model)
-    found = []
+    names = []
     for join in JOINS:
         with suppress(UsageError):
-            scheme(join, _own(vit, host, join))
-            found.append(join)
-    return tuple(found)
+            scheme(join, _own_embedding(vit, host, join))
+            names.append(join)
+    return tuple(names)
 
 
-def _own(vit: nn.Module, host: Host, join: str) -> str:
+def _own_embedding(vit: nn.Module, host: Host, join: str) -> str:
     """Return the position embedding that a host keeps under a join."""
     with_tokens = join in JOINS and JOINS[join].with_tokens
     if table_of(vit, host) is not None or host.window_bias is not None:
@@ -231,9 +231,10 @@ def remove(model: Model) -> Model:
     vit, host = record.model, record.host
     take_out(record)
     kind = dtype_and_device(vit)
-    for name, own in record.put_aside.items():
-        given_back = None if own is None else nn.Parameter(own.to(**kind), requires_grad=own.requires_grad)
-        swap_parameter(vit, name, given_back)
+    for name, parameter in record.put_aside.items():
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to(**kind), requires_grad=parameter.requires_grad)
+        swap_parameter(vit, name, parameter)
     if not record.had_table:
         delattr(record.holder, host.table_name)
     release_fixed(record)

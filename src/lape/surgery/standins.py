@@ -73,12 +73,12 @@ class StandIns:
                 swap_parameter(model, host.table, positions.stored(nn.Parameter(resized)))
             for before, layer in zip(stored, positions.layers(grid), strict=True):
                 if scheme.join.table_per_layer:
-                    own = before.block.get_parameter(host.table_name)
-                    resized = positions.resized(own, layer.grid, before.grid)
+                    stored_table = before.block.get_parameter(host.table_name)
+                    resized = positions.resized(stored_table, layer.grid, before.grid)
                     swap_parameter(layer.block, host.table_name, nn.Parameter(resized))
                 if scheme.embedding.bias is not None and host.window_bias is None:
-                    own = before.block.get_parameter(BIAS_TABLE)
-                    resized = resized_bias_table(own, positions.grid, grid)
+                    stored_table = before.block.get_parameter(BIAS_TABLE)
+                    resized = resized_bias_table(stored_table, positions.grid, grid)
                     swap_parameter(layer.block, BIAS_TABLE, nn.Parameter(resized))
             aside = positions.put_aside.get(host.table)
             if aside is not None:
