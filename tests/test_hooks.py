@@ -184,6 +184,19 @@ def test_one_norm_in_two_blocks_is_refused_and_the_model_stays_as_it_was():
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
 
 
+@pytest.mark.parametrize("join", ["lape", "lape-sharing", "shared", "unshared"])
+def test_blocks_whose_hooks_are_passed_by_are_named(join):
+    model, x = lape.apply(host(), join), images(host())
+    norm, tokens = model.blocks[1].norm1, torch.randn(2, 9, 32)
+    alone = nn.functional.layer_norm(tokens, (32,), norm.weight, norm.bias, norm.eps)
+    for block in model.blocks:
+        block._slow_forward = block.forward
+        block.__class__ = type("PassedBy", (type(block),), {"__call__": lambda self, x, **_: self.forward(x)})
+    with pytest.raises(UsageError, match=r"Call block\(x\), not block\.forward\(x\)"):
+        model(x)
+    assert torch.equal(norm(tokens), alone)  # on its own a norm is what it was
+
+
 # --- Blocks that are lists of their parts
 
 

@@ -106,9 +106,12 @@ class Forwards:
         if torch.compiler.is_compiling():
             self.latest = None
             return
-        if self.of_thread.calls:
-            for forward in self.of_thread.calls.pop().forwards:
-                self.close(forward)
+        forwards = self.of_thread.calls.pop().forwards if self.of_thread.calls else []
+        for forward in forwards:
+            self.close(forward)
+        silent = [forward for forward in forwards if forward.last >= 0 and not forward.next]
+        if silent and output is not None and not model.training:  # in training every layer may drop out
+            raise UsageError(NO_BLOCK)
 
     # --- A forward
 
@@ -194,6 +197,14 @@ class Forwards:
             return possible[0]
         raise UsageError(SEVERAL_FORWARDS if possible else NO_FORWARD)
 
+    def refuse_bypass(self, layer: int) -> None:
+        """Raise UsageError where a forward runs, and a block's norm is called though the block itself is not."""
+        call = self.of_thread.calls[-1] if self.of_thread.calls else None
+        newest = self.of_thread.newest
+        running = call.forwards if call else [newest] if newest is not None else []
+        if any(forward.next <= layer for forward in running):
+            raise UsageError(NO_BLOCK)
+
     def close(self, forward: Forward) -> None:
         """Note that a forward is over: from here on its blocks run in a backward pass alone."""
         forward.open, forward.tokens = False, None
@@ -212,6 +223,10 @@ class Forwards:
 NO_FORWARD = (
     "This block's positions come from its model: call the model, not the block on its own, nor a loop of your own over "
     "its blocks."
+)
+NO_BLOCK = (
+    "The model's blocks are not called but their forward methods, or graphs that were compiled before lape.apply, and "
+    "so they take no positions. Call block(x), not block.forward(x), and compile after lape.apply."
 )
 SEVERAL_FORWARDS = (
     "Several forwards of this model have begun and none of them handed out the tokens that this block is given, so it "
