@@ -370,9 +370,10 @@ class TheirHolder(transformers.PreTrainedModel):
     """What a user builds so as transformers itself does."""
 
     config_class = transformers.ViTConfig
+    _supports_sdpa = True
 
     def __init__(self) -> None:
-        super().__init__(untouched("vit").config)
+        super().__init__(transformers.ViTConfig())
         self.inside, self.head = applied("vit"), torch.nn.Linear(32, 3)
 
 
