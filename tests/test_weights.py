@@ -358,19 +358,35 @@ def test_the_part_that_a_classifier_of_transformers_has_around_goes_in_too(tmp_p
     assert all(torch.equal(value, before[name]) for name, value in bare.state_dict().items())
 
 
-def test_a_file_of_what_holds_a_model_of_transformers_has_its_own_names(tmp_path: Path) -> None:
-    class Holder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside, self.head = applied("vit"), torch.nn.Linear(32, 3)
+class Holder(torch.nn.Module):
+    """What a user builds around a model of transformers."""
 
-    source, model = Holder(), Holder()
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.head = applied("vit"), torch.nn.Linear(32, 3)
+
+
+class TheirHolder(transformers.PreTrainedModel):
+    """What a user builds so as transformers itself does."""
+
+    config_class = transformers.ViTConfig
+    _supports_sdpa = True
+
+    def __init__(self) -> None:
+        super().__init__(transformers.ViTConfig())
+        self.inside, self.head = applied("vit"), torch.nn.Linear(32, 3)
+
+
+@pytest.mark.parametrize("kind", [Holder, TheirHolder])
+def test_a_file_of_what_holds_a_model_of_transformers_has_its_own_names(kind: Any) -> None:
+    source, model = kind(), kind()
     for parameter in source.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    assert lape.load_weights(model, saved(source, tmp_path)).missing == ()
+    assert lape.load_weights(model, source.state_dict()).missing == ()
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
-    lape.load_weights(model, saved(source.inside, tmp_path))  # of what it holds, too
-    assert torch.equal(model.inside.layers[1].pe_norm.bias, source.inside.layers[1].pe_norm.bias)
+    again = kind()
+    lape.load_weights(again, source.inside.state_dict())  # of what it holds, too
+    assert torch.equal(again.inside.layers[1].pe_norm.bias, source.inside.layers[1].pe_norm.bias)
 
 
 def test_what_does_not_fit_a_model_of_transformers_is_named(tmp_path: Path) -> None:

@@ -487,7 +487,7 @@ def _fitted_to(target: nn.Module, stored: _Source, vit: nn.Module, host: Host) -
     found = _converted(weights, target, vit, host, stored.where)
     if fit(found):
         return found
-    before = {match[1] for name in weights if (match := re.match(rf"(.+?\.){root}\.", name))}
+    before = {match[1] for name in weights if (match := re.match(rf"(.+?\.){re.escape(root)}\.", name))}
     before |= {whole[: dot.end()] for whole in before for dot in re.finditer(r"\.", whole)}
     without = {prefix: {name.removeprefix(prefix): weights[name] for name in weights} for prefix in before}
     fitting = [
@@ -522,7 +522,7 @@ def _converted(weights: Weights, target: nn.Module, vit: nn.Module, host: Host, 
     try:
         if host.files is not None:
             return convert(weights, target)
-        if _OF_TRANSFORMERS in class_names(target):
+        if _their_class(target) is not None:
             weights = _as_transformers_loads(weights, target, vit)
         record: Positions | None = vit.__dict__.get(RECORD)
         kind = None if record is None else record.scheme.embedding.table
