@@ -192,13 +192,15 @@ def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), 
 
 def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> None:
     """Write a model into an empty folder, load it from there and compare."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = configuration(model, known, **args)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     text = json.dumps(config, indent=1)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt", HEADER: text})
-    writing.write_marked({folder / CONFIG: text + "\n", folder / CARD: card(config, repo_id)})
+    weights = save(tensors, {"format": "pt", HEADER: text})
+    writing.write_marked(
+        {folder / CONFIG: text + "\n", folder / WEIGHTS: weights, folder / CARD: card(config, repo_id)}
+    )
     try:
         again = from_pretrained(folder)
     except RunError as error:
