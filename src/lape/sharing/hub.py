@@ -30,7 +30,7 @@ from lape.weights import fill, opened
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 HEADER = "lape"  # the key of the configuration in the header of a weight file
 JOINED = ("join", "pe", "pe_norm", "start")
-# What timm's description of a model says of where weights are to be had: none of it is taken from a configuration.
+# What timm's description of a model says of where weights can be downloaded: a configuration chooses none of it.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 
 

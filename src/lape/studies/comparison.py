@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run to be had, and the folder that is its own."""
+    """One run to train, and its folder."""
 
     combination: Combination
     experiment: Experiment
@@ -141,7 +141,7 @@ def compare(
     `jobs` runs go on at once, by default one for every core, or one alone where there is CUDA. A run that fails is
     told in `failures` and costs no other run. Ctrl-C and SIGTERM leave everything so that the same call goes on.
 
-    Raises UsageError for a request that means nothing, and for a finished run of other data; RunError for a
+    Raises UsageError for a request that cannot be met, and for a finished run of other data; RunError for a
     `result.json` that cannot be read; Stopped after SIGTERM.
     """
     from lape.data import sources

@@ -43,19 +43,18 @@ def _add(digest: Any, name: str, value: Any, folder: Path | None) -> None:
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     elif isinstance(value, Sequence) and value and isinstance(value[0], str | Path):
-        paths = [folder / each if folder else Path(each) for each in value]
-        above = os.path.commonpath([path.parent for path in paths])
-        for path in paths:
-            line = f"{name} {os.path.relpath(path, above)} {_size(path)}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+        paths = [os.path.join(folder, each) if folder else os.fspath(each) for each in value]  # there may be a million
+        above = len(os.path.commonpath({os.path.dirname(path) for path in paths}))
+        text = "".join(f"{name} {path[above:]} {_size(path)}\n" for path in paths)
+        digest.update(text.encode(errors="surrogateescape"))
     else:
         parts = value if isinstance(value, list | tuple) else [value]
         digest.update(f"{name} {[getattr(part, 'size', part) for part in parts]}\n".encode())
 
 
-def _size(path: Path) -> int | None:
+def _size(path: str) -> int | None:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except OSError:
         return None
 
@@ -64,12 +63,12 @@ def differences(stored: Any, here: Mapping[str, Any]) -> list[str]:
     """Say in what a set is not what a file tells of one; nothing where the file tells of none."""
     if stored is None or stored == here:
         return []
-    told = stored if isinstance(stored, Mapping) else {}
-    if told.get("classes") != here["classes"]:
-        return [f"its classes are {_named(here['classes'])} now, and were {_named(told.get('classes'))}"]
+    then = stored if isinstance(stored, Mapping) else {}
+    if then.get("classes") != here["classes"]:
+        return [f"its classes are {_named(here['classes'])} now, and were {_named(then.get('classes'))}"]
     changed = []
     for part in SPLITS:
-        before, now = told.get(part), here[part]
+        before, now = then.get(part), here[part]
         if before == now:
             continue
         count = before.get("pictures") if isinstance(before, Mapping) else None
