@@ -1,5 +1,6 @@
 """The command line as a person types it: what it says, where, and the status that it ends with."""
 
+import errno
 import json
 import os
 import signal
@@ -389,3 +390,57 @@ def test_compare_trains_draws_its_page_and_says_where_it_is(lape):
     assert "<table" in Path("x/index.html").read_text()
     again, out, _ = lape("compare", *SMALL, "--epochs", "1", "--pe", "learnable", "--seeds", "1", "--out", "x")
     assert (again, "Report: x/index.html" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "There is not enough memory (MemoryError). Give a lower --batch_size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more"),
+            "(CUDA out of memory. Tried",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes"),
+            "enough memory (",
+        ),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "There is not enough memory ("),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is\n"),
+            "A process that prepares images was",
+        ),
+    ],
+    ids=["python", "graphics", "torch", "fork", "worker"],
+)
+def test_what_a_machine_lacks_is_one_line(lape, monkeypatch, error, words):
+    def lacks(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lape.training.loop.train", lacks)
+    assert words in refused(lape("train"), cli.FAILURE)
+
+
+def test_an_error_of_our_own_making_is_not_taken_for_one_of_the_machine(lape, monkeypatch):
+    def wrong(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("lape.training.loop.train", wrong)
+    with pytest.raises(RuntimeError, match="mat1"):
+        lape("train")
+
+
+def test_a_worker_that_is_killed_ends_a_run_in_one_line(lape, monkeypatch):
+    from lape.data import sources
+
+    a_folder(Path("pets"))
+    whole, main = sources.Split.picture, os.getpid()
+
+    def killed(self, index, channels):
+        if os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, index, channels)
+
+    monkeypatch.setattr(sources.Split, "picture", killed)
+    line = refused(lape("train", *SMALL, *OF_FOLDER[:-2], "--workers", "1", "--out", "run"), cli.FAILURE)
+    assert "A process that prepares images was ended from outside" in line
+    assert "--resume" in line

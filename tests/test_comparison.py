@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -391,7 +392,37 @@ def test_after_ctrl_c_the_same_call_goes_on(tmp_path):
     assert kept  # the other may not have begun
     assert max(kept.values()) < 1800
 
-    *news, end = started().communicate(timeout=120)[0].splitlines()
+    *news, end = started().communicate(timeout=300)[0].splitlines()
     first = {join: int(step) for join, step in map(str.split, reversed(news))}
     assert all(first[join] > step for join, step in kept.items())
     assert end == "finished 2"
+
+
+def _lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_sigterm_keeps_what_there_is_and_ends_every_process(tmp_path):
+    """As batch systems send it, to the command alone."""
+    script = tmp_path / "script.py"
+    script.write_text(STOPPABLE)
+    settings = replace(TINY, batch_size=40, epochs=1000, checkpoint_seconds=1e6).settings()
+    command = [sys.executable, str(script), json.dumps(settings), str(tmp_path / "out")]
+    stopped = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+    assert stopped.stdout is not None
+    join, step = stopped.stdout.readline().split()
+    stopped.terminate()
+    stopped.communicate(timeout=300)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    end = time.monotonic() + 10
+    while _lives(stopped.pid):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    (kept,) = (torch.load(path, weights_only=True) for path in tmp_path.rglob(f"{join}-*/last.pt"))
+    assert kept["state"]["step"] >= int(step)
+    assert not list(tmp_path.rglob("result.json"))

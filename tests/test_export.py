@@ -1,6 +1,8 @@
 """Laws of exported files: what they compute is what the model computes, for every batch and size that they take."""
 
 import json
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def joined(depth: int = 2, dynamic: bool = False, **names: str) -> nn.Module:
 
 
 def run(path: Path, x: Tensor) -> Tensor:
-    (output,) = exporting.FORMATS[path.suffix].open(path)(x)
+    (output,) = exporting.FORMATS[path.suffix].load(path.read_bytes())(x)
     return output
 
 
@@ -113,12 +115,12 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
 # --- What differs is not left behind
 
 
-def off_by(amount: float) -> Callable[[Path], exporting.Runner]:
-    def open_wrongly(path: Path) -> exporting.Runner:
-        opened = exporting._open_program(path)
+def off_by(amount: float) -> Callable[[bytes], exporting.Runner]:
+    def load_wrongly(content: bytes) -> exporting.Runner:
+        opened = exporting._load_program(content)
         return lambda x: [output + amount * output.abs().max() for output in opened(x)]
 
-    return open_wrongly
+    return load_wrongly
 
 
 def test_a_model_is_left_as_it_is(tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_a_folded_file_is_compared_with_the_model_as_it_was(tmp_path: Path, monk
 def test_a_file_that_computes_something_else_is_refused(
     amount: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = exporting.Format(exporting._write_program, off_by(amount))
+    wrong = exporting.Format(exporting._dump_program, off_by(amount))
     monkeypatch.setattr(exporting, "FORMATS", {".pt2": wrong})
     (tmp_path / "model.pt2").write_text(before := f"the one before, {writing.MARK}")
     with pytest.raises(RunError, match=r"was not written: its outputs differ .* by (1\.0e-03|nan)"):
@@ -245,3 +247,34 @@ def test_the_command_takes_a_run_out_of_the_house(
     assert Path("model.onnx").exists()
     status, _, err = lape_export(tmp_path, "--out", tmp_path / "model.onnx")
     assert (status, err.count("\n")) == (cli.FAILURE, 1)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "model.safetensors", "folder"])
+def test_a_disk_that_is_full_ends_an_export_in_one_line(
+    name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
+    try:
+        status = cli.main(["export", str(trained), "--out", str(tmp_path / name)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (usual, most))
+        signal.signal(signal.SIGXFSZ, before)
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (cli.FAILURE, "", 1), err
+    assert "could not be written (File too large); nothing was written. Make room" in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_no_memory_is_not_taken_for_a_model_that_cannot_be_followed(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch.export, "save", too_large)
+    assert cli.main(["export", str(trained), "--out", str(tmp_path / "model.pt2")]) == cli.FAILURE
+    err = capsys.readouterr().err
+    assert err.startswith("lape: There is not enough memory ([enforce fail at alloc_cpu.cpp:117]")
+    assert err.count("\n") == 1

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,59 @@ def test_a_run_of_files_names_the_step_its_files_and_the_last_good_checkpoint(pe
         assert saved["state"]["step"] in (4, 5)
         assert all(tensor.isfinite().all() for tensor in saved["model"].values())
     assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("changed", [{}, {"clip_grad": 1.0}, {"precision": "bf16-true"}], ids=str)
+@pytest.mark.parametrize("step", [1, 3], ids=["within an epoch", "at its end"])
+def test_a_gradient_that_is_not_finite_is_told_with_the_images_of_its_own_step(pets, monkeypatch, changed, step):
+    """The loss is finite until the next step, and a gradient that is infinite cannot be clipped."""
+    asked: dict[str, Any] = {
+        "data": str(pets), "model": "vit_nano_patch4_32", "model_args": {"embed_dim": 8, "depth": 1, "num_heads": 2},
+        "img_size": 16, "epochs": 2, "batch_size": 2, "workers": 0, "accelerator": "cpu",
+    }  # fmt: skip
+    experiment = Experiment(**asked, **changed)
+    whole = TrainingRun._step
+
+    def breaks(self: TrainingRun, number: int, batches: Iterator[Any], stop: bool) -> torch.Tensor:
+        if number != step:
+            return whole(self, number, batches, stop)
+        handle = self.module.head.weight.register_hook(lambda gradient: gradient * math.inf)
+        try:
+            return whole(self, number, batches, stop)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(TrainingRun, "_step", breaks)
+    folder = pets.parent / "run"
+    with pytest.raises(RunError) as caught:
+        train(experiment, folder)
+    line = str(caught.value)
+    assert line.startswith(f"The gradient is not finite, though the loss is, in epoch 1, step {step + 1}; ")
+    expected = TrainingRun(experiment, folder, launch(experiment)).order.epoch(0)[step].flatten()
+    files = sorted(pets.glob("train/*/*.png"))
+    listed = json.loads((folder / "broken-batch.json").read_text())
+    assert listed["images"] == [str(files[index]) for index in expected.tolist()]
+    assert "--clip_grad" not in line
+    assert ("--precision 32-true" in line) == ("precision" in changed)
+
+
+def test_clipping_is_advised_where_it_may_help(pets, monkeypatch):
+    whole = TrainingRun._step
+
+    def breaks(self: TrainingRun, number: int, batches: Iterator[Any], stop: bool) -> torch.Tensor:
+        with torch.no_grad():
+            self.module.head.weight.fill_(math.inf)
+        return whole(self, number, batches, stop)
+
+    monkeypatch.setattr(TrainingRun, "_step", breaks)
+    experiment = Experiment(
+        data=str(pets), model="vit_nano_patch4_32", model_args={"embed_dim": 8, "depth": 1, "num_heads": 2},
+        img_size=16, epochs=2, batch_size=2, workers=0, accelerator="cpu",
+    )  # fmt: skip
+    for number, (clip, advised) in enumerate(((None, True), (1.0, False))):
+        with pytest.raises(RunError) as caught:
+            train(replace(experiment, clip_grad=clip), pets.parent / str(number))
+        assert ("--clip_grad 1" in str(caught.value)) == advised
 
 
 def _schemes() -> Iterator[dict[str, str]]:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from itertools import islice
@@ -109,3 +111,67 @@ def test_a_process_that_does_not_end_is_ended(monkeypatch):
     begun = time.monotonic()
     events.close()
     assert time.monotonic() - begun < 30
+
+
+def deaf_at_the_end(task, send):
+    """Hear the signal when all is done but the telling, as a run does in its last validation."""
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    send("at work")
+    while not heard:
+        time.sleep(0.01)
+    signal.signal(signal.SIGTERM, before)
+
+
+def talkative(task, send):
+    """Say more than a pipe holds before it ends."""
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    send("at work")
+    while not heard:
+        time.sleep(0.01)
+    for _ in range(20):
+        send("x" * 100_000)
+
+
+@pytest.mark.parametrize("work", [deaf_at_the_end, talkative])
+def test_a_process_that_hears_the_signal_late_ends_by_itself(work):
+    events = side_by_side(work, [0], jobs=1, threads=1)
+    next(events)
+    begun = time.monotonic()
+    events.close()
+    assert time.monotonic() - begun < parallel.GRACE - 5
+
+
+ORPHAN = """
+import os, signal, sys, time
+from lape.studies.parallel import side_by_side
+def work(task, send):
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    send(os.getpid())
+    while not heard:
+        send("still at work")
+        time.sleep(0.01)
+    open(task, "w").write("kept")
+if __name__ == "__main__":
+    for event in side_by_side(work, [sys.argv[1]], 1, 1):
+        if isinstance(event.report, int):
+            print(event.report, flush=True)
+"""
+
+
+def test_a_process_whose_parent_is_killed_keeps_what_it_has_and_ends(tmp_path):
+    (tmp_path / "script.py").write_text(ORPHAN)
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "kept")]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    end = time.monotonic() + 60
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert (tmp_path / "kept").read_text() == "kept"

@@ -21,11 +21,9 @@ ELSEWHERE = {
     ("weights.py", "load_file"): "takes a path, which reading has opened before",
     ("sharing/hub.py", "safe_open"): "takes a path, which reading has opened before",
     ("sharing/hub.py", "(Path(room) / name).read_bytes"): "of a folder that it has just made",
-    ("sharing/exporting.py", "made.read_bytes"): "of a folder that it has just made",
     ("writing.py", "part.open"): "to write",
     ("cli/terminal.py", "os.open"): "nowhere, for what nobody reads any more",
     ("report/page.py", "files('lape.report').joinpath('page.html.j2').read_text"): "of the package",
-    ("sharing/exporting.py", "form.open"): "runs a file that it has just written",
 }
 
 

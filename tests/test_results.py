@@ -236,3 +236,12 @@ def test_a_run_whose_recipe_expects_what_it_does_not_measure_is_left_out(tmp_pat
     found = results.find_results([tmp_path])
     assert found.rows == ()
     assert "expects a number of mIoU, and the run in" in found.left_out[tmp_path / "a"]
+
+
+def test_a_seed_with_fewer_measures_costs_the_others_nothing(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        finished(tmp_path / str(seed), of(CCT, seed=seed), 80.0)
+    record = json.loads((tmp_path / "2/result.json").read_text())
+    record["final"] = {"val_accuracy": 80.0}
+    (tmp_path / "2/result.json").write_text(json.dumps(record))
+    assert sorted(row.seeds for row in results.find_results([tmp_path]).rows) == [(1,), (2,)]

@@ -16,7 +16,7 @@ from lape import writing
 from lape.experiment import Experiment
 from lape.training import checkpoints
 from lape.training.interruption import Stopped
-from lape.training.loop import train
+from lape.training.loop import TrainingRun, train
 
 # Whatever a checkpoint must carry is in use: dropout of paths, mixing, averaging, clipping, augmentation by timm.
 EXPERIMENT = Experiment(
@@ -101,6 +101,27 @@ def test_a_cut_at_any_write_loses_nothing(uninterrupted, tmp_path, monkeypatch, 
         else:
             break
     assert cut > 10  # settings, curve, three times best, curve and last, result
+
+
+def test_a_kill_within_a_validation_loses_the_validation_alone(uninterrupted, tmp_path, monkeypatch):
+    """At the end of an epoch, and of the last one."""
+    whole, validations = TrainingRun._validate, []
+
+    def cut_off(self):
+        validations.append(self.state.step)
+        if validations.count(self.state.step) == 1:
+            raise Cut
+        whole(self)
+
+    monkeypatch.setattr(TrainingRun, "_validate", cut_off)
+    for step in (5, 10, 15):
+        with pytest.raises(Cut):
+            train(replace(EXPERIMENT, checkpoint_seconds=60.0), tmp_path / "a", resume=True)
+        assert checkpoints.read(tmp_path / "a" / checkpoints.LAST)["state"]["step"] == step
+        assert not (tmp_path / "a" / "result.json").exists()
+    train(replace(EXPERIMENT, checkpoint_seconds=60.0), tmp_path / "a", resume=True)
+    assert validations == [5, 5, 10, 10, 15, 15]
+    assert_same_run(uninterrupted, tmp_path / "a")
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_up_runs import BASE, write_run
+from made_up_runs import BASE, study_of, write_run
 
 from lape.analysis import correlation
 from lape.cli.command_line import main
@@ -273,3 +273,26 @@ def test_report_of_nothing_is_refused_in_words(lape, tmp_path):
 
 def test_a_result_is_read_from_its_folder(runs):
     assert read_result(runs / "lape").experiment == replace(TINY, join="lape")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"versions": [1]},
+        {"versions": {"torch": {}}},
+        {"machine": 5},
+        {"commit": {}},
+        {"command": ["lape"]},
+        {"final": {"val_accuracy": 90.0, "val_loss": math.inf}},
+        {"final": {"val_accuracy": True}},
+    ],
+    ids=str,
+)
+def test_a_run_with_a_part_that_no_page_could_show_is_left_out_and_named(part, tmp_path):
+    study_of(tmp_path, {("default", "learnable"): {0: 90.0}, ("lape", "learnable"): {0: 93.0}})
+    bad, good = sorted(tmp_path.rglob("result.json"))
+    bad.write_text(json.dumps(json.loads(bad.read_text()) | part))
+    gathered = gather([tmp_path])
+    assert [result.folder for study in gathered.studies for result in study.results.values()] == [good.parent]
+    assert list(gathered.left_out) == [bad.parent]
+    assert next(iter(part)).removesuffix("s") in gathered.left_out[bad.parent]

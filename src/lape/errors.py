@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from difflib import SequenceMatcher
+from errno import ENOMEM
 from typing import TypeVar
 
 Chosen = TypeVar("Chosen")
+
+# How torch says that there is no memory where it has no kind of error for it.
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
 
 class UsageError(ValueError):
@@ -41,6 +45,23 @@ class RunError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return what another library's error says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def lacking(error: BaseException) -> RunError | None:
+    """Return what a machine lacked, where another library's error says that: memory, or a process that was ended."""
+    line = first_line(error).rstrip(". ")
+    if "DataLoader worker" in line and not isinstance(error, OSError | MemoryError):
+        return RunError(
+            f"A process that prepares images was ended from outside ({line}), as a machine out of memory does it. Give "
+            "fewer --workers or a lower --batch_size; a run goes on with --resume."
+        )
+    memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if memory or getattr(error, "errno", None) == ENOMEM or any(words in line for words in OUT_OF_MEMORY):
+        return RunError(
+            f"There is not enough memory ({line}). Give a lower --batch_size, fewer --workers or a smaller model; a "
+            "run goes on with --resume."
+        )
+    return None
 
 
 def choose(table: Mapping[str, Chosen], name: str, what: str) -> Chosen:

@@ -95,7 +95,7 @@ class Correlating:
     def subjects(self, request: Request) -> Iterator[Subject]:
         """Yield the models, without images."""
         for path in request.checkpoints:
-            run = load_run(path, lambda _, own: own, devices=1, nodes=1)
+            run = load_run(path, lambda _, stored: stored, devices=1, nodes=1)
             yield Subject(_name_of(run.path), run.work.module, {"checkpoint": path, **run.experiment.settings()})
         for join in (request.joins or self.joins) if request.model else ():
             pipeline.reseed(pipeline.seed_of(request.seed))

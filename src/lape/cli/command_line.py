@@ -18,7 +18,7 @@ from lape import __version__, reading
 from lape.characters import LONE
 from lape.cli.commands import COMMANDS, Command, first_process
 from lape.cli.terminal import close_streams, open_streams, say
-from lape.errors import RunError, UsageError
+from lape.errors import RunError, UsageError, lacking
 from lape.experiment import SECTIONS, Experiment
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses
@@ -62,8 +62,13 @@ def _status(words: list[str]) -> int:
         say(f"lape: {error}", error=True)
     except UnicodeEncodeError as error:  # a name with bytes that are no UTF-8, where text alone can be
         say(f"lape: {error.object} cannot be written here: it is not Unicode text. Choose another name.", error=True)
-    except OSError as error:
-        say(f"lape: {error.filename or 'a file'}: {error.strerror or error}.", error=True)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if lack := lacking(error):
+            say(f"lape: {lack}", error=True)
+        elif isinstance(error, OSError):
+            say(f"lape: {error.filename or 'a file'}: {error.strerror or error}.", error=True)
+        else:
+            raise
     except KeyboardInterrupt:
         say("lape: stopped.", error=True)
         return INTERRUPTED

@@ -6,6 +6,8 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
 
 from lape.characters import plural
 from lape.experiment import Experiment
@@ -104,10 +106,20 @@ def apart(studies: Sequence[Study]) -> list[str]:
         for name in identities[0]
         if name not in VARIED and any(identity[name] != identities[0][name] for identity in identities)
     ]
-    return [
+    settings = [
         ", ".join(f"{name} {json.dumps(identity[name], ensure_ascii=False)}" for name in differing)
         for identity in identities
     ]
+    if len(set(settings)) == len(settings):
+        return settings
+    data = [f"data of digest {_data(study.contents)}" for study in studies]  # what is in a set has changed
+    return [", ".join(filter(None, pair)) for pair in zip(settings, data, strict=True)]
+
+
+def _data(contents: Any) -> str:
+    """Tell one state of a set from another, shortly."""
+    content = json.dumps(contents, sort_keys=True).encode()
+    return "unknown" if contents is None else blake2b(content, digest_size=4).hexdigest()
 
 
 def finding(row: SummaryRow, baseline: SummaryRow) -> str:

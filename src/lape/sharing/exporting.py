@@ -1,6 +1,7 @@
 """A model as one file for other programs: ONNX, or torch.export's .pt2; each is run again beside the model itself."""
 
 import copy
+import io
 import json
 import logging
 import math
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lape import __version__, writing
-from lape.errors import RunError, UsageError, first_line
+from lape.errors import RunError, UsageError, first_line, lacking
 from lape.models.mask_rcnn import MaskRCNN
 from lape.sharing import hub
 from lape.surgery.operation import fold as folded
@@ -43,14 +43,14 @@ class Exported:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file: how it is written, with what is known of the model, and how it is run; and what that needs."""
+    """One kind of file: its bytes, from a program and what is known of the model, and how they run; what that needs."""
 
-    write: Callable[[ExportedProgram, str, Path], None]
-    open: Callable[[Path], Runner]
+    dump: Callable[[ExportedProgram, str], bytes]
+    load: Callable[[bytes], Runner]
     needs: tuple[str, ...] = ()
 
 
-def _write_onnx(program: ExportedProgram, config: str, path: Path) -> None:
+def _dump_onnx(program: ExportedProgram, config: str) -> bytes:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     count = len(program.graph_signature.user_outputs)
@@ -60,31 +60,33 @@ def _write_onnx(program: ExportedProgram, config: str, path: Path) -> None:
     )
     written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
     written.model.metadata_props[hub.HEADER] = config
-    written.save(path)
+    return written.model_proto.SerializeToString()
 
 
-def _open_onnx(path: Path) -> Runner:
+def _load_onnx(content: bytes) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
 
 
-def _write_program(program: ExportedProgram, config: str, path: Path) -> None:
-    torch.export.save(program, path, extra_files={hub.CONFIG: config})
+def _dump_program(program: ExportedProgram, config: str) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={hub.CONFIG: config})
+    return content.getvalue()
 
 
-def _open_program(path: Path) -> Runner:
-    module = torch.export.load(path).module()
+def _load_program(content: bytes) -> Runner:
+    module = torch.export.load(io.BytesIO(content)).module()
     return lambda images: hub.outputs(module, images)
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
     {
-        ".onnx": Format(_write_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime")),
-        ".pt2": Format(_write_program, _open_program),
+        ".onnx": Format(_dump_onnx, _load_onnx, ("onnx", "onnxscript", "onnxruntime")),
+        ".pt2": Format(_dump_program, _load_program),
     }
 )
 
@@ -132,9 +134,9 @@ def export(
             "lape.save_pretrained."
         )
     form = FORMATS[path.suffix]
-    if lacking := [name for name in form.needs if find_spec(name) is None]:
+    if missing := [name for name in form.needs if find_spec(name) is None]:
         raise UsageError(
-            f"{path.suffix} needs {', '.join(lacking)}, not installed here. Install it: pip install 'lape[export]'."
+            f"{path.suffix} needs {', '.join(missing)}, not installed here. Install it: pip install 'lape[export]'."
         )
     if isinstance(model, MaskRCNN):
         raise UsageError(
@@ -154,26 +156,24 @@ def export(
         batches += [_larger(batches[1], 2 * step, step), _larger(batches[2], 0, 3 * step)]
         _refuse_one_size(original, batches[-1])
     program = _program(folded(copy.deepcopy(original)) if fold else original, batches[0], dynamic_size)
-    with TemporaryDirectory() as room:
-        made = Path(room) / f"model{path.suffix}"
-        with _following(original, path.suffix, dynamic_size):
-            form.write(program, _config(model), made)
-            answer = form.open(made)
-            answers = [answer(images) for images in batches]  # a program refuses what it was not traced for
-        difference = _difference(answers, [hub.outputs(original, images) for images in batches])
-        if not difference <= BOUND:  # NaN is not
-            raise RunError(
-                f"{path} was not written: its outputs differ from the model's by {difference:.1e} of the largest, and "
-                f"{BOUND:.0e} is allowed."
-            )
-        writing.write_marked({path: made.read_bytes()})
+    with _following(original, path.suffix, dynamic_size):
+        content = form.dump(program, _config(model))
+        answer = form.load(content)
+        answers = [answer(images) for images in batches]  # a program refuses what it was not traced for
+    difference = _difference(answers, [hub.outputs(original, images) for images in batches])
+    if not difference <= BOUND:  # NaN is not
+        raise RunError(
+            f"{path} was not written: its outputs differ from the model's by {difference:.1e} of the largest, and "
+            f"{BOUND:.0e} is allowed."
+        )
+    writing.write_marked({path: content})
     return Exported(path, difference, tuple(tuple(images.shape) for images in batches))
 
 
 def load_model(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]:
     """Return the model of a run, of its checkpoint or of what `lape.save_pretrained` wrote, and what is known of it.
 
-    `model_args` are more keywords for the model. Raises RunError as `trained` and `from_pretrained` do.
+    `model_args` are more keywords for the model. Raises RunError as `load_run` and `from_pretrained` do.
     """
     if source.suffix == ".safetensors" or (source / hub.CONFIG).exists():
         return hub.from_pretrained(source, **model_args), hub.Known()
@@ -243,9 +243,9 @@ def _following(model: nn.Module, tool: str, dynamic_size: bool) -> Generator[Non
     """Turn what a tracer raises, of many kinds, into a UsageError."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
+        if isinstance(error, OSError) or lacking(error):
+            raise
         what = "for images of every size" if dynamic_size else "as it is"
         way = " Leave dynamic_size out; for a few sizes, export one file for each." if dynamic_size else ""
         reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)

@@ -29,7 +29,7 @@ from lape.weights import fill, opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 HEADER = "lape"  # the key of the configuration in the header of a weight file
-# What timm's description of a model says of where weights are to be had: none of it is taken from a configuration.
+# What timm's description of a model says of where weights can be downloaded: a configuration chooses none of it.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
 
 
@@ -190,13 +190,15 @@ def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), 
 
 def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> None:
     """Write a model into an empty folder, load it from there and compare."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config = configuration(model, known, **args)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     text = json.dumps(config, indent=1)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt", HEADER: text})
-    writing.write_marked({folder / CONFIG: text + "\n", folder / CARD: card(config, repo_id)})
+    weights = save(tensors, {"format": "pt", HEADER: text})
+    writing.write_marked(
+        {folder / CONFIG: text + "\n", folder / WEIGHTS: weights, folder / CARD: card(config, repo_id)}
+    )
     try:
         again = from_pretrained(folder)
     except RunError as error:

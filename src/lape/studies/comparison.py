@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lape import writing
 from lape.errors import UsageError, choose
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """One run to be had, and the folder that is its own."""
+    """One run to train, and its folder."""
 
     combination: Combination
     experiment: Experiment
@@ -139,11 +139,14 @@ def compare(
     """Train what is not finished yet under `out`/runs, going on where a run was cut off, and return all results.
 
     `jobs` runs go on at once, by default one for every core, or one alone where there is CUDA. A run that fails is
-    told in `failures` and costs no other run. Ctrl-C leaves everything so that the same call goes on.
+    told in `failures` and costs no other run. Ctrl-C and SIGTERM leave everything so that the same call goes on.
 
-    Raises UsageError for a request that means nothing, RunError for a `result.json` that cannot be read.
+    Raises UsageError for a request that cannot be met, and for a finished run of other data; RunError for a
+    `result.json` that cannot be read; Stopped after SIGTERM.
     """
     from lape.data.sources import set_of
+    from lape.training.contents import contents
+    from lape.training.interruption import stopped_by_sigterm
 
     todo, left_out = plans(base, factors, out)
     if base.devices not in (1, "auto") or base.nodes != 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -155,13 +158,15 @@ def compare(
     for plan in todo:
         writing.refuse_links(out, plan.folder)
     source = set_of(base)  # once, before several processes would download the same files
-    results = {plan.combination: _kept(plan) for plan in todo if (plan.folder / RESULT).exists()}
+    here = contents(source)
+    results = {plan.combination: _kept(plan, here) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}
     todo = [plan for plan in todo if plan.combination not in results]
     jobs, threads = _share(jobs, base)
     watch.begins(list(results), [plan.combination for plan in todo], jobs)
-    # Ctrl-C may be heard in `watch` too: the processes end at once, not when the iterator is collected.
-    with closing(side_by_side(_train, todo, jobs, threads)) as events:
+    # A signal may be heard in `watch` too: the processes end at once, not when the iterator is collected.
+    stopped = stopped_by_sigterm("Stopped. The same command goes on from here.")
+    with stopped, closing(side_by_side(_train, todo, jobs, threads)) as events:
         for event in events:
             combination = event.task.combination
             if not isinstance(event, Done):
@@ -183,11 +188,12 @@ def compare(
     )
 
 
-def _kept(plan: Plan) -> Result:
-    from lape.training.checkpoints import refuse_other
+def _kept(plan: Plan, here: Mapping[str, Any]) -> Result:
+    from lape.training.checkpoints import refuse_other, refuse_other_data
 
-    result = read_result(plan.folder)
-    refuse_other(plan.folder / RESULT, result.record["experiment"], plan.experiment)
+    path, result = plan.folder / RESULT, read_result(plan.folder)
+    refuse_other(path, result.record["experiment"], plan.experiment)
+    refuse_other_data(path, result.record, here, plan.experiment)
     return result
 
 

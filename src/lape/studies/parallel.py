@@ -14,10 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from time import monotonic
 from typing import Generic, TypeVar
 
 from lape.characters import visible
-from lape.errors import RunError, UsageError
+from lape.errors import RunError, UsageError, first_line, lacking
 
 GRACE = 30  # seconds that a process has to keep its state, once it is told to end
 
@@ -72,13 +73,7 @@ def side_by_side(
                 else:
                     yield Reported(busy[link], report)
     finally:
-        for process in processes.values():
-            process.terminate()
-        for process in processes.values():
-            process.join(GRACE)  # it keeps what it has; some, on a busy machine, then never end
-            if process.is_alive():
-                process.kill()
-                process.join()
+        _end(processes)
 
 
 def _start(
@@ -92,6 +87,24 @@ def _start(
     theirs.close()  # the one other end is the process's, so its death ends the link
     processes[link] = process
     return link
+
+
+def _end(processes: dict[Connection, BaseProcess]) -> None:
+    """Tell processes to end, give them time to keep what they have, and end those that do not."""
+    for link, process in processes.items():
+        with suppress(ConnectionError):
+            link.send(None)  # for one that heard the signal when its task was all but done, and now waits for another
+        process.terminate()
+    begun, talking = monotonic(), set(processes)
+    while any(process.is_alive() for process in processes.values()) and monotonic() - begun < GRACE:
+        for link in wait(list(talking), timeout=0.05):
+            try:
+                link.recv_bytes()  # unread, reports fill the pipe, and their process waits there for ever
+            except (EOFError, ConnectionError):
+                talking.discard(link)
+    for process in processes.values():
+        process.kill()
+        process.join()
 
 
 def _ended_early(process: BaseProcess) -> RunError:
@@ -109,10 +122,20 @@ def _work_through(link: Connection, work: Callable[[Task, Send[Report]], None], 
     import torch
 
     torch.set_num_threads(threads)
+    alone = False
+
+    def send(report: Report) -> None:
+        nonlocal alone
+        try:
+            link.send(report)
+        except ConnectionError:
+            if not alone:  # the parent was killed: this process ends as if it had been told to
+                alone = True
+                signal.raise_signal(signal.SIGTERM)
+
     try:
-        while True:
-            task = link.recv()
-            link.send(Done(task, _outcome(work, task, link.send)))
+        while (task := link.recv()) is not None:
+            link.send(Done(task, _outcome(work, task, send)))
     except (EOFError, ConnectionError):
         return  # the parent has no more work, or is gone
 
@@ -128,9 +151,10 @@ def _outcome(
         work(task, send)
     except (UsageError, RunError) as error:
         return type(error)(str(error))
-    except ConnectionError:
-        raise
     except Exception as error:
+        if lack := lacking(error):
+            return lack
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return RunError(f"{type(error).__name__} in {os.path.basename(frame.filename)}:{frame.lineno}: {error}")
+        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        return RunError(f"{type(error).__name__} in {place}: {first_line(error)}")
     return None

@@ -59,7 +59,8 @@ def find_results(folders: Sequence[Path]) -> Results:
             others.append(file)
             continue
         unseeded = {name: value for name, value in experiment.identity().items() if name != "seed"}
-        key = json.dumps([experiment.recipe, unseeded], sort_keys=True)
+        measures = sorted(result.record["final"])
+        key = json.dumps([experiment.recipe, unseeded, result.record.get("contents"), measures], sort_keys=True)
         first = groups.setdefault(key, {}).setdefault(experiment.seed, result)
         if first is not result:
             left_out[file.parent] = (

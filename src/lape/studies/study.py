@@ -67,8 +67,14 @@ def read_result(folder: Path) -> Result:
         )
         if not run.curve:
             raise ValueError("its curve has no point")
-        if foreign := [name for name, value in record["final"].items() if type(value) not in (int, float)]:
-            raise ValueError(f"the final {foreign[0]} is no number")
+        for name, value in record["final"].items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"the final {name} is no number")
+        for name, kind in (("command", str), ("machine", str), ("commit", str | None), ("versions", dict)):
+            if name in record and not isinstance(record[name], kind):
+                raise ValueError(f"its {name} is none")
+        if not all(isinstance(version, str) for version in record.get("versions", {}).values()):
+            raise ValueError("its versions are no words")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RunError(
             f"{path} is not the result of a finished run ({type(error).__name__}: {error}). "
@@ -154,6 +160,11 @@ class Study:
         return gaps(self.rows)
 
     @property
+    def contents(self) -> Any:
+        """What was in the set, as the runs tell it (`lape.training.contents`); None where they do not."""
+        return next(iter(self.results.values())).record.get("contents")
+
+    @property
     def measure(self) -> str:
         """What the runs are scored by."""
         return self.rows[0].measure
@@ -219,6 +230,7 @@ def gather(folders: Iterable[Path]) -> Gathered:
             left_out[file.parent] = str(error)
             continue
         common = {name: value for name, value in result.experiment.identity().items() if name not in VARIED}
+        common["contents"] = result.record.get("contents")  # of one name, what is in a set may have changed
         group = groups.setdefault(json.dumps(common, sort_keys=True), {})
         first = group.setdefault(result.run.combination, result)
         if first is not result:

@@ -10,6 +10,7 @@ import torch
 from lape import reading, writing
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.training.contents import differences
 from lape.training.curves import CSV, TENSORBOARD
 from lape.weights import opened
 
@@ -65,6 +66,17 @@ def refuse_other(path: Path, stored: Any, asked: Experiment) -> None:
     ]:
         raise UsageError(
             f"{path} belongs to another experiment ({'; '.join(different)}). Ask for the same, or give another --out."
+        )
+
+
+def refuse_other_data(path: Path, stored: Mapping[str, Any], here: Mapping[str, Any], asked: Experiment) -> None:
+    """Raise UsageError where a file tells of a run whose set was not what is `here` now, saying in what they differ."""
+    if different := differences(stored.get("contents"), here):
+        before = experiment_of(stored["experiment"], path).data_dir
+        moved = f"; data_dir was {before} and is {asked.data_dir}" if before != asked.data_dir else ""
+        raise UsageError(
+            f"{path} was made from other data than {asked.data} holds now: {'; '.join(different)}{moved}. Bring them "
+            "back, or give another --out."
         )
 
 

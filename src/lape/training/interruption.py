@@ -17,6 +17,25 @@ class Stopped(SystemExit):
 
 
 @contextmanager
+def stopped_by_sigterm(message: str) -> Iterator[None]:
+    """Let SIGTERM end what is inside as Ctrl-C does, by an exception (Stopped); a second one acts as it would have."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Stopped(number, message)
+
+    here = threading.current_thread() is threading.main_thread()
+    ours = here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # another's handler stays
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
 def signals() -> Iterator[list[int]]:
     """Hear SIGINT and SIGTERM into a list, so that a step can be finished; a second one acts as it would have."""
     heard: list[int] = []

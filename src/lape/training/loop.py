@@ -30,7 +30,19 @@ from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
 from lape.tasks.work import describe_set, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
-from lape.training.checkpoints import BEST, BROKEN_BATCH, LAST, RESULT, SETTINGS, claim, read, refuse_other, save
+from lape.training.checkpoints import (
+    BEST,
+    BROKEN_BATCH,
+    LAST,
+    RESULT,
+    SETTINGS,
+    claim,
+    read,
+    refuse_other,
+    refuse_other_data,
+    save,
+)
+from lape.training.contents import contents
 from lape.training.curves import Curves
 from lape.training.evaluation import evaluate
 from lape.training.interruption import Stopped, signals
@@ -109,6 +121,8 @@ class TrainingRun:
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
             self.source = set_of(experiment, download=not resume)
+        # The files of a large set are looked at by one process alone.
+        self.contents = fabric.broadcast(contents(self.source) if fabric.is_global_zero else {})
         self.saved = self._last_checkpoint() if resume else None
         build = LikeItsFile(self.saved["model"], folder / LAST) if self.saved else as_asked
         self.work: Any = work_of(experiment, self.source, build)
@@ -157,6 +171,8 @@ class TrainingRun:
         self.begun, self.noted = saved - self.state.seconds, self.state.step
         prepared = self.preparation.ahead(batches, self.fabric.to_device)
         before: tuple[int, Tensor] | None = None  # the last step, and what it returned
+        if self._validation_is_missing():
+            self._validate_and_save()
         with closing(batches), signals() as heard:
             for step in range(self.state.step, self.steps):
                 begun = monotonic()
@@ -165,12 +181,14 @@ class TrainingRun:
                 stop = before is not None and self._note_loss(*before)
                 before = step, news
                 self.durations.append(monotonic() - begun)
-                epoch_ends = (step + 1) % self.order.steps == 0 or step + 1 == self.steps
+                epoch_ends = self._ends_epoch(step + 1)
                 if epoch_ends or stop or monotonic() - saved > self.experiment.checkpoint_seconds:
                     # All processes stop at one step. Their clocks differ, so only at the end of an epoch do they all
                     # read this step's news here; the others' turn comes in the next step.
                     stop |= self._note_loss(*before) and epoch_ends
-                    self._keep(step + 1, epoch_ends)
+                    self._keep(step + 1)
+                    if not stop and self._validation_is_missing():
+                        self._validate_and_save()
                     saved = monotonic()
                 if self.curves and (epoch_ends or monotonic() - reported > SECONDS_BETWEEN_REPORTS):
                     report(self._progress(step + 1))
@@ -182,7 +200,7 @@ class TrainingRun:
             writing.write_json(self.folder / RESULT, self._result())
 
     def _step(self, step: int, batches: Iterator[Batch], stop: bool) -> Tensor:
-        """One optimiser step; returns (2,): its loss, and whether any process was told to stop."""
+        """One optimiser step; returns (3,): its loss, and whether any process was told to stop, or overflowed."""
         settings, fabric = self.experiment, self.fabric
         self.set_rates(step)
         total = torch.zeros((), device=fabric.device)
@@ -197,39 +215,52 @@ class TrainingRun:
                 loss = self.task.loss(self.model, images, targets) / settings.accumulate
                 fabric.backward(loss)
             total += loss.detach()
+        overflow = self._overflow()
         if settings.clip_grad:
             fabric.clip_gradients(self.model, self.optimizer, max_norm=settings.clip_grad, error_if_nonfinite=False)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.module)
-        news = torch.stack([total, total.new_tensor(float(stop))])
+        news = torch.stack([total, total.new_tensor(float(stop)), overflow[0].to(total)])
         return news if fabric.world_size == 1 else fabric.all_reduce(news, reduce_op="mean")  # pyright: ignore
+
+    def _overflow(self) -> Tensor:
+        """Return (1,): 1 where the gradient is not finite, 0 where it is, or where a scaler looks for that itself."""
+        device = self.fabric.device
+        overflow, one = (torch.full((1,), value, device=device) for value in (0.0, 1.0))
+        gradients = [value.grad for value in self.module.parameters() if value.grad is not None]
+        if getattr(self.fabric.strategy.precision, "scaler", None) is not None:
+            return overflow
+        if device.type in ("cpu", "cuda") and {gradient.dtype for gradient in gradients} == {torch.float32}:
+            # The scaler's own look, multiplying by 1: one kernel, and a twentieth of the time of a norm.
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflow, one)
+            return overflow
+        return one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
 
     def _note_loss(self, step: int, news: Tensor) -> bool:
         """Take note of the loss of a step, once; returns whether any process was told to stop."""
-        loss, stop = news.tolist()
+        loss, stop, overflow = news.tolist()
         if not math.isfinite(loss):
-            self._refuse(step, f"The loss is {loss}")
+            self._refuse(step, f"The loss is {loss}", "" if self.experiment.clip_grad else " or with --clip_grad 1")
+        if overflow:
+            self._refuse(step, "The gradient is not finite, though the loss is,", self._finer())
         if step == self.noted:
             self.state.losses.append(loss)
             self.noted += 1
         return stop > 0
 
-    def _keep(self, step: int, epoch_ends: bool) -> None:
-        """Write a checkpoint after so many steps; at the end of an epoch with its validation."""
+    def _finer(self) -> str:
+        return "" if self.experiment.precision in ("32-true", "64-true") else " or with --precision 32-true"
+
+    def _keep(self, step: int) -> None:
+        """Write a checkpoint after so many steps; weights that are not finite never come into one."""
         self.state.step = step
-        self._refuse_broken_weights(step - 1)
-        if epoch_ends and self._is_validated(step):
-            self._validate()
+        if not torch.nn.utils.get_total_norm(list(self.module.parameters())).isfinite():
+            self._refuse(step - 1, "The weights are no longer finite", self._finer())
         self._save()
 
-    def _refuse_broken_weights(self, step: int) -> None:
-        """Keep weights out of a checkpoint that are not finite: a gradient may overflow where the loss does not."""
-        if not torch.nn.utils.get_total_norm(list(self.module.parameters())).isfinite():
-            self._refuse(step, "The weights are no longer finite")
-
-    def _refuse(self, step: int, what: str) -> None:
+    def _refuse(self, step: int, what: str, advice: str) -> None:
         """Raise RunError for a step that went wrong, naming its images and the last checkpoint before it."""
         epoch, place = divmod(step, self.order.steps)
         indices = self.order.epoch(epoch)[place].flatten() % len(self.source.train)
@@ -242,11 +273,22 @@ class TrainingRun:
         writing.write_json(listed, {"epoch": epoch + 1, "step": step + 1, "images": titles})
         raise RunError(
             f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Its images are {', '.join(titles[:3])} ... (all in "
-            f"{listed}). Look at them, or start anew with a lower lr or with --clip_grad 1."
+            f"{listed}). Look at them, or start anew with a lower lr{advice}."
         )
 
-    def _is_validated(self, step: int) -> bool:
-        return step == self.steps or step // self.order.steps % self.experiment.validate_every == 0
+    def _ends_epoch(self, step: int) -> bool:
+        return step % self.order.steps == 0 or step == self.steps
+
+    def _validation_is_missing(self) -> bool:
+        """Whether the state is that of an epoch's end which is to be validated, and was not yet."""
+        step, every = self.state.step, self.experiment.validate_every
+        due = step == self.steps or (self._ends_epoch(step) and step // self.order.steps % every == 0)
+        return step > 0 and due and all(row.get("step") != step for row in self.state.curve)
+
+    def _validate_and_save(self) -> None:
+        """Validate what a checkpoint has kept before, and keep the result: a validation may take longer than a kill."""
+        self._validate()
+        self._save()
 
     def _validate(self) -> None:
         """Validate, add a row to the curve, and keep the best weights."""
@@ -272,13 +314,17 @@ class TrainingRun:
             self.curves.add(state.curve)
 
     def _description(self) -> dict[str, Any]:
-        return {"experiment": self.experiment.settings(), "set": describe_set(self.source)}
+        return {
+            "experiment": self.experiment.settings(),
+            "set": describe_set(self.source),
+            "contents": self.contents,
+        }
 
     def _save(self) -> None:
         """Replace the last checkpoint."""
         self.state.seconds = monotonic() - self.begun
-        durations = list(self.durations)
-        self.state.seconds_per_step = median(durations[FIRST_STEPS:] or durations)
+        if durations := list(self.durations):  # there is none where nothing but a validation was left
+            self.state.seconds_per_step = median(durations[FIRST_STEPS:] or durations)
         if self.fabric.is_global_zero:
             state = self._description() | {
                 "state": asdict(self.state),
@@ -296,6 +342,7 @@ class TrainingRun:
             return None
         saved = read(path)
         refuse_other(path, saved["experiment"], self.experiment)
+        refuse_other_data(path, saved, self.contents, self.experiment)
         return saved
 
     def restore(self) -> None:
@@ -314,7 +361,7 @@ class TrainingRun:
             if not 0 < self.state.step <= self.steps:
                 raise UsageError(f"step {self.state.step} is none of {self.steps}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-            raise RunError(f"{path} cannot be gone on from ({first_line(error)}). Remove it to begin anew.") from error
+            raise RunError(f"{path} cannot be continued ({first_line(error)}). Remove it to begin anew.") from error
 
     def _open_folder(self) -> Curves | None:
         """Claim the folder, once everything that could be refused has been made; None beside the first process."""
@@ -354,6 +401,7 @@ class TrainingRun:
         curve, score = self.state.curve, self.task.score
         return {
             "experiment": self.experiment.settings(),
+            "contents": self.contents,
             **provenance(),
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
             "steps": self.steps,
