@@ -24,9 +24,10 @@ import torch
 from jsonargparse import auto_cli
 
 from lape.experiment import Experiment
-from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, read, write_json
+from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, read
 from lape.training.curves import CSV
 from lape.training.provenance import provenance
+from lape.writing import unfinished, write_json
 
 # Whatever a checkpoint must carry is in use, and every step writes one.
 EXPERIMENT = Experiment(
@@ -101,7 +102,7 @@ def looked_at(process: subprocess.Popen[str], folder: Path, moment: Moment, vict
 def killed(process: subprocess.Popen[str], folder: Path, moment: Moment, victim: int = 0) -> Kill:
     """Kill a run, or one process of it, at a moment after the first checkpoint that it writes."""
     looked_at(process, folder, moment, victim)
-    writing = ", ".join(part.name[1:-5] for part in folder.glob(".*.part"))
+    writing = ", ".join(unfinished(folder).values())
     os.kill(victim or process.pid, signal.SIGKILL)
     return Kill(writing, step(folder))
 
@@ -113,8 +114,12 @@ def after(seconds: float) -> Moment:
 
 def within_a_write(folder: Path, name: str = LAST, share: float = 0.0) -> Moment:
     """When more than that share of a file, beside the one that it replaces, is written."""
-    part, whole = folder / f".{name}.part", folder / name
-    return lambda _: part.exists() and part.stat().st_size >= (share * whole.stat().st_size if share else 0)
+
+    def moment(_: float) -> bool:
+        least = share * (folder / name).stat().st_size if share else 0
+        return any(part.stat().st_size >= least for part, of in unfinished(folder).items() if of == name)
+
+    return moment
 
 
 def readable(folder: Path) -> None:

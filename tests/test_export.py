@@ -14,6 +14,7 @@ from tiny_hosts import host, images, shaken
 from torch import Tensor, nn
 
 import lape
+from lape import writing
 from lape.cli import command_line as cli
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
@@ -145,11 +146,11 @@ def test_a_file_that_computes_something_else_is_refused(
 ) -> None:
     wrong = exporting.Format(exporting._write_program, off_by(amount))
     monkeypatch.setattr(exporting, "FORMATS", {".pt2": wrong})
-    (tmp_path / "model.pt2").write_text("the one before")
+    (tmp_path / "model.pt2").write_text(before := f"the one before, {writing.MARK}")
     with pytest.raises(RunError, match=r"was not written: its outputs differ .* by (1\.0e-03|nan)"):
         lape.export(joined(depth=1), tmp_path / "model.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
-    assert (tmp_path / "model.pt2").read_text() == "the one before"
+    assert (tmp_path / "model.pt2").read_text() == before
 
 
 def test_a_difference_in_one_batch_alone_is_seen() -> None:

@@ -1,5 +1,7 @@
 """A run that is killed goes on to what it would have been. `benchmarks/kills.py` kills more often and files a table."""
 
+import errno
+import os
 import resource
 import signal
 import sys
@@ -14,6 +16,7 @@ from lape.errors import RunError
 from lape.training import checkpoints
 from lape.training.curves import Curves
 from lape.training.loop import train
+from lape.writing import unfinished
 
 
 def _benchmark(name: str) -> ModuleType:
@@ -78,19 +81,24 @@ def test_a_disk_that_fills_up_while_a_run_goes_on_ends_it_with_one_line(whole, t
     assert "Traceback" not in told
     assert process.returncode == 1
     kills.readable(folder)
-    assert not list(folder.rglob(".*.part"))
+    assert not unfinished(folder)
     train(SHORT, folder, resume=True)
     assert kills.left(folder) == whole
 
 
-def test_a_full_disk_beneath_the_curves_names_the_file(tmp_path, capfd):
+def test_a_full_disk_beneath_the_curves_names_the_file(tmp_path, capfd, monkeypatch):
     row = {"epoch": 1, "step": 2, "val_loss": 1.0}
     curves = Curves(tmp_path, [])
     for path in (curves.path, curves.board):
-        (part := path.with_name(f".{path.name}.part")).symlink_to("/dev/full")
+
+        def full(descriptor, path=path):
+            if unfinished(path.parent) and Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent == path.parent:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
         before = path.read_bytes()
         with pytest.raises(RunError, match=rf"{path.name} could not be written \(No space left on device\)"):
             curves.add([row])
         assert path.read_bytes() == before
-        assert not part.is_symlink()
+        assert not unfinished(path.parent)
     assert capfd.readouterr().err == ""

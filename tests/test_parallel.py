@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def marks_and_sleeps(task, tell):
     time.sleep(60)
 
 
+def warns(task, tell):
+    warnings.warn(f"beware of {task}\x1b[2J\nand more", stacklevel=1)
+
+
 def count_threads(task, tell):
     import torch
 
@@ -47,6 +52,11 @@ def test_every_task_is_done_once_by_as_many_processes_as_jobs():
     assert sorted(event.task for event in events if isinstance(event, Done)) == list("abcde")
     assert all(event.news.startswith(f"{event.task} ") for event in told)
     assert len({event.news.split()[-1] for event in told}) <= 2
+
+
+def test_a_warning_of_a_process_is_one_line_that_does_nothing_to_the_terminal(capfd):
+    list(side_by_side(warns, ["a\u202eb"], jobs=1, threads=1))
+    assert capfd.readouterr().err == "lape: beware of a\\u202eb\\x1b[2J and more\n"
 
 
 def test_no_tasks_start_no_process():

@@ -8,10 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+WITH_PYTHON = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+EVERY_PAGE = pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 
 
-@EVERY_PAGE
+@WITH_PYTHON
 def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M)
     assert blocks, f"{page} shows no Python"
@@ -26,8 +27,22 @@ def test_what_a_page_names_exists(page: Path) -> None:
 
 @EVERY_PAGE
 def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, heading in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", _without_code(page.read_text())):
+        if target.startswith("https://"):
+            continue
+        place = page.parent / target if target else page
+        assert place.exists(), target
+        assert not heading or heading in _anchors(place.read_text()), f"{target}#{heading}"
+
+
+def _without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+
+
+def _anchors(text: str) -> set[str]:
+    """Return what GitHub calls the headings of a page: small letters and digits, - for blanks, nothing for the rest."""
+    headings = re.findall(r"^#+ (.+)$", _without_code(text), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @EVERY_PAGE

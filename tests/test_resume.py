@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lape import writing
 from lape.experiment import Experiment
 from lape.training import checkpoints
 from lape.training.interruption import Stopped
@@ -107,7 +108,7 @@ def test_a_cut_at_any_write_loses_nothing(uninterrupted, tmp_path, monkeypatch, 
 def test_a_killed_process_is_taken_up_exactly(tmp_path, workers):
     """SIGKILL, three times, at moments that the clock chooses; the second and third life begin where the last ended."""
     folder = tmp_path / "killed"
-    checkpoints.write_json(tmp_path / "run.json", LONGER.settings() | {"workers": workers})
+    writing.write_json(tmp_path / "run.json", LONGER.settings() | {"workers": workers})
     command = [sys.executable, "-m", "lape", "train", "--config", str(tmp_path / "run.json"), "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     begun = []
@@ -201,7 +202,7 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path):
 def test_two_processes_stop_at_one_step(tmp_path):
     """torchrun hands a signal on to both; the checkpoint is whole, and one process takes it up."""
     experiment = replace(LONGER, epochs=100, checkpoint_seconds=0.05, drop_path=0.0, mixup=0.0, cutmix=0.0)
-    checkpoints.write_json(tmp_path / "run.json", experiment.settings())
+    writing.write_json(tmp_path / "run.json", experiment.settings())
     folder = tmp_path / "a"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lape"]
     process = subprocess.Popen(

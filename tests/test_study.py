@@ -14,10 +14,11 @@ from lape.cli.command_line import main
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies import analysis as kept_analyses
-from lape.studies.analysis import analysed, brought_back
+from lape.studies.analysis import Kept, analysed, brought_back
 from lape.studies.statistics import Combination, Way
 from lape.studies.study import gather, read
 from lape.training.loop import train
+from lape.writing import MARK
 
 LAPE, DEFAULT = Way("lape"), Way("default")
 TINY = replace(BASE, epochs=1, batch_size=400, accelerator="cpu")
@@ -128,7 +129,7 @@ def runs(finished, tmp_path):
 
 def test_an_analysis_is_that_of_the_trained_model(runs):
     (study,) = gather([runs]).studies
-    found = analysed(study)
+    found = analysed(study, Kept(runs / "page.html"))
     assert not found.not_analysed
     for one, result in study.results.items():
         expected = correlation(brought_back(result).work.module)
@@ -144,15 +145,15 @@ def test_an_analysis_is_that_of_the_trained_model(runs):
 
 def test_an_analysis_is_kept_until_its_checkpoint_changes(runs, monkeypatch):
     (study,) = gather([runs]).studies
-    first = analysed(study).analyses
+    first = analysed(study, Kept(runs / "page.html")).analyses
     heard = []
     monkeypatch.setattr(
         kept_analyses, "trained", lambda *args, **kinds: heard.append(args) or (_ for _ in ()).throw(RunError("no"))
     )
-    assert analysed(study).analyses == first
+    assert analysed(study, Kept(runs / "page.html")).analyses == first
     assert heard == []
     (runs / "lape" / "last.pt").touch()
-    again = analysed(study)
+    again = analysed(study, Kept(runs / "page.html"))
     assert len(heard) == 1
     assert list(again.analyses) == [Combination(DEFAULT, "learnable", 0)]
     assert again.not_analysed == {"no": ((LAPE, "learnable"),)}
@@ -161,19 +162,45 @@ def test_an_analysis_is_kept_until_its_checkpoint_changes(runs, monkeypatch):
 def test_kept_numbers_without_bound_or_meaning_come_back_as_they_were(runs, monkeypatch):
     (study,) = gather([runs]).studies
     one, result = next(iter(study.results.items()))
-    odd = replace(analysed(study).analyses[one], half_distance=(math.inf, 1.0))
-    kept_analyses._keep(result, odd)
-    text = (result.folder / "analysis.json").read_text()
-    assert "Infinity" not in text
-    assert kept_analyses._kept(result) == odd
+    kept = Kept(runs / "page.html")
+    odd = replace(analysed(study, kept).analyses[one], half_distance=(math.inf, 1.0))
+    kept.keep(result, odd)
+    assert "Infinity" not in kept.path.read_text()
+    assert Kept(runs / "page.html").of(result) == odd
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"checkpoint": {}}'])
+def test_kept_analyses_may_be_moved_with_their_runs(runs):
+    (study,) = gather([runs]).studies
+    first = analysed(study, Kept(runs / "page.html")).analyses
+    moved = runs.rename(runs.with_name("moved"))
+    (study,) = gather([moved]).studies
+    assert [Kept(moved / "page.html").of(result) for result in study.results.values()] == [*first.values()]
+
+
+NO_ANALYSES = [
+    "",
+    "{MARK",
+    '["MARK"]',
+    '{"MARK": 1}',
+    '{"MARK": 1, "analyses": 1}',
+    '{"MARK": 1, "analyses": ["ab"]}',
+    '{"MARK": 1, "analyses": {"NAME": 1}}',
+    '{"MARK": 1, "analyses": {"NAME": {"checkpoint": {}}}}',
+    '{"MARK": 1, "analyses": {"NAME": {"checkpoint": KEY}}}',
+    f'{{"MARK": 1, "analyses": {{"NAME": {{"checkpoint": KEY, "two_dimensionality": [{10**400}]}}}}}}',
+    "[" * 100_000 + "MARK",
+]
+
+
+@pytest.mark.parametrize("text", NO_ANALYSES, ids=range(len(NO_ANALYSES)))
 def test_a_kept_analysis_that_is_none_is_made_again(text, runs):
     (study,) = gather([runs]).studies
-    first = analysed(study).analyses
-    (runs / "lape" / "analysis.json").write_text(text)
-    assert analysed(study).analyses == first
+    first = analysed(study, kept := Kept(runs / "page.html")).analyses
+    name, entry = next(iter(kept.entries.items()))
+    for word, stands_for in (("MARK", MARK), ("NAME", name), ("KEY", json.dumps(entry["checkpoint"]))):
+        text = text.replace(word, stands_for)
+    kept.path.write_text(text)
+    assert analysed(study, Kept(runs / "page.html")).analyses == first
 
 
 def test_without_images_there_is_no_decomposition_and_the_rest_is_there(runs, monkeypatch):
@@ -182,14 +209,15 @@ def test_without_images_there_is_no_decomposition_and_the_rest_is_there(runs, mo
 
     monkeypatch.setattr(kept_analyses, "find_set", nowhere)
     (study,) = gather([runs]).studies
-    found = analysed(study)
+    found = analysed(study, Kept(runs / "page.html"))
     assert len(found.analyses) == 2
     assert all(analysis.weights is None for analysis in found.analyses.values())
     assert found.not_analysed == {
         "The decomposition needs images of digits. There is no such folder.": ((DEFAULT, "learnable"),)
     }
     monkeypatch.undo()
-    assert analysed(study).analyses[Combination(DEFAULT, "learnable", 0)].weights is not None  # not kept as missing
+    found = analysed(study, Kept(runs / "page.html"))
+    assert found.analyses[Combination(DEFAULT, "learnable", 0)].weights is not None  # not kept as missing
 
 
 # --- The command

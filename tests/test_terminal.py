@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from lape.characters import visible
+from lape.characters import as_code, in_markdown, visible
 from lape.cli.command_line import main
 from lape.cli.terminal import NOBODY_READS, console, say
 from lape.errors import UsageError
@@ -203,6 +204,46 @@ def test_a_cell_of_markdown_is_one_cell():
     assert [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines] == [3, 3, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<img src=x> & *a* [b](c) `d` ~e~ $f$", r"\<img src=x> \& \*a\* \[b\](c) \`d\` \~e\~ \$f\$"),
+        ("vit_nano __init__ _a_", r"vit_nano \_\_init\_\_ \_a\_"),
+        ("    # a", r"\# a"),
+        ("- a", r"\- a"),
+        ("> a", r"\> a"),
+        ("12. a", r"12\. a"),
+        ("+0.17", "+0.17"),
+        ("a\n\n# b", r"a\\n\\n\# b"),
+    ],
+)
+def test_markdown_shows_text_as_it_is(text, expected):
+    assert in_markdown(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a b", "`a b`"), ("a`b", "`` a`b ``"), ("``", "``` `` ```"), ("a\nb", r"`a\nb`")]
+)
+def test_code_ends_where_it_ends(text, expected):
+    assert as_code(text) == expected
+
+
+FORGED = "x\n\n# forged `<img src=y>` | *z*"
+
+
+@pytest.mark.parametrize("command", ["report", "results"])
+def test_no_name_forges_a_part_of_a_page_in_markdown(command, run, tmp_path):
+    folder = _changed(run, tmp_path / FORGED.replace("/", ""), data=FORGED.replace("/", ""))
+    record = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(record | {"command": FORGED}))
+    page = tmp_path / ("page.html" if command == "report" else "page.md")
+    assert main([command, str(folder), "--out", str(page)]) == 0
+    text = page.with_suffix(".md").read_text()
+    assert "forged" in text
+    bare = re.sub(r"(`+) ?.*?[^`]\1(?!`)", "", "\n".join(x for x in text.split("\n") if not x.startswith("    ")))
+    assert not re.search(r"^# |(?<!\\)(<img|\*z|`)", bare, flags=re.M), bare
+
+
 # Bad runs
 
 
@@ -223,13 +264,27 @@ def test_a_bad_run_is_named_and_costs_no_other(command, run, tmp_path, capsys):
     (lone / "result.json").write_text(json.dumps(record | {"machine": "\ud800"}))
     endless = _changed(run, tmp_path / "endless", seed=4)
     (endless / "result.json").write_text("[" * 100_000)
+    _changed(run, tmp_path / "long", seed=5, recipe="x" * 5_000)
+    _changed(run, tmp_path / "out of range", seed=6, recipe="../recipes/cifar100/cct_7_3x1_32")
+    odd = {"versions": ["lape"], "commit": math.inf, "machine": {}, "command": 1}
+    for number, (name, value) in enumerate(odd.items(), start=7):
+        record = json.loads((_changed(run, tmp_path / f"odd {name}", seed=number) / "result.json").read_text())
+        (tmp_path / f"odd {name}" / "result.json").write_text(json.dumps(record | {name: value}))
     assert main([command, str(tmp_path)]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
-    assert len(told) == 3, told
-    for line, parts in zip(
-        sorted(told), (("endless",), ("lone\\x1b]0;x", "'\\ud800' in it is no character"), ("moved.yaml",)), strict=True
-    ):
-        assert all(part in line for part in parts), line
+    assert len(told) == 9, told
+    expected = {
+        "endless": "too deep",
+        "lone\\x1b]0;x": "'\\ud800' in it is no character",
+        "moved": "moved.yaml",
+        "long": "is not a recipe",
+        "out of range": "is not a recipe",
+        "odd versions": "its versions are no texts by name",
+        **{f"odd {name}": f"its {name} is no text" for name in ("commit", "machine", "command")},
+    }
+    for folder, reason in expected.items():
+        (line,) = (line for line in told if f"/{folder}" in line.partition(": ")[2].partition(": ")[0])
+        assert reason in line
 
 
 @pytest.mark.parametrize("command", ["report", "results"])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lape import writing
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment, Place
 from lape.studies.analysis import brought_back
@@ -444,7 +446,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, monkeypatch, name,
 
     def full(descriptor):
         nonlocal count
-        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == f".{name}.part":
+        if name in writing.unfinished(Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent).values():
             count += 1
             if count == time:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -456,18 +458,23 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path, monkeypatch, name,
     monkeypatch.undo()
     if (name, time) in (("last.pt", 2), ("curve.csv", 3)):  # the first epoch's is there, whole
         assert checkpoints.read(tmp_path / "a" / "last.pt")["state"]["step"] == 2
-    assert not list((tmp_path / "a").glob(".*.part"))
+    assert not writing.unfinished(tmp_path / "a")
     train(TINY, tmp_path / "a", resume=True)
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "a"))
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_write(tmp_path):
-    """torch's writer turns the error of the file into others of its own."""
+    """torch's writer turns the error of the file into others of its own. The kernel bounds files here."""
     path = tmp_path / "last.pt"
     checkpoints.save(path, {"experiment": {}, "set": {}, "model": {"a": torch.ones(3)}})
-    (tmp_path / ".last.pt.part").symlink_to("/dev/full")
-    with pytest.raises(RunError, match=r"No space left on device\); the one before it is whole"):
-        checkpoints.save(path, {"experiment": {}, "set": {}, "model": {"a": torch.ones(100_000)}})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(RunError, match=r"File too large\); the one before it is whole"):
+            checkpoints.save(path, {"experiment": {}, "set": {}, "model": {"a": torch.ones(100_000)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
     assert torch.equal(checkpoints.read(path)["model"]["a"], torch.ones(3))
 
 
@@ -488,7 +495,7 @@ def test_a_used_folder_needs_resume(finished, tmp_path):
     before = (folder / "result.json").stat().st_mtime_ns
     assert train(TINY, folder, resume=True) == folder / "result.json"
     assert (folder / "result.json").stat().st_mtime_ns == before
-    checkpoints.write_json(tmp_path / "experiment.json", TINY.settings())
+    writing.write_json(tmp_path / "experiment.json", TINY.settings())
     with pytest.raises(UsageError, match=r"holds an unfinished run"):
         train(TINY, tmp_path)
     (tmp_path / "file").write_text("")
@@ -498,7 +505,7 @@ def test_a_used_folder_needs_resume(finished, tmp_path):
 
 def test_a_checkpoint_of_another_experiment_or_model_is_refused(finished, tmp_path):
     folder, _ = finished
-    checkpoints.write_json(tmp_path / "experiment.json", replace(TINY, seed=9).settings())
+    writing.write_json(tmp_path / "experiment.json", replace(TINY, seed=9).settings())
     (tmp_path / "last.pt").write_bytes((folder / "last.pt").read_bytes())
     with pytest.raises(UsageError, match=r"last\.pt belongs to another experiment \(seed is 0 there, 9 here\)"):
         train(replace(TINY, seed=9), tmp_path, resume=True)

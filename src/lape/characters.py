@@ -1,4 +1,4 @@
-"""Names as people can read them: what a name may hold and no terminal, table or picture should be told as it is."""
+"""Names as people can read them: what a name may hold and no terminal, page or picture should be told as it is."""
 
 import re
 
@@ -10,3 +10,21 @@ UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\u
 def visible(text: str) -> str:
     r"""Write every character that acts rather than shows as Python does, as \x1b or \n: the text is one line."""
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+# What Markdown makes something of, anywhere in a line and at its beginning; `a_b` is a name.
+_MARKUP = re.compile(r"[\\`*\[\]<|&~#$]|(?<![^\W_])_|_(?![^\W_])|^[-+>](?!\d)")
+
+
+def in_markdown(text: str) -> str:
+    """Write text so that Markdown shows it as it is, on one line, also within the cell of a table."""
+    line = _MARKUP.sub(r"\\\g<0>", visible(text).strip())
+    return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)  # the number of a list
+
+
+def as_code(text: str) -> str:
+    """Write text as Markdown's code, on one line: the fence is longer than any in it."""
+    line = visible(text)
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    room = " " if "`" in line else ""
+    return f"{fence}{room}{line}{room}{fence}"

@@ -11,13 +11,30 @@ class UsageError(ValueError):
     """What was asked for breaks a rule; the message states the rule, the value received and the edit that mends it.
 
     The command line ends with status 2.
+
+    Example:
+        >>> import lape
+        >>> try:
+        ...     lape.create_model("deit_tiny_patch16_224", join="lap")
+        ... except lape.UsageError as error:
+        ...     print(error)
+        'lap' is not a join. Did you mean 'lape'? Valid names: default, shared, unshared, lape-sharing, lape.
     """
 
 
 class RunError(RuntimeError):
-    """What was asked for is sound, and the world did not allow it (a file, a disk, a loss); the message names which.
+    """What was asked for is sound, and the machine or a file did not allow it; the message says what happened and
+    where.
 
     The command line ends with status 1.
+
+    Example:
+        >>> import lape
+        >>> try:
+        ...     lape.from_pretrained("no-such-folder")
+        ... except lape.RunError as error:
+        ...     print(error)
+        no-such-folder does not exist. Name a folder, a .safetensors file, or a repository as user/name.
     """
 
 

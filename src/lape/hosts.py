@@ -46,7 +46,23 @@ def resize_by_count(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
 
 
 def cut(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
-    """The first rows for a shorter sequence; raises UsageError for a longer one, of whose end no row knows."""
+    """Return the first rows of a table for a shorter sequence: `lape.Host(resize=lape.hosts.cut)`.
+
+    Args:
+        table: (1, prefix + old length, D).
+        new: (1, new length).
+        old: (1, old length).
+        prefix: The number of tokens before them that have a row.
+
+    Raises:
+        UsageError: For a longer sequence, for whose end there is no row.
+
+    Example:
+        >>> import torch
+        >>> import lape.hosts
+        >>> lape.hosts.cut(torch.zeros(1, 513, 8), new=(1, 20), old=(1, 512), prefix=1).shape
+        torch.Size([1, 21, 8])
+    """
     if new == old:
         return table
     if new[1] > old[1]:
@@ -61,9 +77,16 @@ def cut(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
 class Block:
     """Where one kind of block normalises its tokens for attention.
 
-    `norms` is the path of the norms whose output enters attention. Where the MLP reads that output too, `projection` is
-    the path of the linear layer that serves both; its last 3·D outputs are queries, keys and values. A class that can
-    be pre-norm or post-norm says which by its attribute `pre_norm`.
+    Args:
+        norms: The path, from the block, of the norm whose output enters attention; `*` stands for every child.
+        projection: Where the MLP reads that output too: the path of the linear layer that serves both. Its last 3·D
+            outputs are queries, keys and values.
+        pre_norm: The attribute by which a class that can be pre-norm or post-norm says which.
+
+    Example:
+        >>> import lape
+        >>> lape.Block("norm1").norms
+        'norm1'
     """
 
     norms: str
@@ -85,6 +108,12 @@ class Host:
 
     The method `add_table` of the module that holds the table runs on a view in which the table is what joins the
     tokens, ω or zeros. Where no method reads a table, it is added `behind` one module or `before` another.
+
+    Example:
+        >>> import lape
+        >>> row = lape.Host(name="my ViT", table="pos_embed", block=lape.Block("norm1"), blocks="layers.*", prefix=1)
+        >>> row.width
+        'embed_dim'
     """
 
     name: str

@@ -25,7 +25,15 @@ Grid = tuple[int, int]
 
 
 class Rung(NamedTuple):
-    """What one layer is told about positions; None adds nothing."""
+    """What one layer gets of the positions; a part that is None adds nothing.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import Rung
+        >>> rung = Rung(attention=torch.ones(1, 4, 8))
+        >>> rung.empty, rung.padded(1).attention.shape
+        (False, torch.Size([1, 5, 8]))
+    """
 
     residual: Tensor | None = None  # (1, N, D), joins the residual stream before the block
     attention: Tensor | None = None  # (1, N, D), joins the output of the norm before attention
@@ -60,19 +68,38 @@ class Rung(NamedTuple):
 
 
 def learnable(grid: Grid, prefix: int, dim: int) -> Tensor:
-    """Return a fresh table (1, prefix + H·W, D), truncated normal with standard deviation 0.02."""
+    """Return a new table (1, prefix + H·W, D), truncated normal with standard deviation 0.02.
+
+    Example:
+        >>> from lape.method import learnable
+        >>> learnable((2, 3), prefix=1, dim=8).shape
+        torch.Size([1, 7, 8])
+    """
     return nn.init.trunc_normal_(torch.empty(1, prefix + grid[0] * grid[1], dim), std=0.02)
 
 
 def sinusoidal_1d(grid: Grid, prefix: int, dim: int) -> Tensor:
-    """Return the table (1, prefix + H·W, D) whose row p is sin (even i) or cos (odd i) of p / 10000^(2⌊i/2⌋/D)."""
+    """Return the table (1, prefix + H·W, D) whose row p is sin (even i) or cos (odd i) of p / 10000^(2⌊i/2⌋/D).
+
+    Example:
+        >>> from lape.method import sinusoidal_1d
+        >>> sinusoidal_1d((1, 2), prefix=0, dim=2)
+        tensor([[[0.0000, 1.0000],
+                 [0.8415, 0.5403]]])
+    """
     return _sinusoid(torch.arange(prefix + grid[0] * grid[1]), dim)[None]
 
 
 def sinusoidal_2d(grid: Grid, prefix: int, dim: int) -> Tensor:
-    """Return the table (1, prefix + H·W, D): half the channels tell the column, half the row; prefix rows are zero.
+    """Return the table (1, prefix + H·W, D): half the channels for the column, half for the row; prefix rows are zero.
 
-    Raises UsageError where D is not a multiple of 4: each half interleaves a sine and a cosine.
+    Raises:
+        UsageError: Where 4 does not divide D: each half interleaves a sine and a cosine.
+
+    Example:
+        >>> from lape.method import sinusoidal_2d
+        >>> sinusoidal_2d((2, 2), prefix=1, dim=4)[0, 0]
+        tensor([0., 0., 0., 0.])
     """
     if dim % 4:
         raise UsageError(f"A 2-D sinusoid needs a width that 4 divides; this model's is {dim}. Use pe='sinusoidal-1d'.")
@@ -94,7 +121,12 @@ def _sinusoid(positions: Tensor, dim: int) -> Tensor:  # (P,) -> (P, dim)
 class Table:
     """A kind of (1, N, D) table: how it is made, and whether it learns.
 
-    A learnable table follows a new grid by resizing, a fixed one by being made anew.
+    A learnable table is resized for a new grid, a fixed one is made anew.
+
+    Example:
+        >>> from lape.method import TABLES
+        >>> TABLES["sinusoidal-1d"].learns, TABLES["learnable"].make((2, 2), 0, 8).shape
+        (False, torch.Size([1, 4, 8]))
     """
 
     make: Callable[[Grid, int, int], Tensor]
@@ -110,9 +142,17 @@ TABLES = {
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """A 2-D relative bias in every layer: a table ((2H-1)(2W-1), heads), with or without a LayerNorm of its own."""
+    """A 2-D relative bias in every layer: a table ((2H-1)(2W-1), heads), with or without a LayerNorm of its own.
 
-    normed: bool
+    Example:
+        >>> import torch
+        >>> from lape.method import RelativeBias
+        >>> table = torch.randn(3 * 3, 2)  # 2×2 patches, two heads
+        >>> RelativeBias(normed=False)(table, grid=(2, 2), prefix=1).shape
+        torch.Size([1, 2, 5, 5])
+    """
+
+    normed: bool  # whether a LayerNorm over the keys follows the table
 
     def __call__(self, table: Tensor, grid: Grid, prefix: int, norm: nn.Module | None = None) -> Tensor:
         """Return the bias (1, heads, N, N), zero for prefix tokens.
@@ -135,11 +175,17 @@ BIASES = {"relative": RelativeBias(normed=False), "relative-layernorm": Relative
 
 @dataclass(frozen=True)
 class PositionEmbedding:
-    """What a model knows of positions: a table, a bias, both or neither."""
+    """What a model knows of positions: a table, a relative bias, both or neither.
 
-    name: str
-    table: Table | None = None
-    bias: RelativeBias | None = None
+    Example:
+        >>> from lape.method import POSITION_EMBEDDINGS
+        >>> POSITION_EMBEDDINGS["learnable+relative"].bias
+        RelativeBias(normed=False)
+    """
+
+    name: str  # as `lape.apply(pe=...)` takes it
+    table: Table | None = None  # joined with the tokens
+    bias: RelativeBias | None = None  # added to the attention logits
 
 
 POSITION_EMBEDDINGS = {
@@ -155,12 +201,18 @@ POSITION_EMBEDDINGS = {
 
 @dataclass(frozen=True)
 class PositionNormKind:
-    """A row of Table 8: normalise or not, then no gain, one gain or a gain per channel, then a shift or none."""
+    """A row of Table 8: normalise or not, then no gain, one gain or a gain per channel, then a shift or none.
 
-    formula: str
-    normalise: bool
-    gain: Callable[[int], int] | None
-    shift: bool
+    Example:
+        >>> from lape.method import POSITION_NORMS
+        >>> POSITION_NORMS["scale-norm"].formula
+        'g⊙Norm(ω)'
+    """
+
+    formula: str  # the paper's
+    normalise: bool  # whether mean and variance are taken out
+    gain: Callable[[int], int] | None  # from D to the number of gains, 1 or D; None for no gain
+    shift: bool  # whether a vector of D channels is added
 
 
 def _one(dim: int) -> int:
@@ -186,7 +238,20 @@ POSITION_NORMS = {
 class PositionNorm(nn.Module):
     """LN_ω of one layer, or what stands in for it: (1, N, D) to (1, N, D); gains start at 1, shifts at 0.
 
-    With `amount` it holds s_l of `weighed` too, from 0 on, for which its own formula has no use.
+    Args:
+        dim: D, the number of channels.
+        eps: Added to the variance.
+        kind: One of `POSITION_NORMS`.
+        device: Of its parameters.
+        dtype: Of its parameters.
+        amount: Whether it holds s_l of `weighed` too, from 0 on, which its own formula does not use.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import PositionNorm
+        >>> norm = PositionNorm(8, eps=1e-6)
+        >>> norm(torch.randn(1, 5, 8)).std(-1, correction=0).allclose(torch.ones(1, 5), atol=1e-3)
+        True
     """
 
     def __init__(
@@ -237,22 +302,54 @@ class PositionNorm(nn.Module):
 
 
 def with_the_tokens(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
-    """x_0 = α + ω, then nothing (2)."""
+    """x_0 = α + ω, then nothing (2): the join `default`.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import PositionNorm, with_the_tokens
+        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
+        >>> [rung.empty for rung in with_the_tokens(tables, norms)]
+        [False, True]
+    """
     return [Rung(residual=tables[0]), *(Rung() for _ in tables[1:])]
 
 
 def into_the_stream(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
-    """x_l = x_l + ω^(l) before every block; `shared` has one table for all layers, `unshared` one for each."""
+    """x_l = x_l + ω^(l) before every block; `shared` has one table for all layers, `unshared` one for each.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import PositionNorm, into_the_stream
+        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
+        >>> [rung.residual is not None for rung in into_the_stream(tables, norms)]
+        [True, True]
+    """
     return [Rung(residual=table) for table in tables]
 
 
 def normed_alike(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
-    """MSA_l(LN_x|l(x_l) + LN_ω|l(ω)): LaPE (sharing)."""
+    """MSA_l(LN_x|l(x_l) + LN_ω|l(ω)): LaPE (sharing), the join `lape-sharing`.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import PositionNorm, normed_alike
+        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
+        >>> normed_alike(tables, norms)[1].attention.equal(norms[1](tables[0]))
+        True
+    """
     return [Rung(attention=norm(table)) for table, norm in zip(tables, norms, strict=True)]
 
 
 def normed_in_turn(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
-    """MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)) with ω_0 = ω and ω_{l+1} = LN_ω|l(ω_l): LaPE (8)-(11)."""
+    """MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)) with ω_0 = ω and ω_{l+1} = LN_ω|l(ω_l): LaPE (8)-(11), the join `lape`.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import PositionNorm, normed_in_turn
+        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
+        >>> normed_in_turn(tables, norms)[1].attention.equal(norms[1](norms[0](tables[0])))
+        True
+    """
     ladder, position = [], tables[0]
     for norm in norms:
         rung = norm(position)
@@ -263,10 +360,16 @@ def normed_in_turn(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> l
 
 @dataclass(frozen=True)
 class Join:
-    """A way of joining ω with the tokens: its ladder, and what the ladder is made from."""
+    """A way of joining ω with the tokens: its ladder, and what the ladder is made from.
 
-    name: str
-    climb: Callable[[Sequence[Tensor], Sequence[PositionNorm]], list[Rung]]
+    Example:
+        >>> from lape.method import JOINS
+        >>> JOINS["lape"].normed, JOINS["unshared"].table_per_layer
+        (True, True)
+    """
+
+    name: str  # as `lape.apply(join=...)` takes it
+    climb: Callable[[Sequence[Tensor], Sequence[PositionNorm]], list[Rung]]  # from tables and norms to the ladder
     normed: bool = False  # has a PositionNorm in every layer
     table_per_layer: bool = False
     with_tokens: bool = False  # ω is part of x_0: it meets the tokens before their dropout
@@ -289,7 +392,20 @@ JOINS = {
 
 
 def weighed(ladder: Sequence[Rung], norms: Sequence[PositionNorm]) -> list[Rung]:
-    """MSA_l(LN_x|l(x_l) + s_l·p_l): with s_l = 0, as at the start, attention is told nothing."""
+    """MSA_l(LN_x|l(x_l) + s_l·p_l): with s_l = 0, as at the start, nothing is added.
+
+    Args:
+        ladder: The rungs of a join with norms.
+        norms: Its norms, each with its `amount` s_l.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import PositionNorm, normed_in_turn, weighed
+        >>> norms = [PositionNorm(8, eps=1e-6, amount=True)]
+        >>> ladder = normed_in_turn([torch.randn(1, 5, 8)], norms)
+        >>> weighed(ladder, norms)[0].attention.abs().max().item()
+        0.0
+    """
     return [
         Rung(attention=norm.amount * rung.attention)  # pyright: ignore[reportOperatorIssue]  # both are there
         for rung, norm in zip(ladder, norms, strict=True)
@@ -300,12 +416,15 @@ def weighed(ladder: Sequence[Rung], norms: Sequence[PositionNorm]) -> list[Rung]
 class Start:
     """How a model begins: with p_l as it is, or, to preserve its function, with p_l weighed by a gain from zero on.
 
-    Where the model had a table before, ω then stays part of x_0 as well.
+    Example:
+        >>> from lape.method import STARTS
+        >>> list(STARTS)
+        ['fresh', 'preserve']
     """
 
-    name: str
-    preserves: bool = False
-    table_stays: bool = False
+    name: str  # as `lape.apply(start=...)` takes it
+    preserves: bool = False  # whether p_l is weighed by a gain from zero on
+    table_stays: bool = False  # whether ω is part of x_0 as well
 
 
 STARTS = {start.name: start for start in (Start("fresh"), Start("preserve", preserves=True, table_stays=True))}
@@ -314,12 +433,20 @@ PRESERVE_WITHOUT_TABLE = Start("preserve", preserves=True)  # for a model that h
 
 @dataclass(frozen=True)
 class Scheme:
-    """One sound choice of join, position embedding, PE norm and start."""
+    """One valid choice of join, position embedding, PE norm and start; `scheme` makes it from their names.
 
-    join: Join
-    embedding: PositionEmbedding
-    norm: PositionNormKind
-    start: Start
+    Example:
+        >>> import torch
+        >>> from lape.method import scheme
+        >>> ladder = scheme("default", "learnable").ladder([torch.ones(1, 5, 8)] * 2, [])
+        >>> ladder[0].residual.shape, ladder[1].empty
+        (torch.Size([1, 5, 8]), True)
+    """
+
+    join: Join  # of JOINS
+    embedding: PositionEmbedding  # of POSITION_EMBEDDINGS
+    norm: PositionNormKind  # of POSITION_NORMS
+    start: Start  # of STARTS, or PRESERVE_WITHOUT_TABLE
 
     @property
     def with_tokens(self) -> bool:
@@ -337,7 +464,25 @@ class Scheme:
 
 
 def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh") -> Scheme:
-    """Return what the names stand for; raise UsageError for a misspelt name or a combination that means nothing."""
+    """Return the choice that four names stand for.
+
+    Args:
+        join: A name of `JOINS`.
+        pe: A name of `POSITION_EMBEDDINGS`.
+        pe_norm: A name of `POSITION_NORMS`.
+        start: A name of `STARTS`.
+
+    Raises:
+        UsageError: For a misspelt name, and for a combination that has no meaning.
+
+    Example:
+        >>> from lape.method import scheme
+        >>> scheme("lape", "learnable").join.normed
+        True
+        >>> scheme("lape", "none")
+        Traceback (most recent call last):
+        lape.errors.UsageError: pe='none' has no table, so join='lape' has nothing to join. ...
+    """
     chosen = choose(JOINS, join, "a join")
     embedding = choose(POSITION_EMBEDDINGS, pe, "a position embedding (pe)")
     norm = choose(POSITION_NORMS, pe_norm, "a PE norm (pe_norm)")
@@ -368,9 +513,21 @@ def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh")
 
 
 def decompose(tokens: Tensor, position: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return λ1, λ2, λ3 of LN(x̃ + ω) = λ1·LN(x̃) + λ2·LN(ω) + λ3·β (6)-(7), each (..., N), from x̃ and ω (..., N, D).
+    """Return λ1, λ2, λ3 of LN(x̃ + ω) = λ1·LN(x̃) + λ2·LN(ω) + λ3·β (6)-(7), each (..., N).
 
-    With eps > 0, σ stands for sqrt(var + eps), and (6) stays exact.
+    λ1 = σ(x̃) / σ(x̃ + ω), λ2 = σ(ω) / σ(x̃ + ω) and λ3 = 1 - λ1 - λ2, σ being the standard deviation over channels.
+
+    Args:
+        tokens: x̃, (..., N, D).
+        position: ω, (..., N, D).
+        eps: That of the LayerNorm; σ is then sqrt(variance + eps), and (6) stays exact.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import decompose
+        >>> tokens = torch.tensor([[1.0, -1.0]])
+        >>> decompose(tokens, 3 * tokens)
+        (tensor([0.2500]), tensor([0.7500]), tensor([0.]))
     """
 
     def sigma(x: Tensor) -> Tensor:

@@ -300,10 +300,27 @@ def _square(count: int) -> bool:
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Loaded:
-    """Load a file (or a state dict) of the authors', of timm or of ours into a vision transformer, in place.
+    """Load a file of LaPE's authors, of timm, of a model's first authors or of this project into a model, in place.
 
-    Returns what was missing, and warns of it: PE norms and tables of a join may be missing, nothing else. Raises
-    RunError naming what does not fit.
+    Args:
+        model: A vision transformer of timm's or of this project, with or without a join.
+        source: A .safetensors file, a checkpoint of torch.save's (opened without running its code), or a state dict.
+
+    Returns:
+        The names of the parameters that the file lacks, as `missing`: PE norms and tables of a join alone may be
+        missing.
+
+    Raises:
+        RunError: For a file that cannot be read, and for a parameter that does not fit; the message names it.
+
+    Warns:
+        UserWarning: Where something is missing, since the model then does not compute what the file's model did.
+
+    Example:
+        >>> import lape
+        >>> trained, model = (lape.create_model("vit_nano_patch2_8", depth=2) for _ in range(2))
+        >>> print(lape.load_weights(model, trained.state_dict()))
+        Every parameter was loaded.
     """
     where = str(source) if isinstance(source, str | Path) else "The state dict"
     vit, _ = _of_files(model)
@@ -319,11 +336,26 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
 def load_backbone(model: nn.Module, source: str | Path | Mapping[str, Any]) -> Started:
     """Start the vision transformer inside a model from a pretrained one, in place, and all else as far as it fits.
 
-    `source` is a file of the authors', of timm or of ours, a state dict, or a name of timm's whose weights are then
-    fetched. Patch embedding, blocks and the table must be the file's, the table resized to the model's grid and without
-    the rows of tokens that the model does not have. Initial values stay in PE norms and layer scales that the file
-    lacks, in a head of other classes and in all other parts but those that a checkpoint of the whole model brings.
-    Returns what was loaded and what was not. Raises RunError, the model untouched, naming what does not fit.
+    Patch embedding, blocks and table are loaded, and the table is resized to the model's grid. Initial values stay in
+    PE norms and layer scales that the file lacks, in a head of other classes, and in all other parameters that it
+    lacks.
+
+    Args:
+        model: A classifier, detector or segmenter.
+        source: A file as `lape.load_weights` takes it, a state dict, or a name of timm's, whose weights are downloaded.
+
+    Returns:
+        The names of what was `loaded`, of what was `missing` in the file, and of what was `left` in it.
+
+    Raises:
+        RunError: For a file that cannot be read or does not fit; the model is then unchanged.
+
+    Example:
+        >>> import lape
+        >>> classifier = lape.create_model("vit_nano_patch2_8", depth=2, num_classes=10)
+        >>> model = lape.create_model("vit_nano_patch2_8", depth=2, num_classes=3)
+        >>> lape.load_backbone(model, classifier.state_dict()).missing
+        ('head.weight', 'head.bias')
     """
     vit, host = _of_files(model)
     weights, where = _pretrained(source)

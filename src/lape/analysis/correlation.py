@@ -17,9 +17,16 @@ from lape.surgery.operation import positions
 
 @dataclass(frozen=True)
 class Correlation:
-    """s_ij of equation 12, the cosine similarity of what the positions of patches i and j bring to attention.
+    """The position correlation of every layer: s_ij of equation 12, as `correlation` returns it.
 
     The paper shows these maps. Three numbers say what is to be seen in them, per layer and as a whole (`Shape`).
+
+    Example:
+        >>> import torch
+        >>> from lape.analysis import Correlation
+        >>> independent = Correlation(torch.eye(16, dtype=torch.float64)[None], grid=(4, 4))
+        >>> independent.half_distance.item(), independent.two_dimensionality.item()
+        (0.5, 1.0)
     """
 
     maps: Tensor  # (layers, H·W, H·W), float64
@@ -101,11 +108,18 @@ class Correlation:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one model's correlation looks like: how two-dimensional, how local, how different from layer to layer."""
+    """The three numbers of one model's correlation maps; `Correlation.shape` is one.
 
-    two_dimensionality: float
-    half_distance: float
-    layer_difference: float
+    Example:
+        >>> import lape
+        >>> from lape.analysis import correlation
+        >>> 0 <= correlation(lape.create_model("vit_nano_patch2_8", depth=2)).shape.two_dimensionality <= 1
+        True
+    """
+
+    two_dimensionality: float  # 0: similarity falls along rows or columns alone; 1: along both alike
+    half_distance: float  # where similarity has fallen to half, in patches
+    layer_difference: float  # how different the maps of the layers are
 
 
 def _crossing(distances: Tensor, profile: Tensor) -> Tensor:
@@ -125,15 +139,25 @@ def _crossing(distances: Tensor, profile: Tensor) -> Tensor:
 def entering(model: nn.Module, grid: Grid | None = None) -> Tensor:
     """Return what the position of each patch brings to the attention of each layer, (layers, H·W, D) in float64.
 
-    Where LaPE or LaPE (sharing) joins ω, that is p_l itself. Where positions are in the residual stream, it is
-    LN_l(s_l) with layer l's own norm before attention and s_l all that the rungs have put into the stream so far: ω for
-    `default`, (l + 1)·ω for `shared`, ω^(0) + ... + ω^(l) for `unshared`. Equation 6 holds for s_l as it does for ω, so
-    tokens meet λ2·LN_l(s_l), and λ2, one positive number per token, leaves the cosine as it is. A norm of tokens and
-    table together, before the first block, is met in the same way.
+    Under `lape` and `lape-sharing`, that is p_l itself. Where positions are in the residual stream, it is LN_l(s_l)
+    with layer l's own norm before attention and s_l the sum of all that the rungs have put into the stream so far: ω
+    for `default`, (l + 1)·ω for `shared`, ω^(0) + ... + ω^(l) for `unshared`. Equation 6 holds for s_l as it does for
+    ω, so tokens meet λ2·LN_l(s_l), and λ2, one positive number per token, does not change the cosine. A norm of tokens
+    and table together, before the first block, is treated in the same way. Prefix tokens are left out.
 
-    Prefix tokens are left out. Raises UsageError where no join is applied, where no table is joined with tokens, where
-    it is joined in two ways at once, where the layers have no common grid, and where the stream does not keep what is
-    put into it.
+    Args:
+        model: A model that a join is applied to.
+        grid: (rows, columns) of patches; None stands for the model's own grid.
+
+    Raises:
+        UsageError: Where no join is applied, where no table is joined with tokens, where it is joined in two ways at
+            once, where the layers have no common grid, and where the stream does not keep what is put into it.
+
+    Example:
+        >>> import lape
+        >>> from lape.analysis import entering
+        >>> entering(lape.create_model("vit_nano_patch2_8", depth=2), grid=(3, 5)).shape
+        torch.Size([2, 15, 48])
     """
     record = comparable(model)
     height, width = record.own_grid() if grid is None else grid
@@ -161,10 +185,23 @@ def _normed(norm: nn.Module, position: Tensor) -> Tensor:
 
 
 def correlation(model: nn.Module, grid: Grid | None = None) -> Correlation:
-    """Return the position correlation of every layer of an operated model, for its own grid of patches or another.
+    """Return the position correlation of every layer: s_ij = cos(e_i, e_j) with e = `entering(model, grid)` (12).
 
-    s_ij = cos(e_i, e_j), e = `entering(model, grid)`; a row of zeros has similarity 0 to all. Raises UsageError as
-    `entering` does.
+    A row of zeros has similarity 0 to all.
+
+    Args:
+        model: A model that a join is applied to.
+        grid: (rows, columns) of patches; None stands for the model's own grid.
+
+    Raises:
+        UsageError: As `entering` does.
+
+    Example:
+        >>> import lape
+        >>> from lape.analysis import correlation
+        >>> maps = correlation(lape.create_model("vit_nano_patch2_8", depth=2)).maps
+        >>> maps.shape, maps.diagonal(dim1=1, dim2=2).mean().item() > 0.999
+        (torch.Size([2, 16, 16]), True)
     """
     unit = F.normalize(entering(model, grid), dim=-1, eps=1e-30)
     return Correlation(unit @ unit.mT, positions(model).own_grid() if grid is None else grid)

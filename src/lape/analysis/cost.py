@@ -24,30 +24,40 @@ PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.f
 
 @dataclass
 class Cost:
-    """One way of joining: what it counts, and its times of every round in seconds."""
+    """One way of joining: what is counted of it, and its times of every round in seconds."""
 
-    name: str
-    parameters: int
+    name: str  # "untouched", "and again", a join, or "lape, folded"
+    parameters: int  # of the whole model
     flops: int  # of one image's forward: products of matrices, twice their multiplications
-    training_bytes: int | None  # at the peak of a training step
-    training: list[float] = field(default_factory=list)
-    inference: list[float] = field(default_factory=list)
+    training_bytes: int | None  # at the peak of a training step; None where nothing learns
+    training: list[float] = field(default_factory=list)  # of a training step, one number a round
+    inference: list[float] = field(default_factory=list)  # of an inference step, one number a round
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A time beside the base's of the same round: the median over rounds, and the quarters around it."""
+    """A time divided by that of the base in the same round: the median over rounds, and the quartiles around it."""
 
-    median: float
-    low: float
-    high: float
+    median: float  # of the ratios
+    low: float  # their lower quartile
+    high: float  # their upper quartile
 
     def __str__(self) -> str:
         return f"{self.median:.3f}±{(self.high - self.low) / 2:.3f}"
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> Ratio:
-    """Return what one contender's times are to the base's, round by round; both (rounds,), at least 2."""
+    """Return the median, over rounds, of one model's times divided by another's, with its quartiles.
+
+    Args:
+        times: Seconds of each round, at least 2.
+        base: Seconds of the same rounds.
+
+    Example:
+        >>> from lape.analysis.cost import ratio
+        >>> print(ratio([2.0, 2.2, 2.1], [1.0, 1.1, 1.0]))
+        2.000±0.025
+    """
     low, median, high = statistics.quantiles((a / b for a, b in zip(times, base, strict=True)), method="inclusive")
     return Ratio(median, low, high)
 
@@ -62,12 +72,31 @@ def measure(
     compile: bool = False,
     report: Callable[[float], None] = lambda fraction: None,
 ) -> list[Cost]:
-    """Measure the untouched model twice, then each join, then folded LaPE, all in turn in every round.
+    """Measure the untouched model twice, then each join, then folded LaPE, all in turn in every round (`lape cost`).
 
-    Without `joins` all are measured that mean something with the model's own table. Of a detector or a segmenter the
-    parameters are counted, and FLOPs, memory and times are those of the transformer inside, for images of its table's
-    size. `precision` and `compile` are as in training, for times alone: FLOPs and memory are counted without them.
-    `report` hears the fraction that is done. Raises UsageError for names that are not known.
+    Of a detector or a segmenter the parameters are counted; FLOPs, memory and times are those of the transformer
+    inside, for images of its table's size.
+
+    Args:
+        model: A name that `lape.create_model` takes.
+        joins: Names of joins; None stands for all that have a meaning with the model's own table.
+        batch_size: Images a step.
+        rounds: At least 2; one more warms up and is not counted.
+        device: As torch names it.
+        precision: "32-true", "bf16-mixed" or "16-mixed"; for times alone.
+        compile: Whether to compile the models; for times alone.
+        report: Called with the fraction that is done.
+
+    Raises:
+        UsageError: For a name that does not exist.
+
+    Example:
+        >>> from lape.analysis.cost import measure
+        >>> costs = measure("vit_nano_patch2_8", ["lape"], batch_size=2, rounds=2)
+        >>> [cost.name for cost in costs]
+        ['untouched', 'and again', 'lape', 'lape, folded']
+        >>> costs[2].parameters - costs[0].parameters  # 2·D in each of six layers
+        576
     """
     low = choose(PRECISIONS, precision, "a precision whose cost is measured")
     if rounds < 2 or batch_size < 1:

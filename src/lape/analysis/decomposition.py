@@ -19,7 +19,14 @@ from lape.surgery.positions import Positions, by
 
 @dataclass(frozen=True)
 class Decomposition:
-    """λ1, λ2, λ3 of LN_l(x_l) = λ1·LN_l(x̃_l) + λ2·LN_l(s_l) + λ3·β_l (6)-(7), for every layer, image and token."""
+    """λ1, λ2, λ3 of LN_l(x_l) = λ1·LN_l(x̃_l) + λ2·LN_l(s_l) + λ3·β_l (6)-(7), as `decomposition` returns them.
+
+    Example:
+        >>> import torch
+        >>> from lape.analysis import Decomposition
+        >>> Decomposition(torch.zeros(3, 2, 4, 17), grid=(4, 4), error=0.0).of_patches.shape
+        torch.Size([3, 2, 4, 16])
+    """
 
     weights: Tensor  # (3, layers, images, N), float64; prefix tokens first
     grid: Grid  # (H, W)
@@ -53,12 +60,29 @@ class Decomposition:
 
 @torch.no_grad()
 def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
-    """Return what of a layer's norm belongs to tokens, positions and bias, for batches of what the model takes.
+    """Return how much of the output of each layer's norm comes from tokens, positions and bias: λ1, λ2, λ3 of (6)-(7).
 
-    Works on a copy in float64, in evaluation mode, with each norm's own eps. x_l is what enters the norm before
-    attention of layer l, s_l what the rungs have put into the stream so far (ω for the join default), x̃_l = x_l - s_l.
-    Raises UsageError as `entering` does, where the join has no norm that tokens and positions share, where that norm is
-    no LayerNorm, and for batches of several grids or none; RunError where (6) does not hold to 1e-9.
+    Works on a copy in float64, in evaluation mode, with each norm's own eps. x_l is the input of the norm before
+    attention of layer l, s_l what the rungs have put into the stream so far (ω for the join `default`), x̃_l = x_l -
+    s_l.
+
+    Args:
+        model: A model whose join is `default`, `shared` or `unshared`.
+        batches: What the model takes, as images (B, C, H, W), all on one grid.
+
+    Raises:
+        UsageError: As `entering` does, where tokens and positions share no norm (`lape`, `lape-sharing`), where that
+            norm is not a LayerNorm, and for batches of several grids or none.
+        RunError: Where (6) does not hold to 1e-9.
+
+    Example:
+        >>> import torch
+        >>> import lape
+        >>> from lape.analysis import decomposition
+        >>> model = lape.create_model("vit_nano_patch2_8", join="default", depth=2)
+        >>> weights = decomposition(model, [torch.randn(4, 3, 8, 8)])
+        >>> weights.mean.shape, weights.error < 1e-9  # λ1, λ2, λ3 of two layers
+        (torch.Size([3, 2]), True)
     """
     record = comparable(model)
     if record.scheme.join.normed:

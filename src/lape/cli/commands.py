@@ -11,6 +11,7 @@ from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 
 if TYPE_CHECKING:
+    from lape.studies.analysis import Kept
     from lape.studies.study import Study
 
 
@@ -97,21 +98,20 @@ def predict(
     """
     from rich.progress import track
 
-    from lape.report.prediction import drawn, line
-    from lape.training.checkpoints import write
+    from lape import writing
+    from lape.report.prediction import line, png
     from lape.training.prediction import files_of
     from lape.training.prediction import predict as answers
 
     files = files_of(pictures)
+    digits = len(str(len(files)))
+    targets = [out / f"{number:0{digits}d}-{path.stem}.png" for number, path in enumerate(files, start=1)]
+    writing.refuse_others(targets)
     asked = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
     found = answers(checkpoint, files, threshold, **asked)
-    for number, predicted in enumerate(
-        track(found, "looking", len(files), console=console(stderr=True), transient=True), start=1
-    ):
-        out.mkdir(parents=True, exist_ok=True)
-        target = out / f"{number:0{len(str(len(files)))}d}-{predicted.path.stem}.png"
-        picture = drawn(predicted)
-        write(target, lambda file, picture=picture: picture.save(file, "png"))
+    shown = track(found, "looking", len(files), console=console(stderr=True), transient=True)
+    for predicted, target in zip(shown, targets, strict=True):
+        writing.write_marked({target: png(predicted)})
         say(f"{line(predicted)} -> {target}")
 
 
@@ -136,15 +136,18 @@ def compare(
         out: Folder of the report and the runs; finished runs in it are kept.
         jobs: Runs at once; nothing: one a core, or one on a GPU.
     """
-    from lape import report
+    from lape import report, writing
     from lape.report import tables
     from lape.report.progress import Display
+    from lape.studies.analysis import Kept
     from lape.studies.comparison import Asked, compare, seeds_of
 
+    writing.refuse_others(report.places(out))
+    kept = Kept(out / report.PAGE)
     with Display(console(stderr=True)) as display:
         found = compare(experiment, Asked(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
     if found.results:
-        (found,) = _analysed([found])
+        (found,) = _analysed([found], kept)
         page = report.write(found, report.maps(found), out)
         console().print(tables.terminal(found))
         say(f"Report: {page}")
@@ -156,18 +159,22 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
 
     Args:
         runs: Folders to look for finished runs in, and for what lape cost has filed.
-        out: The page, beside which its tables stand as .md; nothing: report.html in the first folder.
+        out: The page, beside which its tables stand as .md and what was computed for it as .analysis.json; nothing:
+            report.html in the first folder.
     """
-    from lape import report
+    from lape import report, writing
     from lape.report import tables
+    from lape.studies.analysis import Kept
     from lape.studies.study import gather
 
     page = out or runs[0] / "report.html"
     if page.suffix != ".html":
         raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
+    writing.refuse_others([page, page.with_suffix(".md")])
+    kept = Kept(page)
     found = gather(runs)
     _tell(found.left_out, others=found.studies)
-    studies = _analysed(found.studies)
+    studies = _analysed(found.studies, kept)
     costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
     report.write_page(studies, found.left_out, costs, page)
     console().print(tables.claims(studies))
@@ -185,7 +192,7 @@ def _tell(left_out: Mapping[Path, str], others: "Sequence[object]") -> None:
         )
 
 
-def _analysed(studies: "Sequence[Study]") -> "list[Study]":
+def _analysed(studies: "Sequence[Study]", kept: "Kept") -> "list[Study]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from lape.studies.analysis import analysed
@@ -193,7 +200,7 @@ def _analysed(studies: "Sequence[Study]") -> "list[Study]":
     shown = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=sum(len(study.results) for study in studies))
-        return [analysed(study, lambda: bar.advance(task)) for study in studies]
+        return [analysed(study, kept, lambda: bar.advance(task)) for study in studies]
 
 
 def cost(
@@ -223,9 +230,9 @@ def cost(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from lape import writing
     from lape.analysis.cost import measure
     from lape.report.cost import as_json, explanation, markdown, terminal
-    from lape.training.checkpoints import write_text
 
     if threads is not None:
         import torch
@@ -233,6 +240,8 @@ def cost(
         if threads < 1:
             raise UsageError(f"threads must be at least 1, not {threads}.")
         torch.set_num_threads(threads)
+    if out:
+        writing.refuse_others([out / "cost.md", out / "cost.json"])
     shown = (TextColumn("measuring"), BarColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1)
@@ -242,9 +251,7 @@ def cost(
     said = explanation(model, batch_size, rounds, precision, compile)
     console().print(terminal(costs, said))
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "cost.md", markdown(costs, said))
-        write_text(out / "cost.json", as_json(costs, said))
+        writing.write_marked({out / "cost.md": markdown(costs, said), out / "cost.json": as_json(costs, said)})
 
 
 def take_out(  # not `export`: jsonargparse would look up lape.export, and load torch for it
@@ -330,16 +337,17 @@ def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:
         runs: Folders to look for finished runs in.
         out: A Markdown file for the table.
     """
+    from lape import writing
     from lape.report.results import markdown, terminal
     from lape.studies.results import find
-    from lape.training.checkpoints import write_text
 
+    if out:
+        writing.refuse_others([out])
     found = find(runs)
     _tell(found.left_out, others=(*found.rows, *found.others))
     console().print(terminal(found))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, markdown(found))
+        writing.write_marked({out: markdown(found)})
 
 
 def analyze(
@@ -376,12 +384,14 @@ def analyze(
         seed: Decides the weights of a fresh model.
         out: Folder for a picture, a table and all numbers.
     """
+    from lape import writing
     from lape.analysis.subjects import ANALYSES, Request
     from lape.errors import choose
     from lape.report.analysis import SHEETS
 
     analysis, sheet = choose(ANALYSES, what, "an analysis"), SHEETS[what]
     asked = Request(checkpoints, model, model_args, weights, joins, pe, grid, data, data_dir, img_size, images, seed)
+    writing.refuse_others(sheet.places(out))
     found = list(analysis.find(asked))
     picture = sheet.write(found, out)
     console().print(sheet.terminal(found))

@@ -202,10 +202,30 @@ def create_model(
     start: str = "fresh",
     **options: Any,
 ) -> nn.Module:
-    """Create a model of timm's registry, ours included, and apply a join to it; `options` are timm's.
+    """Create a model by its name in timm's registry, which this project's models join, and apply a join to it.
 
-    Raises UsageError for a name that timm does not know, with the nearest that it does, for options that the model does
-    not take, and as `apply` does; RunError where pretrained weights cannot be had.
+    Args:
+        name: As `timm.create_model` takes it, or one that `lape models` lists.
+        join: As `lape.apply` takes it, and so are pe, pe_norm and start.
+        pe: The position embedding; None keeps the model's own.
+        pe_norm: What stands in the place of LN_ω.
+        start: "fresh" or "preserve".
+        options: Keywords of timm's, as num_classes, img_size and pretrained.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        UsageError: For a name that timm does not know (the message names the nearest), for options that the model does
+            not take, and as `lape.apply` does.
+        RunError: Where pretrained weights cannot be loaded.
+
+    Example:
+        >>> import torch
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", join="lape", pe="sinusoidal-2d", num_classes=10)
+        >>> model(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 10])
     """
     known = name.partition(".")[0]
     if "/" not in name and ":" not in name:

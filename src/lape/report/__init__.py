@@ -28,48 +28,52 @@ def maps(study: "Study") -> "dict[str, Maps]":
             continue
         shown = {}
         for way, by_seed in by_way.items():
-            with suppress(UsageError, RunError):  # told in `study.not_analysed`
+            with suppress(UsageError, RunError, OSError):  # told in `study.not_analysed`
                 shown[str(way)] = correlation_of(by_seed[common[0]])
         if shown:
             found[panel.title] = Maps(common[0], shown)
     return found
 
 
+PAGE, CURVES, DIFFERENCES = "index.html", "learning-curves.png", "differences.png"
+TABLES = ("table.md", "table.csv", "table.json")
+
+
+def places(folder: Path) -> list[Path]:
+    """Return all that `write` may replace in a folder."""
+    return [*(folder / name for name in (PAGE, *TABLES, CURVES, DIFFERENCES)), *folder.glob("correlation-*.png")]
+
+
 def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
     """Write table.md, .csv and .json, the pictures and index.html into a folder; return the page's path.
 
-    `maps` are by panel. Raises RunError where the disk refuses.
+    `maps` are by panel. Raises UsageError where another's file is in the way, RunError where the disk refuses.
     """
+    from lape import writing
     from lape.report import page, plots, tables
-    from lape.training import checkpoints
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in {
-        "table.md": tables.markdown(study),
-        "table.csv": tables.as_csv(study),
-        "table.json": tables.as_json(study),
-        "index.html": page.page([page.Section(study, maps)]),
-    }.items():
-        checkpoints.write_text(folder / name, text)
-    figures = {"learning-curves.png": plots.learning_curves(study)}
+    texts = tables.markdown(study) + writing.COMMENT, tables.as_csv(study), tables.as_json(study)
+    contents: dict[str, str | bytes] = dict(zip(TABLES, texts, strict=True))
+    contents[PAGE] = page.page([page.Section(study, maps)])
+    contents[CURVES] = plots.png(plots.learning_curves(study))
     if any(row.difference for row in study.rows):
-        figures["differences.png"] = plots.differences(study)
+        contents[DIFFERENCES] = plots.png(plots.differences(study))
     for title, some in maps.items():
-        figures[f"correlation-{title.replace(', ', '-').replace(' ', '-')}.png"] = plots.correlation_maps(some)
-    for name, figure in figures.items():
-        checkpoints.write(folder / name, lambda file, figure=figure: file.write(plots.png(figure)))
-    return folder / "index.html"
+        name = f"correlation-{title.replace(', ', '-').replace(' ', '-')}.png"
+        contents[name] = plots.png(plots.correlation_maps(some))
+    writing.write_marked({folder / name: content for name, content in contents.items()})
+    return folder / PAGE
 
 
 def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: Sequence[Path], path: Path) -> None:
     """Write studies, the `cost.json` of `costs`, and why runs are in no study, as one page; tables beside it, in a .md.
 
-    Raises RunError where the disk refuses.
+    Raises UsageError where another's file is in the way, RunError where the disk refuses.
     """
+    from lape import writing
     from lape.errors import RunError
     from lape.report import page, tables
     from lape.report.cost import filed
-    from lape.training import checkpoints
 
     measured, missing = [], dict(left_out)
     for file in costs:
@@ -78,6 +82,5 @@ def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: 
         except RunError as error:
             missing[file] = str(error)
     text = page.page([page.Section(study, maps(study)) for study in studies], measured, missing)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_text(path, text)
-    checkpoints.write_text(path.with_suffix(".md"), "\n".join(map(tables.markdown, studies)))
+    markdown = "\n".join(map(tables.markdown, studies)) + writing.COMMENT
+    writing.write_marked({path: text, path.with_suffix(".md"): markdown})

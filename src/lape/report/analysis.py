@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from lape import __version__, writing
 from lape.analysis import Correlation, Decomposition
 from lape.analysis.subjects import Specimen
-from lape.characters import visible
+from lape.characters import as_code, in_markdown, visible
 from lape.errors import UsageError
 from lape.report import plots
 from lape.report.words import as_markdown
 from lape.surgery.positions import by
-from lape.training.checkpoints import write, write_text
 from lape.training.provenance import provenance
 
 if TYPE_CHECKING:
@@ -42,17 +42,20 @@ class Sheet(Generic[Found]):
     draw: Callable[[Mapping[str, Found]], "Figure"]
     said: str
 
+    def places(self, folder: Path) -> tuple[Path, Path, Path]:
+        """Return where `write` puts picture, table and numbers."""
+        return folder / f"{self.name}.png", folder / f"{self.name}.md", folder / f"{self.name}.json"
+
     def write(self, found: Sequence[tuple[Specimen, Found]], folder: Path) -> Path:
         """Write NAME.png, .md and .json into a folder; return the picture's path.
 
-        Raises UsageError for models that cannot be told apart or drawn together, RunError where the disk refuses.
+        Raises UsageError for models that cannot be told apart or drawn together and where another's file is in the way,
+        RunError where the disk refuses.
         """
         figure = self.draw(dict(zip(_names(found), (one for _, one in found), strict=True)))
-        picture = folder / f"{self.name}.png"
-        folder.mkdir(parents=True, exist_ok=True)
-        write(picture, lambda file: file.write(plots.png(figure, dots_per_inch=150)))
-        write_text(picture.with_suffix(".md"), self.markdown(found))
-        write_text(picture.with_suffix(".json"), self.as_json(found))
+        picture, table, numbers = self.places(folder)
+        drawn = plots.png(figure, dots_per_inch=150)
+        writing.write_marked({picture: drawn, table: self.markdown(found), numbers: self.as_json(found)})
         return picture
 
     def tables(self, found: Sequence[tuple[Specimen, Found]]) -> list[list[Cells]]:
@@ -95,11 +98,11 @@ class Sheet(Generic[Found]):
         parts = [
             f"# {self.title}",
             *(as_markdown(headings, rows) for headings, *rows in self.tables(found)),
-            self.explanation(found),
+            in_markdown(self.explanation(found)),
         ]
         picture = f"![{self.title}, layer by layer.]({self.name}.png)"
-        signed = f"`{made['command']}` at commit {made['commit']}, {made['machine']}, {versions}"
-        return "\n\n".join([*parts, picture, signed]) + "\n"
+        signed = f"{as_code(made['command'])} at commit {made['commit']}, {made['machine']}, {versions}"
+        return "\n\n".join([*parts, picture, signed]) + "\n" + writing.COMMENT
 
     def as_json(self, found: Sequence[tuple[Specimen, Found]]) -> str:
         """Return every number; null stands for one that is not defined, "inf" for one without bound."""
@@ -107,7 +110,7 @@ class Sheet(Generic[Found]):
             {"name": name, "data": specimen.data, "settings": specimen.settings, **_plain(self.numbers(one))}
             for name, (specimen, one) in zip(_names(found), found, strict=True)
         ]
-        content = {"explanation": self.explanation(found), **provenance(), "models": models}
+        content = {writing.MARK: __version__, "explanation": self.explanation(found), **provenance(), "models": models}
         return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 

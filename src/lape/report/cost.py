@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from lape import reading
+from lape import __version__, reading, writing
 from lape.analysis.cost import Cost, ratio
+from lape.characters import as_code, in_markdown
 from lape.errors import RunError
 from lape.report.words import as_markdown, duration
 from lape.studies.paper import COSTS
@@ -90,12 +91,18 @@ def markdown(costs: Sequence[Cost], said: str) -> str:
     found = provenance()
     table = as_markdown(HEADINGS, cells(costs))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{table}\n\n{said}\n\n`{found['command']}` at commit {found['commit']}, {found['machine']}, {versions}\n"
+    signed = f"{as_code(found['command'])} at commit {found['commit']}, {found['machine']}, {versions}"
+    return f"{table}\n\n{in_markdown(said)}\n\n{signed}\n{writing.COMMENT}"
 
 
 def as_json(costs: Sequence[Cost], said: str) -> str:
     """Return every time of every round, and what they were measured with."""
-    content = {"explanation": said, **provenance(), "costs": [asdict(cost) for cost in costs]}
+    content = {
+        writing.MARK: __version__,
+        "explanation": said,
+        **provenance(),
+        "costs": [asdict(cost) for cost in costs],
+    }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 

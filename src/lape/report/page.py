@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lape import writing
 from lape.report import cost, plots, tables, words
 from lape.studies.analysis import IMAGES
 from lape.studies.statistics import BASELINE
@@ -57,6 +58,7 @@ def page(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     runs = sum(len(section.study.results) for section in sections)
     content = {
+        "mark": writing.MARK,
         "title": words.question(sections[0].study) if len(sections) == 1 else words.several(len(sections), runs),
         "studies": list(map(_content, sections, words.apart([section.study for section in sections]))),
         "baseline": BASELINE,

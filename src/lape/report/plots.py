@@ -7,6 +7,7 @@ from itertools import cycle
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from lape import writing
 from lape.analysis import Correlation, Decomposition
 from lape.studies.statistics import BASELINE, LAPE, Run, Way
 from lape.studies.study import Study
@@ -304,7 +305,7 @@ def decompositions(found: Mapping[str, Decomposition], theme: Theme = LIGHT) -> 
 def png(figure: "Figure", dots_per_inch: int = 200) -> bytes:
     """Return the figure as a PNG."""
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    figure.savefig(out, format="png", dpi=dots_per_inch, metadata={"Software": writing.MARK})
     return out.getvalue()
 
 

@@ -1,12 +1,15 @@
 """What was found in a picture, drawn on it and as a line."""
 
 import colorsys
+import io
 from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lape import writing
 from lape.characters import visible
 from lape.training.prediction import Predicted
 
@@ -30,6 +33,14 @@ def drawn(predicted: Predicted) -> Image.Image:
     predicted.answer.draw(sheet)
     names = [(colour(label), text) for label, text in predicted.answer.legend(predicted.classes)]
     return _with_legend(sheet.image, names)
+
+
+def png(predicted: Predicted) -> bytes:
+    """Return what `drawn` does as a PNG."""
+    file, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", writing.MARK)
+    drawn(predicted).save(file, "png", pnginfo=info)
+    return file.getvalue()
 
 
 def line(predicted: Predicted) -> str:

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from lape import writing
+from lape.characters import as_code, in_markdown
 from lape.report import words
 from lape.studies.results import Results, Row
 from lape.training.provenance import provenance
@@ -64,9 +66,9 @@ def markdown(results: Results) -> str:
     """Return table, remarks and the folders of the runs as Markdown."""
     table = words.as_markdown(HEADINGS, map(cells, results.rows), left=3)
     runs = dict.fromkeys(
-        f"- {row.recipe.name}, {row.join}: "
-        + ", ".join(f"seed {seed} in `{place}`" for seed, place in zip(row.seeds, row.places, strict=True))
+        f"- {in_markdown(f'{row.recipe.name}, {row.join}')}: "
+        + ", ".join(f"seed {seed} in {as_code(str(place))}" for seed, place in zip(row.seeds, row.places, strict=True))
         for row in results.rows
     )
-    parts = [table, EXPLANATION, *remarks(results), "\n".join(runs), f"`{provenance()['command']}`"]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [table, EXPLANATION, *map(in_markdown, remarks(results)), "\n".join(runs), as_code(provenance()["command"])]
+    return "\n\n".join(part for part in parts if part) + "\n" + writing.COMMENT

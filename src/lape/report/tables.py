@@ -9,6 +9,8 @@ from statistics import fmean
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+from lape import __version__, writing
+from lape.characters import in_markdown, visible
 from lape.report import words
 from lape.studies import paper
 from lape.studies.claims import Finding, judged
@@ -161,21 +163,24 @@ def claims(studies: Sequence[Study]) -> "Group":
 def markdown(study: Study) -> str:
     """Return question, findings, remarks and every table as Markdown: scores, claims, and what the analysis found."""
     found, judgement = words.findings(study), words.judgement(study)
-    facts = "\n".join(f"- {sentence}" for sentence in (*found.main, *filter(None, [found.gap]), *found.remarks))
-    parts = [words.question(study), facts, words.as_markdown(*cells(study), left=2)]
+    facts = "\n".join(
+        f"- {in_markdown(sentence)}" for sentence in (*found.main, *filter(None, [found.gap]), *found.remarks)
+    )
+    parts = [in_markdown(words.question(study)), facts, words.as_markdown(*cells(study), left=2)]
     if judgement.tested:
         parts += [
             words.as_markdown(words.CLAIM_HEADINGS, map(words.claim_cells, judgement.tested), left=2),
-            judgement.summary,
+            in_markdown(judgement.summary),
         ]
     parts += [words.as_markdown(headings, rows, left=2) for headings, rows in (shapes(study), weights(study)) if rows]
-    return "\n\n".join([*parts, f"    {study.command}"]) + "\n"
+    command = "\n".join(f"    {visible(line)}" for line in study.command.split("\n"))
+    return "\n\n".join([*parts, command]) + "\n"
 
 
 def as_csv(study: Study) -> str:
     """Return one line for each join and table, numbers unrounded, empty where there is none."""
     out = io.StringIO()
-    records = [_record(row) for row in study.rows]
+    records = [_record(row) | {writing.MARK: __version__} for row in study.rows]
     writer = csv.DictWriter(out, list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
@@ -227,6 +232,7 @@ def as_json(study: Study) -> str:
     """Return rows, gaps, single runs, settings and provenance as JSON, with full precision."""
     found = words.findings(study)
     content = {
+        writing.MARK: __version__,
         "question": words.question(study),
         "findings": [*found.main, *filter(None, [found.gap])],
         "remarks": found.remarks,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lape.characters import visible
+from lape.characters import in_markdown
 from lape.experiment import Experiment
 from lape.studies.claims import Finding, Outcome, judged
 from lape.studies.statistics import BASELINE, LAPE, Difference, Row, Run, Sample, Verdict
@@ -48,13 +48,9 @@ def number(value: float, decimals: int) -> str:
 def as_markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Write a Markdown table whose first columns, `left` of them, are words, and the others numbers."""
     rule = [*["---"] * left, *["---:"] * (len(headings) - left)]
-    escaped = (map(_cell, line) for line in (headings, rule, *rows))
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-def _cell(text: str) -> str:
-    """Write what may hold anything as one cell of a Markdown table."""
-    return visible(text).replace("\\", "\\\\").replace("|", "\\|")
+    escaped = (map(in_markdown, line) for line in (headings, *rows))
+    first, *others = (f"| {' | '.join(line)} |" for line in escaped)
+    return "\n".join([first, f"| {' | '.join(rule)} |", *others])
 
 
 def duration(seconds: float) -> str:

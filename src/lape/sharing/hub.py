@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape import reading
+from lape import __version__, reading, writing
+from lape.characters import as_code, in_markdown
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.method import POSITION_NORMS
 from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model
 from lape.surgery.operation import RECORD
-from lape.training.checkpoints import write
 from lape.weights import fill, opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -36,7 +36,7 @@ _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model beside its weights, for those who will use it
+    """What the users of a saved model should know beside its weights.
 
     Args:
         classes: What its outputs are called.
@@ -44,6 +44,11 @@ class Known:
         std: Their standard deviation.
         metrics: What it was measured to reach, as in {"accuracy, %": 98.66}.
         data: What it was measured on.
+
+    Example:
+        >>> import lape
+        >>> lape.Known(classes=["cat", "dog"], metrics={"accuracy, %": 98.66}, data="my pets").classes
+        ['cat', 'dog']
     """
 
     classes: Sequence[str] | None = None
@@ -90,6 +95,7 @@ def described(model: nn.Module, known: Known = Known(), **model_args: Any) -> di
     config |= {"model_args": args, "pretrained_cfg": shown}
     if names:
         config["label_names"] = list(names)
+    config[writing.MARK] = __version__
     if known.metrics:
         config["metrics"] = {"on": known.data, **known.metrics}
     for name, value in args.items():
@@ -150,22 +156,41 @@ def made(config: Mapping[str, Any], where: str, build: Build = as_asked, **model
 def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), **model_args: Any) -> Path:
     """Write a model as a folder (config.json, model.safetensors, README.md), or as one .safetensors file.
 
-    What was written is loaded again and compared first: the same outputs for random images, to the last bit. Raises
-    UsageError for a model that does not come back so, naming the parameter; give then in `model_args` what it was made
-    with. Returns the path.
+    Before the files are put in their place they are loaded again, and must give the same outputs for random images, to
+    the last bit. No pickle is written.
+
+    Args:
+        model: A model that was created by its name (`lape.create_model`, `timm.create_model`), not folded.
+        path: A folder, or a file that ends in .safetensors.
+        known: Classes, normalisation and measured results, for the configuration and the README.md.
+        model_args: Keywords that the model was created with, where timm did not record them.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: For a model that cannot be loaded again from what is saved (the message names the parameter); where
+            a file that lape did not write is in the way.
+
+    Example:
+        >>> import tempfile
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", num_classes=2, depth=1)
+        >>> folder = lape.save_pretrained(model, tempfile.mkdtemp(), lape.Known(classes=["cat", "dog"]))
+        >>> sorted(file.name for file in folder.iterdir())
+        ['README.md', 'config.json', 'model.safetensors']
     """
     path = Path(path)
+    single = path.suffix == ".safetensors"
+    places = {WEIGHTS: path} if single else {name: path / name for name in (CONFIG, WEIGHTS, CARD)}
+    writing.refuse_others(places.values())
     with TemporaryDirectory() as room:
-        parts = _written(model, Path(room), f"USER/{path.name}", known, model_args)
-        single = path.suffix == ".safetensors"
-        (path.parent if single else path).mkdir(parents=True, exist_ok=True)
-        for part in parts if not single else [WEIGHTS]:
-            content = (Path(room) / part).read_bytes()
-            write(path if single else path / part, lambda file, content=content: file.write(content))
+        _written(model, Path(room), f"USER/{path.name}", known, model_args)
+        writing.write_marked({place: (Path(room) / name).read_bytes() for name, place in places.items()})
     return path
 
 
-def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> list[str]:
+def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> None:
     """Write a model into an empty folder, load it from there and compare."""
     from safetensors.torch import save_file
 
@@ -173,8 +198,7 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     text = json.dumps(config, indent=1)
     save_file(tensors, folder / WEIGHTS, {"format": "pt", HEADER: text})
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    (folder / CARD).write_text(card(config, repo_id), encoding="utf-8")
+    writing.write_marked({folder / CONFIG: text + "\n", folder / CARD: card(config, repo_id)})
     try:
         again = from_pretrained(folder)
     except RunError as error:
@@ -192,15 +216,30 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
                 "than they do. Something was changed after it was made; give the keyword that does it: "
                 "lape.save_pretrained(model, folder, act_layer=...)."
             )
-    return [CONFIG, WEIGHTS, CARD]
 
 
 def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
-    """Return the model of a folder, of a .safetensors file or of a Hub repository (`user/name`, `user/name@revision`).
+    """Return the model of a folder, of a .safetensors file or of a Hub repository, with its join and its weights.
 
-    It is in evaluation mode, with its join, and in the number format of its weights; `model_args` are more keywords, as
-    dynamic_img_size=True. Nothing in the files is run. Raises RunError, naming it, for a source that is not there,
-    incomplete, or of another model than it says.
+    No code in the files is run.
+
+    Args:
+        source: A path, or "user/name" or "user/name@revision" on the Hub.
+        model_args: More keywords for the model, as dynamic_img_size=True.
+
+    Returns:
+        The model, in evaluation mode and in the number format of its weights.
+
+    Raises:
+        RunError: For a source that does not exist, is incomplete, or holds another model than it says.
+
+    Example:
+        >>> import tempfile
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", num_classes=2, depth=1)
+        >>> again = lape.from_pretrained(lape.save_pretrained(model, tempfile.mkdtemp()))
+        >>> again.blocks[0].pe_norm.weight.equal(model.blocks[0].pe_norm.weight)
+        True
     """
     config, weights = _found(source)
     if weights.suffix != ".safetensors":
@@ -261,10 +300,32 @@ def push_to_hub(
     message: str = "Add model",
     **model_args: Any,
 ) -> str:
-    """Put a model, or a folder that `save_pretrained` wrote, into a repository of the Hub; returns its address.
+    """Upload a model, or a folder that `lape.save_pretrained` wrote, to a repository of the Hugging Face Hub.
 
-    The repository, `user/name` or a `name` of your own, is made if there is none, and a README.md that it has stays.
-    Raises RunError where the Hub refuses, UsageError for what is no such name, and as `save_pretrained` does.
+    The repository is created if it does not exist, and a README.md that it has stays.
+
+    Args:
+        model: A model, or the path of such a folder.
+        repo_id: "user/name", or "name" alone for your own account.
+        known: As `lape.save_pretrained` takes it; for a model alone.
+        private: Create the repository as a private one.
+        token: Of the account; None stands for the one of `hf auth login` or of HF_TOKEN.
+        message: Of the commit.
+        model_args: As `lape.save_pretrained` takes them.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UsageError: For a `repo_id` that is not a repository's name, and as `lape.save_pretrained` does.
+        RunError: Where the Hub refuses the upload.
+
+    Example:
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", depth=1)
+        >>> address = lape.push_to_hub(model, "user/pets")
+        >>> address.endswith("/user/pets")
+        True
     """
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", repo_id):
         raise UsageError(f"{repo_id!r} is no name of a repository on the Hub. Give it as user/name.")
@@ -298,7 +359,7 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     """Return the README.md of a saved model: what it is, what it reaches, how to load it from its repository."""
     args, cfg = config["model_args"], config["pretrained_cfg"]
     facts = {
-        "architecture": f"`{config['architecture']}`",
+        "architecture": as_code(config["architecture"]),
         "position embedding": " · ".join(f"{name}={args[name]}" for name in JOINED if name in args)
         or "the model's own",
         "images": f"{'×'.join(map(str, cfg['input_size']))}, mean {cfg.get('mean')}, deviation {cfg.get('std')}",
@@ -306,10 +367,11 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     }
     names = config.get("label_names", [])
     if names:
-        facts["classes"] += f": {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+        facts["classes"] += in_markdown(f": {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
     metrics = dict(config.get("metrics", {}))
     on = metrics.pop("on", None)
-    facts |= {name: f"{value:.2f}{f' on {on}' if on else ''}" for name, value in metrics.items()}
+    where = in_markdown(f" on {on}") if on else ""
+    facts |= {in_markdown(name): f"{value:.2f} {where}".strip() for name, value in metrics.items()}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"""---
 library_name: timm
@@ -318,7 +380,7 @@ tags:
 - lape
 - vision-transformer
 ---
-# {repo_id.rpartition("/")[2]}
+# {in_markdown(repo_id.rpartition("/")[2])}
 
 A vision transformer whose position embedding is joined with its tokens as below; `lape` is layer-adaptive position
 embedding ([Yu et al., ICCV 2023](https://doi.org/10.1109/ICCV51070.2023.00541)).
@@ -335,7 +397,7 @@ model = lape.from_pretrained("{repo_id}")  # or this folder
 
 After `import lape` timm knows the names that `lape models` lists, and loads them too:
 `timm.create_model("hf-hub:{repo_id}", pretrained=True)`.
-"""
+{writing.COMMENT}"""
 
 
 # --- Asking a model

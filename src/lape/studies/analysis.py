@@ -1,24 +1,26 @@
-"""The analysis of finished runs in numbers: computed once for each, and kept in its folder."""
+"""The analysis of finished runs in numbers: computed once for each, and kept beside the page that shows them."""
 
+import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lape import __version__, reading
+from lape import __version__, reading, writing
 from lape.analysis import Correlation, Shape, correlation, decomposition, entering
 from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies.statistics import Way
 from lape.studies.study import Analysis, Numbers, Result, Study
-from lape.training.checkpoints import LAST, write_json
+from lape.training.checkpoints import LAST
 from lape.training.evaluation import Trained, trained
 
-ANALYSIS = "analysis.json"
 IMAGES = 64  # of the validation set, drawn once and for all, for the decomposition
 
 
@@ -32,21 +34,21 @@ def correlation_of(result: Result) -> Correlation:
     return correlation(brought_back(result).work.module)
 
 
-def analysed(study: Study, tell: Callable[[], None] = lambda: None) -> Study:
+def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None) -> Study:
     """Return the study with the analysis of each run; `tell` hears of every run that is done.
 
-    What is kept in `analysis.json` of a run is computed again where its checkpoint has changed. What cannot be had is
-    told in `not_analysed`, and costs nothing else.
+    What is kept is computed again where its checkpoint has changed. What cannot be had is told in `not_analysed`, and
+    costs nothing else.
     """
     found: dict[Any, Analysis] = {}
     reasons: dict[str, dict[tuple[Way, str], None]] = {}
     images = _Images()
     for one, result in study.results.items():
         try:
-            found[one] = analysis = _kept(result) or _analysis(result)
+            found[one] = analysis = kept.of(result) or kept.keep(result, _analysis(result))
             if analysis.weights is None and not _normed(one.way):
-                found[one] = _keep(result, replace(analysis, weights=_weights(result, images)))
-        except (UsageError, RunError) as error:
+                found[one] = kept.keep(result, replace(analysis, weights=_weights(result, images)))
+        except (UsageError, RunError, OSError) as error:  # a name in settings may be none for the disk
             reasons.setdefault(str(error), {})[one.way, one.pe] = None
         tell()
     return replace(study, analyses=found, not_analysed={why: tuple(some) for why, some in reasons.items()})
@@ -65,7 +67,7 @@ def _analysis(result: Result) -> Analysis:
         _numbers, (found.two_dimensionality, found.half_distance, found.layer_difference)
     )
     width = entering(model).shape[-1]
-    return _keep(result, Analysis(width, two_dimensionality, half_distance, layer_difference, found.shape, None))
+    return Analysis(width, two_dimensionality, half_distance, layer_difference, found.shape, None)
 
 
 class _Images:
@@ -109,26 +111,43 @@ def _key(result: Result) -> dict[str, Any]:
     return {"lape": __version__, "bytes": seen.st_size, "changed": seen.st_mtime_ns}
 
 
-def _keep(result: Result, analysis: Analysis) -> Analysis:
-    """Write an analysis beside its checkpoint, where that may be written to."""
-    content = {"checkpoint": _key(result), **asdict(analysis)}
-    with suppress(RunError):  # somebody else's folder: it is computed again the next time
-        write_json(result.folder / ANALYSIS, _plain(content))
-    return analysis
+class Kept:
+    """The analyses of a page, in `NAME.analysis.json` beside it: the runs' own folders are only read.
 
+    Raises UsageError where another's file has that name.
+    """
 
-def _kept(result: Result) -> Analysis | None:
-    path, key = result.folder / ANALYSIS, _key(result)
-    try:
-        content = reading.values(path, reading.RECORD)
-        if content.pop("checkpoint") != key:
+    def __init__(self, page: Path) -> None:
+        self.path = page.with_suffix(".analysis.json")
+        self.entries: dict[str, Any] = {}
+        writing.refuse_others([self.path])
+        with suppress(RunError, OSError, ValueError, KeyError, TypeError):  # then all are computed
+            self.entries.update(reading.values(self.path, reading.RECORD)["analyses"])
+
+    def of(self, result: Result) -> Analysis | None:
+        """Return the analysis of a run, as long as its checkpoint is as it was; None where there is none."""
+        key = _key(result)
+        try:
+            entry = self.entries[self._name(result)]
+            if entry["checkpoint"] != key:
+                return None
+            lists = {name: _back(entry[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
+            shape = Shape(**{name: float(value) for name, value in entry["shape"].items()})
+            weights = None if entry["weights"] is None else tuple(map(_back, entry["weights"]))
+            return Analysis(int(entry["width"]), shape=shape, weights=weights, **lists)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
-        lists = {name: _back(content[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
-        shape = Shape(**{name: float(value) for name, value in content["shape"].items()})
-        weights = None if content["weights"] is None else tuple(map(_back, content["weights"]))
-        return Analysis(int(content["width"]), shape=shape, weights=weights, **lists)
-    except (RunError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+
+    def keep(self, result: Result, analysis: Analysis) -> Analysis:
+        """Note the analysis of a run, where the disk allows it, and return it."""
+        self.entries[self._name(result)] = _plain({"checkpoint": _key(result), **asdict(analysis)})
+        text = json.dumps({writing.MARK: __version__, "analyses": self.entries}, indent=1) + "\n"
+        with suppress(RunError, OSError):  # it is computed again the next time
+            writing.write_marked({self.path: text})
+        return analysis
+
+    def _name(self, result: Result) -> str:
+        return os.path.relpath(result.folder / LAST, self.path.parent)  # both may be moved together
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lape import writing
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment
 from lape.studies.parallel import Done, side_by_side
@@ -150,7 +151,9 @@ def compare(
             f"compare trains each run on one device, several runs at once; devices={base.devices}, nodes={base.nodes} "
             "was received. Leave devices and nodes at 1, start it without torchrun, and set jobs."
         )
-    out.mkdir(parents=True, exist_ok=True)
+    writing.make_folder(out)
+    for plan in todo:
+        writing.refuse_links(out, plan.folder)
     source = set_of(base)  # once, before several processes would download the same files
     results = {plan.combination: _kept(plan) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
+from lape.characters import visible
 from lape.errors import RunError, UsageError
 
 GRACE = 30  # seconds that a process has to keep its state, once it is told to end
@@ -103,6 +105,7 @@ def _death(process: BaseProcess) -> RunError:
 def _serve(link: Connection, work: Callable[[Task, Tell[News]], None], threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    warnings.formatwarning = _on_one_line  # of the loaders that this process starts too
     import torch
 
     torch.set_num_threads(threads)
@@ -112,6 +115,10 @@ def _serve(link: Connection, work: Callable[[Task, Tell[News]], None], threads: 
             link.send(Done(task, _outcome(work, task, link.send)))
     except (EOFError, ConnectionError):
         return  # the parent has no more work, or is gone
+
+
+def _on_one_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"lape: {visible(' '.join(str(message).splitlines()))}\n"
 
 
 def _outcome(work: Callable[[Task, Tell[News]], None], task: Task, tell: Tell[News]) -> UsageError | RunError | None:

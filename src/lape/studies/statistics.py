@@ -106,7 +106,23 @@ class Difference:
 
 
 def difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """Pair two sets of runs by seed: mean d̄ and d̄ ± t(0.975, n-1)·s/√n of the n differences; None without a pair."""
+    """Pair two sets of runs by seed, and return the mean difference with Student's 95 % interval.
+
+    The interval is d̄ ± t(0.975, n-1)·s/√n of the n differences.
+
+    Args:
+        scores: From seed to score.
+        baseline: The same of what it is compared with.
+
+    Returns:
+        The difference, with `mean`, `interval` and `verdict`; None where no seed is in both.
+
+    Example:
+        >>> from lape.studies.statistics import difference
+        >>> found = difference({0: 95.0, 1: 95.5, 2: 94.9}, {0: 94.1, 1: 94.6, 2: 94.4})
+        >>> print(f"{found.mean:.2f}, {found.interval[0]:.2f} to {found.interval[1]:.2f}")
+        0.77, 0.19 to 1.34
+    """
     from scipy.stats import t
 
     by_seed = {seed: scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())}

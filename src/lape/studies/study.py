@@ -51,13 +51,17 @@ def read(folder: Path) -> Result:
         record = reading.values(path, reading.RECORD)
         if lone := LONE.search(json.dumps(record, ensure_ascii=False)):
             raise ValueError(f"{lone[0]!r} in it is no character")
+        _refuse_odd_provenance(record)
         score = record["score"]
         run = Run(
             combination(Experiment.of(record["experiment"])),
             measure=TITLES[score],
             score=_finite(record["final"][score]),
-            curve=tuple(Point(int(row["epoch"]), int(row["step"]), _finite(row[score])) for row in record["curve"]),
-            parameters=int(record["parameters"]),
+            curve=tuple(
+                Point(int(_finite(row["epoch"])), int(_finite(row["step"])), _finite(row[score]))
+                for row in record["curve"]
+            ),
+            parameters=int(_finite(record["parameters"])),
             seconds_per_step=_finite(record["seconds_per_step"]),
         )
         if not run.curve:
@@ -70,6 +74,16 @@ def read(folder: Path) -> Result:
             "Move its folder away, and the same command trains this run again."
         ) from None
     return Result(run, folder, record)
+
+
+def _refuse_odd_provenance(record: Mapping[str, Any]) -> None:
+    """Raise ValueError where what is said of a run's origin is no text."""
+    commit, versions, machine = ({**PROVENANCE, **record}[name] for name in PROVENANCE)
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+        raise ValueError("its versions are no texts by name")
+    for name, value in {"commit": commit or "", "machine": machine, "command": record.get("command", "")}.items():
+        if not isinstance(value, str):
+            raise ValueError(f"its {name} is no text")
 
 
 def _finite(number: Any) -> float:

@@ -75,13 +75,36 @@ def apply(
 ) -> Model:
     """Join the position embedding of a pre-norm vision transformer with its tokens in another way, in place.
 
-    MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)), ω_{l+1} = LN_ω|l(ω_l) for `lape` (9)-(11); the paper's Table 7 has the others.
-    `pe` replaces the table; without it the model keeps its own. `pe_norm` is what stands in for LN_ω (Table 8). With
-    `start="preserve"` the model computes at first what it did before: its ω, if it has one, stays in the stream, and
-    MSA is fed LN_x|l(x_l) + s_l·p_l, s_l learnt from 0 on (not in the paper).
-    `host` describes a model of a class of your own; `grid` is the (rows, columns) of tokens of a model that does not
-    say it, (1, longest length) for sequences. Returns the model. Raises UsageError for a model, a name or a combination
-    that cannot be.
+    With `join="lape"` layer l computes MSA_l(LN_x|l(x_l) + p_l) with p_l = LN_ω|l(ω_l), ω_0 = ω and ω_{l+1} = p_l
+    (9)-(11). Parameters keep their names, and every block gets a `pe_norm`. The function of the model changes, so train
+    it afterwards; `start="preserve"` keeps the function at first.
+
+    Args:
+        model: A model that is, or contains, one vision transformer of a known library or of `host`.
+        join: "default", "shared", "unshared", "lape-sharing" or "lape" (`lape.method.JOINS`, the paper's Table 7).
+        pe: The position embedding, one of `lape.method.POSITION_EMBEDDINGS`; None keeps the model's own.
+        pe_norm: What stands in the place of LN_ω, one of `lape.method.POSITION_NORMS` (Table 8).
+        start: "fresh"; or "preserve": ω stays in the residual stream, and attention gets s_l·p_l with s_l learnt from 0
+            on, so that the model first computes what it did before (not in the paper).
+        host: Describes a model of a class of your own.
+        grid: (rows, columns) of tokens, for a model that does not say it; (1, longest length) for sequences.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: For a model that cannot carry a join or carries one already, for a name that does not exist, and for
+            a combination that has no meaning.
+
+    Example:
+        >>> import torch
+        >>> import lape, timm
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=10)
+        >>> model = lape.apply(model, pe="sinusoidal-1d")
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 10])
+        >>> model.blocks[1].pe_norm
+        PositionNorm(192, eps=1e-06, g⊙Norm(ω) + b)
     """
     vit, host = find(model) if host is None else _described(model, host)
     if RECORD in vit.__dict__:
@@ -297,9 +320,24 @@ def _attentions(record: Positions) -> list[tuple[str, nn.Module]]:
 
 
 def remove(model: Model) -> Model:
-    """Give an operated model back its own way of joining its own table, in place; returns the model.
+    """Undo `lape.apply`, in place: the model gets back its own table and its own way of joining it.
 
-    Raises UsageError for a model that no join is applied to, and for a folded one.
+    Args:
+        model: A model that `lape.apply` or `lape.create_model` gave a join. What it learnt in its other parameters
+            stays.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: For a model that no join is applied to, and for a folded one, which has no table any more.
+
+    Example:
+        >>> import lape, timm
+        >>> model = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> names = list(model.state_dict())
+        >>> list(lape.remove(lape.apply(model)).state_dict()) == names
+        True
     """
     record = positions(model)
     if record.folded_for:
@@ -339,10 +377,32 @@ def _take_out(record: Positions) -> None:
 
 
 def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
-    """Freeze an operated model, in place, with every rung evaluated to a constant: no table and no PE norm is left.
+    """Replace all positions by constants, in place, for inference: no table and no PE norm is left.
 
-    The p_l depend on parameters alone, so the outputs stay the same. `grids` are the (rows, columns) of patches that it
-    will be given, its own if unsaid. Returns the model. Raises UsageError for a model that no join is applied to.
+    The p_l depend on parameters alone, so with frozen parameters the outputs stay the same. The model is in evaluation
+    mode afterwards, none of its parameters learns, and it can neither be trained nor removed from its join: fold a
+    copy.
+
+    Args:
+        model: A model that a join is applied to.
+        grids: The (rows, columns) of patches of the inputs to come; None stands for the model's own grid alone.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: For a model that no join is applied to, and for one that is folded already.
+
+    Example:
+        >>> import copy, torch
+        >>> import lape
+        >>> model = lape.create_model("vit_nano_patch2_8", depth=2).eval()
+        >>> images = torch.randn(1, 3, 8, 8)
+        >>> folded = lape.fold(copy.deepcopy(model))
+        >>> torch.equal(folded(images), model(images))
+        True
+        >>> [name for name in folded.state_dict() if "pe_norm" in name or "pos_embed" in name]
+        []
     """
     record = positions(model)
     if record.folded_for:
@@ -364,7 +424,26 @@ def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
 
 
 def ladder(model: nn.Module, grid: Grid | None = None) -> list[Rung]:
-    """Return the rungs of an operated model, one a layer, for its own grid of patches or another; parts (1, N, D)."""
+    """Return what each layer gets of the positions: a list of `lape.method.Rung`, one a layer.
+
+    Args:
+        model: A model that a join is applied to.
+        grid: (rows, columns) of patches; None stands for the model's own grid.
+
+    Returns:
+        The rungs; their parts have the shapes (1, N, D), a bias (1, heads, N, N), and are None where nothing is added.
+
+    Raises:
+        UsageError: For a model that no join is applied to, and for a grid that a folded model was not made for.
+
+    Example:
+        >>> import lape
+        >>> rungs = lape.ladder(lape.create_model("vit_nano_patch2_8", depth=2))
+        >>> rungs[0].attention.shape  # p_0: a class token and 4×4 patches, 48 channels
+        torch.Size([1, 17, 48])
+        >>> rungs[0].residual is None
+        True
+    """
     record = positions(model)
     return record.ladder(record.own_grid() if grid is None else grid)
 

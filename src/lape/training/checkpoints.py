@@ -1,57 +1,25 @@
-"""Files that are whole or not there: the checkpoints of a run, and what stands beside them in its folder."""
+"""The checkpoints of a run, and what stands beside them in its folder."""
 
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from lape import reading
+from lape import reading, writing
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.training.curves import CSV, TENSORBOARD
 from lape.weights import opened
 
 LAST, BEST = "last.pt", "best.pt"
-SETTINGS, RESULT = "experiment.json", "result.json"
-
-
-def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Replace `path` by what `fill` writes, at once: whoever reads sees the old file or the new, whole.
-
-    Raises RunError where the disk refuses; the old file then stays.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError or follows it
-        part.unlink(missing_ok=True)
-        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
-        kept = "the one before it is whole" if path.exists() else "nothing was written"
-        raise RunError(
-            f"{path} could not be written ({getattr(cause, 'strerror', None) or cause}); {kept}. "
-            "Make room or name another folder; a run goes on with --resume."
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once; of a name that is not UTF-8 the bytes are written out, as JSON writes them."""
-    write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file at once."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+SETTINGS, RESULT, BROKEN_BATCH = "experiment.json", "result.json", "broken-batch.json"
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint of tensors and plain values."""
-    write(path, lambda file: torch.save(dict(state), file))
+    writing.write(path, lambda file: torch.save(dict(state), file))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -106,7 +74,14 @@ def claim(folder: Path, asked: Experiment, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, and a run needs a folder. Give another --out.")
     if not settings.exists():
+        names = (LAST, BEST, RESULT, BROKEN_BATCH, CSV, TENSORBOARD)
+        if there := [name for name in names if os.path.lexists(folder / name)]:
+            raise UsageError(
+                f"A run would replace {', '.join(there)} in {folder}, and without {SETTINGS} there they are of no run. "
+                "Give another --out."
+            )
         return
+    writing.refuse_links(folder, folder / TENSORBOARD)
     refuse_other(settings, kept_settings(settings), asked)
     if not resume:
         state = "a finished" if (folder / RESULT).exists() else "an unfinished"

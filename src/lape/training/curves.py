@@ -2,13 +2,12 @@
 
 import csv
 import io
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import time
 from typing import Any
 
-from lape.training.checkpoints import write, write_text
+from lape import writing
 
 CSV, TENSORBOARD = "curve.csv", "tensorboard"
 
@@ -18,13 +17,14 @@ Row = Mapping[str, float]
 class Curves:
     """Both files of a run. They are made anew from the rows of the checkpoint, so a run that was cut off has no gap.
 
-    TensorBoard's own writer is a thread: where the disk is full it prints a traceback, and the run goes on.
+    TensorBoard's own writer is a thread: where the disk is full it prints a traceback, and the run goes on. Raises
+    UsageError where the folder for it is a link.
     """
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
         self.path, board = folder / CSV, folder / TENSORBOARD
-        shutil.rmtree(board, ignore_errors=True)
-        board.mkdir()
+        writing.make_folder(board, below=folder)
+        writing.remove([*writing.unfinished(board), *board.glob("events.out.tfevents.*.lape")])
         self.board = board / f"events.out.tfevents.{int(time())}.lape"
         self.events = io.BytesIO()  # all that `board` holds
         self._append(file_version="brain.Event:2")
@@ -55,5 +55,5 @@ class Curves:
             table = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
             table.writeheader()
             table.writerows(rows)
-        write_text(self.path, text.getvalue())
-        write(self.board, lambda file: file.write(self.events.getvalue()))
+        writing.write_text(self.path, text.getvalue())
+        writing.write(self.board, lambda file: file.write(self.events.getvalue()))

@@ -20,6 +20,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
+from lape import writing
 from lape.data import pipeline
 from lape.data.pipeline import Batch, Batches, InOrder, Key, Order, Shares, reseed, seed_of
 from lape.data.sources import set_of
@@ -29,7 +30,7 @@ from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
 from lape.tasks.work import describe_set, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
-from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, claim, read, refuse_other, save, write_json
+from lape.training.checkpoints import BEST, BROKEN_BATCH, LAST, RESULT, SETTINGS, claim, read, refuse_other, save
 from lape.training.curves import Curves
 from lape.training.evaluation import evaluate
 from lape.training.interruption import Stopped, signals
@@ -184,7 +185,7 @@ class Run:
                     place = f"step {step + 1} of {self.steps} is kept in {self.folder / LAST}"
                     raise Stopped(heard[0] if heard else signal.SIGTERM, f"Stopped: {place}. Go on with --resume.")
         if self.curves:
-            write_json(self.folder / RESULT, self._result())
+            writing.write_json(self.folder / RESULT, self._result())
 
     def _step(self, step: int, batches: Iterator[Batch], stop: bool) -> Tensor:
         """One optimiser step; returns (2,): its loss, and whether any process was told to stop."""
@@ -231,10 +232,10 @@ class Run:
         titles = [self.source.train.title(index) for index in indices.tolist()]
         last = self.folder / LAST
         kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint before it"
-        listed = self.folder / "broken-batch.json"
+        listed = self.folder / BROKEN_BATCH
         if not self.fabric.is_global_zero:
             raise SystemExit(1)  # one process tells
-        write_json(listed, {"epoch": epoch + 1, "step": step + 1, "images": titles})
+        writing.write_json(listed, {"epoch": epoch + 1, "step": step + 1, "images": titles})
         raise RunError(
             f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Its images are {', '.join(titles[:3])} ... (all in "
             f"{listed}). Look at them, or start anew with a lower lr or with --clip_grad 1."
@@ -316,10 +317,9 @@ class Run:
         self.fabric.barrier()  # all have looked whether the folder is free
         if not self.fabric.is_global_zero:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob(".*.part"):  # of a process that was killed while it wrote
-            part.unlink()
-        write_json(self.folder / SETTINGS, self.experiment.settings())
+        writing.make_folder(self.folder)
+        writing.remove(writing.unfinished(self.folder))
+        writing.write_json(self.folder / SETTINGS, self.experiment.settings())
         return Curves(self.folder, self.state.curve)
 
     def _training_batches(self) -> Batches:
