@@ -4,6 +4,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,6 +284,23 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path) -> None:
         "no area: 2)."
     )
     assert images.endswith("instances_train2017.json leaves out images, 2 of 4 (nothing to be learnt in them: 0, 1).")
+
+
+def test_files_that_no_ending_tells_to_be_pictures_are_counted_and_named(tmp_path: Path) -> None:
+    for part, name in ((part, name) for part in ("train", "val") for name in ("cat", "dog")):
+        (folder := tmp_path / "classes" / part / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "1.png")
+    for name in ("dog/b.heic", "cat/a.heic", "cat/.hidden"):
+        (tmp_path / "classes/train" / name).touch()
+    experiment = Experiment(data=str(tmp_path / "classes"), img_size=8, batch_size=2, epochs=1, accelerator="cpu")
+    told = r"train leaves out 2 files whose endings are not read; .*cat/a\.heic is the first\."
+    with pytest.warns(UserWarning, match=told):
+        train(replace(experiment, workers=0, warmup_epochs=0.0), tmp_path / "run")
+    root = ade20k(tmp_path / "maps")
+    for folder in ("images", "annotations"):
+        (root / folder / "training/9.tga").touch()
+    said = check_files(find_set("ade20k", root), lambda share: None)
+    assert [remark.endswith("training/9.tga is the first.") for remark in said] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lape import reading
 from lape.data.pictures import open_picture, read_through, upright, upright_size
-from lape.data.sources import PictureSource, PictureSplit
+from lape.data.sources import PictureSource, PictureSplit, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -208,14 +208,30 @@ def _split(root: Path, name: str, classes: int) -> AdeSplit:
                 f"{one[alone[0]]} has no {what} in {folder}, and {len(alone)} of {len(one)} have none. "
                 "Put it there, or remove the other."
             )
+    remarks = [
+        remark
+        for folder, read in ((shown, pictures), (marked, annotated))
+        for remark in others_left_out(folder, [str(path) for path in set(_files(folder)) - set(read.values())])
+    ]
     stems = sorted(pictures)
-    return AdeSplit(name, tuple(pictures[stem] for stem in stems), tuple(annotated[stem] for stem in stems), classes)
+    return AdeSplit(
+        name,
+        tuple(pictures[stem] for stem in stems),
+        tuple(annotated[stem] for stem in stems),
+        classes,
+        tuple(remarks),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """What lies in a folder and is not hidden, by name."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def _by_stem(folder: Path, endings: Collection[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() not in endings or path.name.startswith("."):
+    for path in _files(folder):
+        if path.suffix.lower() not in endings:
             continue
         if path.stem in found:
             raise UsageError(f"{found[path.stem]} and {path} have one name, and one map belongs to it. Rename one.")

@@ -69,6 +69,15 @@ class PictureSource(Generic[SplitType]):
 
 
 Source = PictureSource[Any]
+
+
+def others_left_out(folder: Path, others: Sequence[str]) -> tuple[str, ...]:
+    """Say that a folder has other files than are read, which no ending tells to be pictures."""
+    if not others:
+        return ()
+    return (f"{folder} leaves out {len(others)} files whose endings are not read; {min(others)} is the first.",)
+
+
 # The reader of a named set: it is told the folder of the set, and whether the set may be downloaded to there.
 Reader = Callable[[Path | None, bool], Source]
 
