@@ -400,12 +400,6 @@ FILES = {  # a picture, how it is saved, and the two colours that are seen
     "grey": (GREY, {}, (60, 60, 60), (200, 200, 200)),
     "EXIF on its side": (COLOURS, {"exif": lying()}, RED, BLUE),
     "PNG called JPEG": (COLOURS, {"format": "PNG"}, RED, BLUE),
-    "grey in 16 bits": (  # whatever is above 255 is white
-        Image.fromarray(halves(60, 40_000)[..., 0].astype(np.uint16)),
-        {"format": "PNG"},
-        (60, 60, 60),
-        WHITE,
-    ),
     "transparent palette": (COLOURS.quantize(2), {"format": "PNG", "transparency": 0}, RED, BLUE),
     "transparent": (Image.merge("RGBA", [*COLOURS.split(), GREY]), {"format": "PNG"}, RED, BLUE),
 }

@@ -269,6 +269,7 @@ def runs(counts, size=(HEIGHT, WIDTH)):
         ({"image_id": [7]}, "annotation 41"),
         ({"category_id": 4}, "no category 4"),
         ({"bbox": [1, 2, 3]}, "[1, 2, 3]"),
+        ({"bbox": [*range(1000)]}, "[0, 1, 2, 3, 4, 5, ...]"),
         ({"bbox": None}, "None"),
         ({"bbox": [1, 2, 3, float("nan")]}, "nan"),
         ({"bbox": [1, 2, 3, float("inf")]}, "inf"),
@@ -284,6 +285,8 @@ def runs(counts, size=(HEIGHT, WIDTH)):
         ({"segmentation": [[[1, 2], [3, 4], [5, 6]]]}, "x y x y"),
         ({"segmentation": [[8, 4, 24, 4, 24, 20, 8]]}, "x y x y"),
         ({"segmentation": [[8, 4, 24, 20]]}, "x y x y"),
+        ({"segmentation": [[*range(61)]]}, "x y x y"),
+        ({"segmentation": [[*range(60), 8, 1e12]]}, "not 1000000000000.0"),
         ({"segmentation": [[8, 4, 24, 4, 24, 20], []]}, "x y x y"),
         ({"segmentation": [[8, 4, 24, 4, 24, "far"]]}, "far"),
         ({"segmentation": [[8, 4, 24, 4, 24, float("nan")]]}, "nan"),
@@ -306,6 +309,8 @@ def test_a_broken_annotation_is_named(tmp_path, part, change, said):
         coco_layout.instances(write(tmp_path, **{part: held}))
     assert f"instances_{part}2017.json, annotation 41: " in str(refused.value)
     assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value).removeprefix(str(tmp_path))) < 300
 
 
 def test_a_box_alone_is_refused(tmp_path):
@@ -591,6 +596,7 @@ class Kept:
     """Pictures of which only the number and the checks are known."""
 
     name = "kept"
+    remarks = ()
 
     def __init__(self, seconds=0.0):
         self.seconds, self.checked = seconds, []
@@ -601,6 +607,7 @@ class Kept:
     def check(self, index):
         time.sleep(self.seconds)
         self.checked.append(index)
+        return True
 
 
 def test_every_picture_of_both_splits_is_checked_once(tmp_path):

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", module="lightning_fabric|torch|timm")
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # such pictures are refused in lape.data.pictures
     status = _status(words)
     close_streams()
     return status
@@ -214,7 +215,29 @@ def _normal(name: str, words: list[str]) -> list[str]:
             if not equals and rest and not rest[0].startswith("--"):
                 equals, value = "=", rest.pop(0)
             normal.append(f"--{option}{equals}{value}")
+        if _takes_numbers(hint):
+            _refuse_misreading(normal[-1])
     return normal
+
+
+def _takes_numbers(hint: Any) -> bool:
+    return hint in (int, float, Any) or any(map(_takes_numbers, typing.get_args(hint)))
+
+
+def _refuse_misreading(word: str) -> None:
+    """Raise UsageError for an option whose value, which is read as YAML, stands for another one than it looks like."""
+    import yaml
+
+    from lape.recipes import Misreading, refuse_misreadings, refuse_monsters
+
+    option, _, value = word.partition("=")
+    try:
+        refuse_monsters(value)
+        refuse_misreadings(value)
+    except Misreading as error:
+        raise UsageError(f"{option} {value}: {str(error).partition(': ')[2]}.") from error
+    except yaml.YAMLError:
+        return  # told when it is read
 
 
 def _with_kept_settings(words: list[str]) -> list[str]:
@@ -225,7 +248,7 @@ def _with_kept_settings(words: list[str]) -> list[str]:
     options.add_argument("--resume", default="false")
     seen, _ = options.parse_known_args(words)
     for config in seen.config:
-        _refuse_monsters(config)
+        _refuse_unsound(config)
     if not seen.config and seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
         from lape.training.checkpoints import kept_settings
 
@@ -246,14 +269,19 @@ def _refuse_opening(kept: Path, settings: dict[str, Any], words: list[str]) -> N
             )
 
 
-def _refuse_monsters(config: Path) -> None:
-    """Raise UsageError for a file of settings that could not be read in time; what else it is, is told later."""
+def _refuse_unsound(config: Path) -> None:
+    """Raise UsageError for a file of settings that could not be read in time, or would be read otherwise than it looks.
+
+    What else it is, is told later.
+    """
     import yaml
 
-    from lape.recipes import refuse_monsters
+    from lape.recipes import refuse_misreadings, refuse_monsters
 
     try:
-        refuse_monsters(reading.text(config, reading.SETTINGS))
+        text = reading.text(config, reading.SETTINGS)
+        refuse_monsters(text)
+        refuse_misreadings(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UsageError(f"{config} cannot be read as settings ({' '.join(str(error).split())}).") from error
 

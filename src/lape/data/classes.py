@@ -19,7 +19,7 @@ from torch import Tensor
 from lape import reading
 from lape.characters import LONE
 from lape.data.pictures import MODES, open_picture
-from lape.data.sources import PictureSource
+from lape.data.sources import PictureSource, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation
 
@@ -55,12 +55,14 @@ DIGITS = replace(OBJECTS, shift=0, hflip=0.0)
 class Split:
     """Labelled images, in memory or as the files that hold them.
 
-    `pictures` is a uint8 tensor (N, C, H, W) or N paths; `labels` is an int64 tensor (N,).
+    `pictures` is a uint8 tensor (N, C, H, W) or N paths; `labels` is an int64 tensor (N,). `remarks` are what a person
+    should know before it is used.
     """
 
     name: str
     pictures: Tensor | Sequence[Path]
     labels: Tensor
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,7 +76,7 @@ class Split:
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].sort().values
         pictures = self.pictures
         own = pictures[rows] if isinstance(pictures, Tensor) else [pictures[row] for row in rows.tolist()]
-        return Split(self.name, own, self.labels[rows])
+        return replace(self, pictures=own, labels=self.labels[rows])
 
     def title(self, index: int) -> str:
         """What a person finds image `index` by."""
@@ -207,14 +209,22 @@ def folder(root: Path) -> ImageSource:
 
     def split(part: Path, found: list[str]) -> Split:
         here = {name: numbers[name] for name in found}
-        samples = ImageFolder.make_dataset(str(part), here, IMG_EXTENSIONS, allow_empty=True)
+        others: list[str] = []
+
+        def is_image(path: str) -> bool:
+            if not (read := path.lower().endswith(IMG_EXTENSIONS)) and not Path(path).name.startswith("."):
+                others.append(path)
+            return read
+
+        samples = ImageFolder.make_dataset(str(part), here, is_valid_file=is_image, allow_empty=True)
         if empty := sorted(set(here.values()) - {label for _, label in samples}):
             raise UsageError(
                 f"{part / classes[empty[0]]} holds no image ({', '.join(IMG_EXTENSIONS)}). "
                 "Put some there, or remove the folder."
             )
         paths, labels = zip(*samples, strict=True)
-        return Split(part.name, [Path(path) for path in paths], torch.tensor(labels))
+        remarks = others_left_out(part, others)
+        return Split(part.name, [Path(path) for path in paths], torch.tensor(labels), remarks)
 
     return ImageSource(
         root.resolve().name,

@@ -8,25 +8,39 @@ from lape.data.maps import MapSource, MapSplit
 from lape.errors import RunError
 
 
-def check_files(source: InstanceSource | MapSource, report: Callable[[float], None]) -> None:
+def check_files(source: InstanceSource | MapSource, report: Callable[[float], None]) -> list[str]:
     """Open every file of both splits, telling `report` after each picture what share is done, from 0 to 1.
 
-    Raises RunError for the first bad one in the order of the set, and says how many there are.
+    Returns what a person should know of the set before it is used. Raises RunError for the first bad file in the order
+    of the set, saying how many there are, and for a split in which there is nothing to be learnt or measured.
     """
 
-    def fault(sample: tuple[InstanceSplit | MapSplit, int]) -> RunError | None:
+    def look(sample: tuple[InstanceSplit | MapSplit, int]) -> RunError | bool:
         split, index = sample
         try:
-            split.check(index)
+            return split.check(index)
         except RunError as error:
             return error
-        return None
 
-    samples = [(split, index) for split in (source.train, source.validation) for index in range(len(split))]
-    faults: list[RunError] = []
+    splits = (source.train, source.validation)
+    samples = [(split, index) for split in splits for index in range(len(split))]
+    outcomes: list[RunError | bool] = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes beside Python's lock
-        for done, found in enumerate(pool.map(fault, samples), start=1):  # left early, it cancels what remains
-            faults += [found] if found else []
-            report(done / len(samples))
-    if faults:
+        for outcome in pool.map(look, samples):  # left early, it cancels what remains
+            outcomes.append(outcome)
+            report(len(outcomes) / len(samples))
+    if faults := [outcome for outcome in outcomes if isinstance(outcome, RunError)]:
         raise RunError(f"{faults[0]} ({len(faults)} of {len(samples)} pictures of {source.name} are bad.)")
+    remarks: list[str] = []
+    for split, of_split in zip(splits, (outcomes[: len(source.train)], outcomes[len(source.train) :]), strict=True):
+        remarks += split.remarks
+        empty = [index for index, useful in enumerate(of_split) if not useful]
+        named = f"{split.title(empty[0])} is the first" if empty else ""
+        if len(empty) == len(split):
+            raise RunError(
+                f"Of the {len(split)} pictures of {split.name} none has {source.content}; {named}. Annotate some, or "
+                f"change the set. {' '.join(split.remarks)}".strip()
+            )
+        if empty:
+            remarks.append(f"{len(empty)} of {len(split)} pictures of {split.name} have not {source.content}; {named}.")
+    return remarks

@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,13 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from lape import reading
-from lape.data.pictures import open_picture
+from lape.data.pictures import open_picture, orientation, read_through, upright, upright_size
 from lape.data.sources import PictureSource, PictureSplit
-from lape.errors import RunError, UsageError
+from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Augmentation, Dense
 
 LEAST_SIDE = 32  # of a training picture
 FARTHEST = 1e5  # pixels from the picture: memory for drawing a polygon grows with its length
+OFF = 3  # pixels by which the sides of a box may be beside those of its mask
+OVERLAP = 0.5  # least share that a box and its mask have in common of what they cover, otherwise they are far
+BETTER = 0.2  # by so much more does a box fit that is two corners
+NAMED = 3  # of the annotations that a remark is of
 
 # ViT-Adapter's recipe with multi-scale training
 MIRRORED = Augmentation(hflip=0.5)
@@ -56,6 +61,7 @@ class InstanceSource(PictureSource[InstanceSplit]):
     """A dataset for detection."""
 
     kind = "instances"
+    content = "an object that is no crowd"
 
     dense: Dense
 
@@ -79,6 +85,7 @@ class CocoSplit:
     crowd: NDArray[np.bool_]  # (M,)
     runs: NDArray[np.uint8]  # COCO's compressed runs of all masks, one after the other
     ends: NDArray[np.int64]  # (M + 1,), where in `runs` those of a mask begin and end
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -88,10 +95,10 @@ class CocoSplit:
         return str(self.folder / self.files[index])
 
     def picture(self, index: int) -> Image.Image:
-        """Return picture `index`, RGB; raises RunError naming a file that cannot be read or has another size."""
+        """Return picture `index`, RGB, upright; raises RunError naming one that cannot be read or has another size."""
         with open_picture(self.folder / self.files[index]) as image:
             self._compare(index, image)
-            return image.convert("RGB")
+            return upright(image)
 
     def instances(self, index: int) -> Instances:
         """Return the objects of picture `index`."""
@@ -111,20 +118,28 @@ class CocoSplit:
             crowd=torch.tensor(self.crowd[rows]),
         )
 
-    def check(self, index: int) -> None:
-        """Open picture `index` wholly; raises as `picture` does."""
+    def check(self, index: int) -> bool:
+        """Open picture `index` wholly; raises as `picture` does. Returns whether it has an object that is no crowd."""
         with open_picture(self.folder / self.files[index]) as image:
             self._compare(index, image)
-            image.draft(None, (1, 1))  # an eighth of a JPEG's side takes a fraction of the time, and all of the file
-            image.load()
+            read_through(image)
+        return not self.crowd[self.first[index] : self.first[index + 1]].all()
 
     def _compare(self, index: int, image: Image.Image) -> None:
         height, width = self.sizes[index].tolist()
-        if image.size != (width, height):
+        across, down = upright_size(image)
+        if (across, down) == (width, height):
+            return
+        if image.size == (width, height):
             raise RunError(
-                f"{self.title(index)} has {image.width}×{image.height} pixels and {width}×{height} by its annotations. "
-                "Put the picture there that was annotated."
+                f"{self.title(index)} was annotated lying on its side: people see {across}×{down} pixels, as its EXIF "
+                f"orientation {orientation(image)} turns it, and its annotations say {width}×{height}. Remove the "
+                "orientation from the file, or annotate it upright."
             )
+        raise RunError(
+            f"{self.title(index)} has {across}×{down} pixels and {width}×{height} by its annotations. "
+            "Put the picture there that was annotated."
+        )
 
 
 def coco(data_dir: Path | None, download: bool = False) -> InstanceSource:
@@ -217,39 +232,63 @@ def _read_annotations(file: Path, folder: Path, training: bool) -> tuple[dict[in
         if not all(type(side) is int and side > 0 for side in sides) or not isinstance(image.get("file_name"), str):
             raise RunError(
                 f"{file}, image {number}: an image needs a height and a width, whole numbers of pixels, and a "
-                f"file_name, not {sides[0]!r}, {sides[1]!r} and {image.get('file_name')!r}. Correct it."
+                f"file_name, not {brief(sides[0])}, {brief(sides[1])} and {brief(image.get('file_name'))}. "
+                "Correct it."
             )
     for number, category in categories.items():
         if not isinstance(category.get("name"), str):
             raise RunError(
-                f"{file}, category {number}: its name must be a text, not {category.get('name')!r}. Name it."
+                f"{file}, category {number}: its name must be a text, not {brief(category.get('name'))}. Name it."
             )
     labels = {number: label for label, number in enumerate(sorted(categories))}
 
     objects: dict[int, list[Object]] = {number: [] for number in images}
+    without: dict[str, list[int]] = {}  # annotations that are left out, by the reason
+    far: list[int] = []  # annotations whose box lies elsewhere than their mask
+    corners: list[int] = []  # those of them whose box would lie there if it were two corners
     for number, annotation in annotations.items():
         try:
             image, label = annotation.get("image_id"), annotation.get("category_id")
             if image not in images:
-                raise ValueError(f"there is no image {image!r}")
+                raise ValueError(f"there is no image {brief(image)}")
             if label not in labels:
-                raise ValueError(f"there is no category {label!r}")
+                raise ValueError(f"there is no category {brief(label)}")
             size = images[image]["height"], images[image]["width"]
-            if (found := _object(annotation, size, labels[label], training)) is not None:
-                objects[image].append(found)
+            one = _object(annotation, size, labels[label], training)
+            objects[image].append(one)
+            if one.corners:
+                corners.append(number)
+            elif one.far:
+                far.append(number)
+        except LeftOut as reason:
+            without.setdefault(str(reason), []).append(number)
         except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-            raise RunError(f"{file}, annotation {number}: {error}. Correct or remove it.") from error
+            raise RunError(f"{file}, annotation {number}: {first_line(error)}. Correct or remove it.") from error
 
-    kept = [
-        number
-        for number, image in images.items()
-        if not training or (objects[number] and min(image["height"], image["width"]) >= LEAST_SIDE)
+    empty = [number for number in images if training and not objects[number]]
+    small = [n for n, image in images.items() if training and min(image["height"], image["width"]) < LEAST_SIDE]
+    dropped = {"nothing to be learnt in them": empty, f"a side below {LEAST_SIDE} pixels": small}
+    kept = [number for number in images if number not in {*empty, *small}]
+    remarks = [
+        *_remark(f"{file} leaves out annotations", without, len(annotations)),
+        *_remark(f"{file} leaves out images", dropped, len(images)),
+        *_remark(f"{file} has boxes that are far from their masks", {"annotations": far}, len(annotations)),
     ]
+    objects_kept = sum(map(len, objects.values()))
+    wrong = {"annotations": corners}
+    if 2 * len(corners) > objects_kept:
+        (which,) = _remark("It reads so", wrong, objects_kept)
+        raise RunError(
+            f"{file}: bbox is x y width height, and most boxes fit their masks as two corners, x0 y0 x1 y1. Write "
+            f"width and height. {which}"
+        )
+    remarks += _remark(f"{file} has boxes that fit their masks as two corners alone", wrong, objects_kept)
     names = tuple(images[number]["file_name"] for number in kept)
     if not names:
+        needed = f"images of at least {LEAST_SIDE} pixels a side with an object" if training else "images"
         raise UsageError(
-            f"{file}, of {len(images)} images and {len(annotations)} annotations, leaves no picture. Validation needs "
-            f"one, training one of at least {LEAST_SIDE} pixels a side with an object that is no crowd: add some."
+            f"{file}, of {len(images)} images and {len(annotations)} annotations, leaves no picture, and {needed} are "
+            f"needed: add some. {' '.join(remarks)}".strip()
         )
     if missing := _missing(folder, names):
         raise RunError(
@@ -269,8 +308,20 @@ def _read_annotations(file: Path, folder: Path, training: bool) -> tuple[dict[in
         crowd=np.array([row.crowd for row in rows], np.bool_),
         runs=np.frombuffer(b"".join(row.runs for row in rows), np.uint8),
         ends=np.cumsum([0, *(len(row.runs) for row in rows)]),
+        remarks=tuple(remarks),
     )
     return {number: categories[number]["name"] for number in labels}, split
+
+
+def _remark(what: str, numbers: Mapping[str, Sequence[int]], of: int) -> list[str]:
+    """Say what is so of which of many, by their ids; nothing where it is so of none."""
+    parts = [
+        f"{why}: {', '.join(map(str, ids[:NAMED]))}{' ...' if len(ids) > NAMED else ''}"
+        for why, ids in numbers.items()
+        if ids
+    ]
+    count = len({number for ids in numbers.values() for number in ids})
+    return [f"{what}, {count} of {of} ({'; '.join(parts)})."] if parts else []
 
 
 def _by_id(content: Any, part: str, file: Path) -> dict[int, dict[str, Any]]:
@@ -284,7 +335,9 @@ def _by_id(content: Any, part: str, file: Path) -> dict[int, dict[str, Any]]:
     for row in rows:
         number = row.get("id")
         if type(number) is not int:
-            raise RunError(f"{file}: the id of each of its {part} must be a whole number, not {number!r}. Correct it.")
+            raise RunError(
+                f"{file}: the id of each of its {part} must be a whole number, not {brief(number)}. Correct it."
+            )
         if number in found:
             raise RunError(f"{file}: two of its {part} have the id {number}. Give every one an id of its own.")
         found[number] = row
@@ -303,6 +356,9 @@ def _missing(folder: Path, names: Iterable[str]) -> list[Path]:
     return missing
 
 
+Box = tuple[float, float, float, float]  # x0 y0 x1 y1
+
+
 @dataclass(frozen=True, slots=True)
 class Object:
     """One object: x0 y0 x1 y1 within the picture, and its mask as COCO's compressed runs."""
@@ -312,40 +368,76 @@ class Object:
     area: float
     crowd: bool
     runs: bytes
+    far: bool  # its box lies elsewhere than its mask
+    corners: bool  # its box would fit the mask, if it were two corners
 
 
-def _object(annotation: Mapping[str, Any], size: tuple[int, int], label: int, training: bool) -> Object | None:
-    """Return what an annotation of a picture of `size` (H, W) tells, None where it is left out, as mmdetection does.
+class LeftOut(Exception):
+    """An annotation is left out, as mmdetection does; the message says why."""
 
-    Raises ValueError, TypeError, OverflowError or RuntimeError for what is not an annotation.
+
+def _object(annotation: Mapping[str, Any], size: tuple[int, int], label: int, training: bool) -> Object:
+    """Return what an annotation of a picture of `size` (H, W) tells.
+
+    Raises LeftOut, and ValueError, TypeError, OverflowError or RuntimeError for what is not an annotation.
     """
     from faster_coco_eval import mask
 
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4:
-        raise ValueError(f"bbox takes 4 numbers, x y width height, not {box!r}")
+        raise ValueError(f"bbox takes 4 numbers, x y width height, not {brief(box)}")
     x, y, across, down = (_finite(number, "bbox") for number in box)
     height, width = size
     area = _finite(annotation["area"], "area") if "area" in annotation else None
     crowd = annotation.get("iscrowd", 0)
     if crowd not in (0, 1):
-        raise ValueError(f"iscrowd is 0 or 1, not {crowd!r}")
-    too_small = across < 1 or down < 1 or (area is not None and area <= 0)
-    if too_small or annotation.get("ignore") or (crowd and training):
-        return None
+        raise ValueError(f"iscrowd is 0 or 1, not {brief(crowd)}")
+    if across < 1 or down < 1:
+        raise LeftOut("a box less than a pixel wide or high")
+    if area is not None and area <= 0:
+        raise LeftOut("no area")
+    if annotation.get("ignore"):
+        raise LeftOut("marked to be ignored")
+    if crowd and training:
+        raise LeftOut("crowds, which validation alone takes account of")
     within = np.array([x, y, x + across, y + down]).clip(0, (width, height, width, height)).astype(np.float32)
     if (within[:2] >= within[2:]).any():
-        return None
+        raise LeftOut("a box outside of its image")
     runs = _runs(annotation.get("segmentation"), size)
     pixels = float(mask.area(runs))
     if not pixels:
-        return None
-    return Object(within, label, pixels if area is None else area, bool(crowd), runs["counts"])
+        raise LeftOut("a mask outside of its image")
+    left, top, wide, high = mask.toBbox(runs).tolist()
+    drawn = (left, top, left + wide, top + high)
+    overlap, as_corners = (_overlap(b, drawn, size) for b in ((x, y, x + across, y + down), (x, y, across, down)))
+    return Object(
+        box=within,
+        label=label,
+        area=pixels if area is None else area,
+        crowd=bool(crowd),
+        runs=runs["counts"],
+        far=overlap < OVERLAP,
+        corners=as_corners >= max(OVERLAP, overlap + BETTER),
+    )
+
+
+def _overlap(box: Box, drawn: Box, size: tuple[int, int]) -> float:
+    """The share that a box, within a picture of `size` (H, W), and that of its mask have in common of what they cover.
+
+    1 where their sides are as near to each other as those that people draw. Both are x0 y0 x1 y1.
+    """
+    height, width = size
+    x0, y0, x1, y1 = (min(max(side, 0), most) for side, most in zip(box, (width, height, width, height), strict=True))
+    if max(abs(one - other) for one, other in zip((x0, y0, x1, y1), drawn, strict=True)) <= OFF:
+        return 1.0
+    left, top, right, bottom = drawn
+    shared = max(min(x1, right) - max(x0, left), 0) * max(min(y1, bottom) - max(y0, top), 0)
+    return shared / (max(x1 - x0, 0) * max(y1 - y0, 0) + (right - left) * (bottom - top) - shared)
 
 
 def _finite(number: Any, what: str) -> float:
     if type(number) not in (int, float) or not math.isfinite(number):
-        raise ValueError(f"{what} takes finite numbers, not {number!r}")
+        raise ValueError(f"{what} takes finite numbers, not {brief(number)}")
     return float(number)
 
 
@@ -361,14 +453,19 @@ def _runs(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
             polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
             for polygon in polygons:
                 if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
-                    raise ValueError(f"a polygon takes 3 or more pairs of coordinates, x y x y ..., not {polygon}")
-                if not (np.abs(polygon) <= FARTHEST).all():  # nor what is not a number
-                    raise ValueError(f"coordinates of polygons are finite and at most {FARTHEST:.0f}, not {polygon}")
+                    raise ValueError(
+                        f"a polygon takes 3 or more pairs of coordinates, x y x y ..., not {brief(polygon.tolist())}"
+                    )
+                if (outside := ~(np.abs(polygon) <= FARTHEST)).any():  # what is not a number is not
+                    value = polygon[outside][0]
+                    raise ValueError(f"coordinates of polygons are finite and at most {FARTHEST:.0f}, not {value}")
             drawn: Any = mask.frPyObjects([polygon.tolist() for polygon in polygons], *size)
             return mask.merge(drawn)
         case {"size": list() as stated, "counts": list() | str() as counts}:
             if stated != list(size):
-                raise ValueError(f"the size of its segmentation, {stated}, is not that of its image, {list(size)}")
+                raise ValueError(
+                    f"the size of its segmentation, {brief(stated)}, is not that of its image, {list(size)}"
+                )
             if isinstance(counts, str):
                 counts = toUncompressedRLE([{"size": stated, "counts": counts.encode()}])[0]["counts"]
             if not all(type(run) is int and run >= 0 for run in counts) or sum(counts) != math.prod(size):

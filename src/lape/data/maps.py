@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from lape import reading
-from lape.data.pictures import open_picture
-from lape.data.sources import PictureSource, PictureSplit
+from lape.data.pictures import open_picture, read_through, upright, upright_size
+from lape.data.sources import PictureSource, PictureSplit, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -48,6 +48,7 @@ class MapSource(PictureSource[MapSplit]):
     """A dataset for segmentation."""
 
     kind = "maps"
+    content = "a labelled pixel"
 
     dense: Dense
 
@@ -60,6 +61,7 @@ class AdeSplit:
     pictures: tuple[Path, ...]
     maps: tuple[Path, ...]
     classes: int
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -69,20 +71,25 @@ class AdeSplit:
         return str(self.pictures[index])
 
     def picture(self, index: int) -> Image.Image:
-        """Return picture `index`, RGB; raises RunError naming a file that cannot be read."""
+        """Return picture `index`, RGB, upright; raises RunError naming a file that cannot be read."""
         with open_picture(self.pictures[index]) as image:
-            return image.convert("RGB")
+            return upright(image)
 
     def map(self, index: int) -> Tensor:
         """Return the class of every pixel of picture `index` (H, W), int64 from 0, or IGNORED.
 
-        Raises RunError naming a map that cannot be read, is not 8-bit, has another size than its picture or a value
-        above the number of classes.
+        Raises RunError naming a map that cannot be read, is no PNG of 8 bits, has another size than its picture as
+        people see it, or a value above the number of classes.
         """
         with open_picture(self.pictures[index]) as picture:
-            size = picture.size  # known from the head of the file
+            size = upright_size(picture)
         path = self.maps[index]
         with open_picture(path) as image:
+            if image.format != "PNG":
+                raise RunError(
+                    f"{path} is a {image.format} whatever its name says, and maps are PNG: other formats may change "
+                    "their values. Write it anew from what was annotated."
+                )
             if image.size != size:
                 raise RunError(
                     f"{path} has {image.width}×{image.height} pixels, and its picture {self.title(index)} "
@@ -93,6 +100,12 @@ class AdeSplit:
                     f"{path} must have one channel of 8 bits, whose value is the class (modes L and P of Pillow), and "
                     f"has mode {image.mode}. Save it so."
                 )
+            (tile,) = getattr(image, "tile")  # noqa: B009 (of files alone)
+            if image.mode == "L" and tile.args != "L":  # Pillow would stretch the values to 255
+                raise RunError(
+                    f"{path} must have 8 bits for the class of a pixel, and has fewer, which stand for shades of grey. "
+                    "Save it with 8."
+                )
             values = np.array(image)  # of a palette its indices, not its colours
         if (highest := int(values.max())) > self.classes:
             raise RunError(
@@ -101,12 +114,11 @@ class AdeSplit:
             )
         return torch.from_numpy((values - 1).astype(np.int64))  # of bytes, 0 - 1 is 255: IGNORED
 
-    def check(self, index: int) -> None:
-        """Open picture and map `index` wholly; raises as `map` does."""
+    def check(self, index: int) -> bool:
+        """Open picture and map `index` wholly; raises as `map` does. Returns whether any pixel is labelled."""
         with open_picture(self.pictures[index]) as picture:
-            picture.draft(None, (1, 1))  # an eighth of a JPEG's side takes a fraction of the time, and all of the file
-            picture.load()
-        self.map(index)
+            read_through(picture)
+        return bool((self.map(index) != IGNORED).any())
 
 
 def ade20k(data_dir: Path | None, download: bool = False) -> MapSource:
@@ -196,14 +208,30 @@ def _split(root: Path, name: str, classes: int) -> AdeSplit:
                 f"{one[alone[0]]} has no {what} in {folder}, and {len(alone)} of {len(one)} have none. "
                 "Put it there, or remove the other."
             )
+    remarks = [
+        remark
+        for folder, read in ((shown, pictures), (marked, annotated))
+        for remark in others_left_out(folder, [str(path) for path in set(_files(folder)) - set(read.values())])
+    ]
     stems = sorted(pictures)
-    return AdeSplit(name, tuple(pictures[stem] for stem in stems), tuple(annotated[stem] for stem in stems), classes)
+    return AdeSplit(
+        name,
+        tuple(pictures[stem] for stem in stems),
+        tuple(annotated[stem] for stem in stems),
+        classes,
+        tuple(remarks),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """What lies in a folder and is not hidden, by name."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 def _by_stem(folder: Path, endings: Collection[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path.suffix.lower() not in endings or path.name.startswith("."):
+    for path in _files(folder):
+        if path.suffix.lower() not in endings:
             continue
         if path.stem in found:
             raise UsageError(f"{found[path.stem]} and {path} have one name, and one map belongs to it. Rename one.")

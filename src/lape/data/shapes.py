@@ -94,6 +94,7 @@ class Shapes:
     pictures: int
     seed: int
     side: int = SIDE
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.pictures
@@ -124,8 +125,9 @@ class Shapes:
         _, labels, owners = self._draw(index)
         return torch.from_numpy(np.array([0, *(1 + label for label in labels)])[owners])
 
-    def check(self, index: int) -> None:
+    def check(self, index: int) -> bool:
         """Nothing can be wrong with a file: there is none."""
+        return True
 
     def _draw(self, index: int) -> tuple[NDArray[np.uint8], list[int], NDArray[np.int64]]:
         """Return the picture (H, W, 3), the shapes' labels, and whose a pixel is (H, W): 0 of none, k of shape k."""

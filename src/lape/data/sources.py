@@ -1,6 +1,6 @@
 """What a set is, whatever is to be learnt from it, and how one is found by its name or its folder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -33,8 +33,16 @@ class PictureSplit(Protocol):
         """Return picture `index`, RGB; raises RunError naming a file that cannot be read."""
         ...
 
-    def check(self, index: int) -> None:
-        """Open the files of picture `index` wholly; raises RunError naming what is wrong with them."""
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What a person should know of the split before it is used: what is left out of it, what looks wrong."""
+        ...
+
+    def check(self, index: int) -> bool:
+        """Open the files of picture `index` wholly; raises RunError naming what is wrong with them.
+
+        Returns whether there is anything in it to be learnt or measured.
+        """
         ...
 
 
@@ -43,6 +51,7 @@ class PictureSource(Generic[SplitType]):
     """A dataset: what is in it, and how its pictures are augmented where nothing else is asked for."""
 
     kind: ClassVar[str]  # of `lape.tasks.KINDS`: what can be learnt from it
+    content: ClassVar[str] = "a class"  # what a picture has in which there is anything to be learnt
 
     name: str
     classes: tuple[str, ...]
@@ -60,6 +69,15 @@ class PictureSource(Generic[SplitType]):
 
 
 Source = PictureSource[Any]
+
+
+def others_left_out(folder: Path, others: Sequence[str]) -> tuple[str, ...]:
+    """Say that a folder has other files than are read, which no ending tells to be pictures."""
+    if not others:
+        return ()
+    return (f"{folder} leaves out {len(others)} files whose endings are not read; {min(others)} is the first.",)
+
+
 # The reader of a named set: it is told the folder of the set, and whether the set may be downloaded to there.
 Reader = Callable[[Path | None, bool], Source]
 

@@ -155,10 +155,44 @@ def refuse_monsters(text: str) -> None:
             raise yaml.YAMLError(f"line {event.start_mark.line + 1}: {what}; write out what is meant")
 
 
+# Plain words that YAML 1.1 reads as another number than was typed: 010 as 8, 1:30 as 90.
+OCTAL = re.compile(r"[-+]?0[0-7]+")
+SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+
+
+class Misreading(yaml.YAMLError):
+    """A text would be read otherwise than it looks."""
+
+
+def refuse_misreadings(text: str) -> None:
+    """Raise Misreading for YAML that would be read otherwise than it looks: a key twice, a number in eights or sixties.
+
+    What `refuse_monsters` refuses must have been refused before.
+    """
+    waiting = [yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                if (name := str(key.value)) in keys:
+                    raise Misreading(f"line {key.start_mark.line + 1}: {name} is set twice; leave one")
+                keys.add(name)
+                waiting += (key, value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.ScalarNode) and not node.style:  # it is not in quotes
+            word = node.value.replace("_", "")
+            if SEXAGESIMAL.fullmatch(word) or (OCTAL.fullmatch(word) and int(word) != int(word, 8)):
+                line = node.start_mark.line + 1
+                raise Misreading(f"line {line}: {node.value} would be read as {yaml.safe_load(word)}; write the number")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = reading.text(path, reading.SETTINGS)
         refuse_monsters(text)
+        refuse_misreadings(text)
         parts = yaml.load(text, Numbers)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())

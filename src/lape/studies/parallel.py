@@ -99,7 +99,7 @@ def _end(processes: dict[Connection, BaseProcess]) -> None:
     while any(process.is_alive() for process in processes.values()) and monotonic() - begun < GRACE:
         for link in wait(list(talking), timeout=0.05):
             try:
-                link.recv_bytes()  # unread, reports fill the pipe, and their process waits there for ever
+                link.recv_bytes()  # pyright: ignore[reportAttributeAccessIssue]  # unread, reports fill the pipe, and their process waits there for ever
             except (EOFError, ConnectionError):
                 talking.discard(link)
     for process in processes.values():

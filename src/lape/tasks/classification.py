@@ -1,5 +1,6 @@
 """Image classification: soft cross-entropy, with or without a teacher; accuracy in percent."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -172,7 +173,9 @@ class ClassificationWork:
         return Distillation(len(self.source.classes), answers)
 
     def check(self, report: Callable[[float], None]) -> None:
-        """Do nothing: there may be a million files, and each is told of when its turn comes."""
+        """Say what a person should know of the set; of its files, perhaps a million, each is told of in its turn."""
+        for remark in (*self.source.train.remarks, *self.source.validation.remarks):
+            warnings.warn(remark, stacklevel=2)
 
     def preparation(self, share: int, device: torch.device) -> Preparation:
         """Create what is left to do to a batch of `share` images on the device."""

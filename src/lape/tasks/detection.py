@@ -1,5 +1,6 @@
 """Object detection with masks: the detector's own losses; COCO's average precision of boxes and masks in percent."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -193,8 +194,12 @@ class DetectionWork:
         return Detection()
 
     def check(self, report: Callable[[float], None]) -> None:
-        """Open every file, and tell how many have been; raises RunError for a bad one."""
-        check_files(self.source, report)
+        """Open every file, and tell how many have been; raises RunError for a bad one, and where nothing is labelled.
+
+        What a person should know of the set is said as warnings.
+        """
+        for remark in check_files(self.source, report):
+            warnings.warn(remark, stacklevel=2)
 
     def preparation(self, share: int, device: torch.device) -> Finishing:
         """Create what is left to do to a batch on the device."""

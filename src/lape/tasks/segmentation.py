@@ -4,6 +4,7 @@ Facts from mmsegmentation 0.x and from github.com/rstrudel/segmenter at 20d1bfa.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -273,8 +274,12 @@ class SegmentationWork:
         return Segmentation(len(self.source.classes), inference, module.loss_weights, module.unlabelled_count)
 
     def check(self, report: Callable[[float], None]) -> None:
-        """Open every file, and tell how many have been; raises RunError for a bad one."""
-        check_files(self.source, report)
+        """Open every file, and tell how many have been; raises RunError for a bad one, and where nothing is labelled.
+
+        What a person should know of the set is said as warnings.
+        """
+        for remark in check_files(self.source, report):
+            warnings.warn(remark, stacklevel=2)
 
     def preparation(self, share: int, device: torch.device) -> Finishing:
         """Create what is left to do to a batch on the device."""

@@ -234,7 +234,7 @@ class TrainingRun:
             return overflow
         if device.type in ("cpu", "cuda") and {gradient.dtype for gradient in gradients} == {torch.float32}:
             # The scaler's own look, multiplying by 1: one kernel, and a twentieth of the time of a norm.
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflow, one)
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflow, one)  # pyright: ignore
             return overflow
         return one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lape.data.pictures import open_picture
+from lape.data.pictures import open_picture, upright
 from lape.data.sources import Source
 from lape.errors import UsageError
 from lape.experiment import Experiment
@@ -46,8 +46,8 @@ def predict(
 ) -> Iterator[Predicted]:
     """Yield what a checkpoint, or the best one of a run folder, says of each picture, in their order.
 
-    Of objects those with a score of `threshold` or more. Raises RunError for a file that is no checkpoint, and for a
-    picture that cannot be read.
+    Pictures are seen as people see them, turned as EXIF says. Of objects those with a score of `threshold` or more are
+    told. Raises RunError for a file that is no checkpoint, and for a picture that cannot be read.
     """
 
     def without_pictures(_: Experiment, source: Source) -> Source:
@@ -56,7 +56,7 @@ def predict(
     run: Any = load_run(checkpoint, without_pictures, devices=1, nodes=1, **changed)
     for path in pictures:
         with open_picture(path) as file:
-            picture = file.convert("RGB")
+            picture = upright(file)
         with torch.no_grad(), run.fabric.autocast():
             answer = run.work.answer(run.task, picture, run.fabric.device, threshold)
         yield Predicted(path, picture, answer, run.work.source.classes)
