@@ -143,5 +143,5 @@ def test_timms_own_weights_must_be_of_these_classes_and_colours(tmp_path, monkey
             return create(name, **options)
 
         monkeypatch.setattr(timm, "create_model", refused)
-        with pytest.raises(RunError, match=r"cannot be had \(no network\)\. Give --teacher_weights"):
+        with pytest.raises(RunError, match=r"could not be downloaded \(no network\)\. Give --teacher_weights"):
             train(STUDENT, tmp_path / "a")

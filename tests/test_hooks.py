@@ -141,6 +141,35 @@ def test_a_wrapped_module_takes_its_part_once(path):
         assert torch.equal(model(x), before)
 
 
+class Tuned(nn.Module):
+    """What adapters that train norms put in place of one: the norm, and a copy that is called."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.trained = base, copy.deepcopy(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trained(x)
+
+
+@pytest.mark.parametrize("join", ["lape", "lape-sharing"])
+def test_a_copy_of_a_norm_stands_in_an_adapter(join):
+    model, x = shaken(lape.apply(host(), join)), images(host())
+    with torch.no_grad():
+        before = model(x)
+        for block in model.blocks:
+            block.norm1 = Tuned(block.norm1)
+        assert torch.equal(model(x), before)
+        assert torch.equal(copy.deepcopy(model)(x), before)
+
+
+def test_an_adapter_in_place_of_a_pe_norm_is_refused_with_what_to_do():
+    model, x = lape.apply(host()), images(host())
+    model.blocks[1].pe_norm = Tuned(model.blocks[1].pe_norm)
+    with pytest.raises(UsageError, match=r"pe_norm of block 1 is a Tuned now.*modules_to_save=\['pe_norm'\]"):
+        model(x)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_parallel_blocks_can_be_quantised():
     model, x = shaken(lape.apply(host("vit_base_patch16_xp_224"))), images(host("vit_base_patch16_xp_224"))

@@ -251,7 +251,9 @@ def test_a_name_that_cannot_be_fetched_is_told_with_its_cause(monkeypatch: pytes
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(RunError, match=r"deit_tiny_patch16_224 cannot be had \(no route to host\)\. Give the file"):
+    with pytest.raises(
+        RunError, match=r"deit_tiny_patch16_224 could not be downloaded \(no route to host\)\. Give the file"
+    ):
         lape.load_backbone(adapter(), "timm/deit_tiny_patch16_224")
 
 

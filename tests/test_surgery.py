@@ -286,7 +286,9 @@ def test_a_host_without_a_table_is_given_one_by_name() -> None:
 
 
 def test_weights_that_cannot_be_had_are_no_wrong_option() -> None:
-    with pytest.raises(RunError, match=r"The weights of vit_tiny_patch16_224 cannot be had \(FileNotFoundError"):
+    with pytest.raises(
+        RunError, match=r"The weights of vit_tiny_patch16_224 could not be downloaded \(FileNotFoundError"
+    ):
         lape.create_model("vit_tiny_patch16_224", checkpoint_path="nowhere.pth")
 
 

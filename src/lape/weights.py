@@ -513,7 +513,8 @@ def _fetched(source: str) -> _Source:
         return _Source(timm.create_model(name, pretrained=True).state_dict(), source, None)
     except Exception as error:  # the Hub's client and its network library raise kinds of their own
         raise RunError(
-            f"timm's weights of {name} cannot be had ({error}). Give the file that holds them, or another name."
+            f"timm's weights of {name} could not be downloaded ({error}). Give the file that holds them, or another "
+            "name."
         ) from error
 
 

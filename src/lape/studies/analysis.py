@@ -39,8 +39,8 @@ def correlation_of(result: Result) -> Correlation:
 def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None) -> Study:
     """Return the study with the analysis of each run; `tell` hears of every run that is done.
 
-    What is kept is computed again where its checkpoint has changed. What cannot be had is told in `not_analysed`, and
-    costs nothing else.
+    What is kept is computed again where its checkpoint has changed. What cannot be analysed is in
+    `not_analysed`, with the reason, and costs nothing else.
     """
     analyses: dict[Any, RunAnalysis] = {}
     reasons: dict[str, dict[tuple[Way, str], None]] = {}

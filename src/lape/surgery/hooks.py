@@ -4,6 +4,7 @@ A block's rung decides what is hung. While the block runs, the norms that stand 
 paths, add the rung's attention part; and when it is done, whatever it did not take, or took twice, is an error.
 """
 
+import copy
 import math
 import threading
 import weakref
@@ -68,6 +69,10 @@ def called(block: nn.Module, row: Block) -> nn.Module:
     return owner(block, row) if isinstance(block, nn.ModuleList | nn.ModuleDict) else block
 
 
+class Silent:
+    """In place of a block's hooks on a copy of its norm that belongs to no block."""
+
+
 class BlockHooks:
     """The hooks of one block; `layer` is its number among the blocks that the model has now."""
 
@@ -79,6 +84,13 @@ class BlockHooks:
         # The runs of the block that are not over, a stack a thread: a model may be called from within itself.
         self.runs: dict[int, list[Run | None]] = defaultdict(list)
         self.traced: Rung | None = None  # of the run that is being compiled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BlockHooks | Silent":
+        if id(self.block) not in memo:  # a norm is copied without its block, to stand inside of an adapter
+            return Silent()
+        twin = memo[id(self)] = BlockHooks.__new__(BlockHooks)
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_hooked": [], "runs": defaultdict(list)}  # `follow` finds the norms' hooks again
@@ -187,6 +199,8 @@ class BlockHooks:
 
     def attend(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add the attention part of the rung to the output of the norm before attention."""
+        if isinstance(self, Silent):  # a copy of a bound method has the same function, and a copied object
+            return output
         attention = self._attention(inputs[0])
         if attention is None:
             return output

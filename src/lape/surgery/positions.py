@@ -149,6 +149,12 @@ class Positions:
         held_by = owner(layer.block, block_row(self.host, layer.block))
         if not hasattr(held_by, "pe_norm"):
             raise unknown_block(layer.block, number)
+        if not hasattr(held_by.pe_norm, "hand_on"):
+            raise UsageError(
+                f"pe_norm of block {number} is a {type(held_by.pe_norm).__name__} now, which does not hand the position "
+                "on to the next layer. To train PE norms beside an adapter, name them as they are: peft's "
+                "modules_to_save=['pe_norm']."
+            )
         return held_by.pe_norm
 
     def _bias(self, layer: Layer, grid: Grid) -> Tensor:

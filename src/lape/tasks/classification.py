@@ -238,8 +238,8 @@ def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:
         teacher = timm.create_model(name, pretrained=True, in_chans=source.channels)
     except Exception as error:  # the Hub's client and its network library raise kinds of their own
         raise RunError(
-            f"timm's weights of {name} cannot be had ({first_line(error)}). Give --teacher_weights the file that holds "
-            "them."
+            f"timm's weights of {name} could not be downloaded ({first_line(error)}). Give --teacher_weights the file "
+            "that holds them."
         ) from error
     _refuse_other_classes(name, teacher.num_classes, source)
     mean, std = (tuple(teacher.pretrained_cfg[part]) for part in ("mean", "std"))
