@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lape import reading
-from lape.data.pictures import open_picture, read_through, upright, upright_size
+from lape.data.pictures import open_image, open_picture, read_through, upright, upright_size
 from lape.data.sources import PictureSource, PictureSplit, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
@@ -84,7 +84,7 @@ class AdeSplit:
         with open_picture(self.pictures[index]) as picture:
             size = upright_size(picture)
         path = self.maps[index]
-        with open_picture(path) as image:
+        with open_image(path) as image:
             if image.format != "PNG":
                 raise RunError(
                     f"{path} is a {image.format} whatever its name says, and maps are PNG: other formats may change "
