@@ -224,14 +224,24 @@ def of_few_bits(path: Path, depth: int = 4) -> None:
     path.write_bytes(png(WIDTH, HEIGHT, depth, HEIGHT * row))
 
 
+def turned(path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    with Image.open(path) as image:
+        again = image.copy()
+    again.save(path, exif=exif)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (turned, "has the EXIF orientation 3"),
         (lossy, "is a JPEG whatever its name says, and maps are PNG"),
         (of_few_bits, "has fewer, which stand for shades of grey"),
         (lambda path: of_few_bits(path, 2), "has fewer, which stand for shades of grey"),
+        (DEEP["16 bits"][1], r"must have one channel of 8 bits, whose value is the class"),
     ],
-    ids=["lossy", "4 bits", "2 bits"],
+    ids=["turned", "lossy", "4 bits", "2 bits", "16 bits"],
 )
 def test_a_map_whose_values_are_changed_in_its_file_is_refused(spoil: Any, said: str, tmp_path: Path) -> None:
     root = ade20k(tmp_path)

@@ -409,7 +409,8 @@ def _object(annotation: Mapping[str, Any], size: tuple[int, int], label: int, tr
         raise LeftOut("a mask outside of its image")
     left, top, wide, high = mask.toBbox(runs).tolist()
     drawn = (left, top, left + wide, top + high)
-    overlap, as_corners = (_overlap(b, drawn, size) for b in ((x, y, x + across, y + down), (x, y, across, down)))
+    overlap = _overlap((x, y, x + across, y + down), drawn, size)
+    as_corners = 0.0 if overlap == 1 else _overlap((x, y, across, down), drawn, size)
     return Object(
         box=within,
         label=label,
@@ -427,10 +428,10 @@ def _overlap(box: Box, drawn: Box, size: tuple[int, int]) -> float:
     1 where their sides are as near to each other as those that people draw. Both are x0 y0 x1 y1.
     """
     height, width = size
-    x0, y0, x1, y1 = (min(max(side, 0), most) for side, most in zip(box, (width, height, width, height), strict=True))
-    if max(abs(one - other) for one, other in zip((x0, y0, x1, y1), drawn, strict=True)) <= OFF:
-        return 1.0
+    x0, y0, x1, y1 = max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)
     left, top, right, bottom = drawn
+    if max(abs(x0 - left), abs(y0 - top), abs(x1 - right), abs(y1 - bottom)) <= OFF:
+        return 1.0
     shared = max(min(x1, right) - max(x0, left), 0) * max(min(y1, bottom) - max(y0, top), 0)
     return shared / (max(x1 - x0, 0) * max(y1 - y0, 0) + (right - left) * (bottom - top) - shared)
 

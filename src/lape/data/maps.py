@@ -4,7 +4,7 @@ import csv
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lape import reading
-from lape.data.pictures import open_picture, read_through, upright, upright_size
+from lape.data.pictures import open_image, open_picture, orientation, read_through, upright, upright_size
 from lape.data.sources import PictureSource, PictureSplit, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
@@ -84,7 +84,7 @@ class AdeSplit:
         with open_picture(self.pictures[index]) as picture:
             size = upright_size(picture)
         path = self.maps[index]
-        with open_picture(path) as image:
+        with open_image(path) as image:
             if image.format != "PNG":
                 raise RunError(
                     f"{path} is a {image.format} whatever its name says, and maps are PNG: other formats may change "
@@ -100,11 +100,16 @@ class AdeSplit:
                     f"{path} must have one channel of 8 bits, whose value is the class (modes L and P of Pillow), and "
                     f"has mode {image.mode}. Save it so."
                 )
-            (tile,) = getattr(image, "tile")  # noqa: B009 (of files alone)
-            if image.mode == "L" and tile.args != "L":  # Pillow would stretch the values to 255
+            tiles: Any = getattr(image, "tile")  # noqa: B009 (files alone have it)
+            if image.mode == "L" and any(tile.args != "L" for tile in tiles):  # their values would be stretched to 255
                 raise RunError(
                     f"{path} must have 8 bits for the class of a pixel, and has fewer, which stand for shades of grey. "
                     "Save it with 8."
+                )
+            if (number := orientation(image)) != 1:
+                raise RunError(
+                    f"{path} has the EXIF orientation {number}, and nothing says whether its values are turned "
+                    "already. Save it upright, without one."
                 )
             values = np.array(image)  # of a palette its indices, not its colours
         if (highest := int(values.max())) > self.classes:

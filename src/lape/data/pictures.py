@@ -29,13 +29,29 @@ LYING = (5, 6, 7, 8)  # those that exchange width and height
 
 @contextmanager
 def open_picture(path: Path) -> Generator[Image.Image, None, None]:
-    """Open an image file; raises RunError naming one that cannot be read, whether at once or when its pixels are.
+    """Open a picture; raises RunError as `open_image`, and for one whose values do not say which of them is white."""
+    with open_image(path) as image:
+        if np.dtype(ImageMode.getmode(image.mode).typestr).itemsize > 1:
+            raise RunError(
+                f"{path} has grey values of more than 8 bits (mode {image.mode}), and nothing says which of them is "
+                "white. Save it with 8 bits, from 0 for black to 255 for white."
+            )
+        yield image
 
-    Of too many pixels, or of values with more than a byte, none can be: nobody says which of them is white.
+
+@contextmanager
+def open_image(path: Path) -> Generator[Image.Image, None, None]:
+    """Open an image file, whatever its values mean.
+
+    Raises RunError naming one that cannot be read, whether at once or when its pixels are, and one of too many pixels.
     """
     try:
         with reading.opened(path) as file, Image.open(file, formats=FORMATS) as image:
-            _refuse_unusable(path, image)
+            if image.width * image.height > LARGEST:
+                raise RunError(
+                    f"{path} has {image.width}×{image.height} pixels, and {LARGEST:,} are the most that are read of a "
+                    "picture. Make it smaller."
+                )
             yield image
     except UnidentifiedImageError as error:
         raise RunError(
@@ -48,19 +64,6 @@ def open_picture(path: Path) -> Generator[Image.Image, None, None]:
     except (OSError, SyntaxError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path} cannot be read as an image ({reason}). Replace or remove it.") from error
-
-
-def _refuse_unusable(path: Path, image: Image.Image) -> None:
-    if image.width * image.height > LARGEST:
-        raise RunError(
-            f"{path} has {image.width}×{image.height} pixels, and {LARGEST:,} are the most that are read of a picture. "
-            "Make it smaller."
-        )
-    if np.dtype(ImageMode.getmode(image.mode).typestr).itemsize > 1:
-        raise RunError(
-            f"{path} has grey values of more than 8 bits (mode {image.mode}), and nothing says which of them is white. "
-            "Save it with 8 bits, from 0 for black to 255 for white."
-        )
 
 
 def orientation(image: Image.Image) -> int:
