@@ -161,6 +161,7 @@ class BlockHooks:
         if torch.compiler.is_compiling():
             forward = self.positions.forwards.find(self.layer, tokens)
             self.traced = rung = self.positions.for_the_block(forward, self.layer)
+            forward.next = self.layer + 1
         else:
             rung = self._begin(tokens)
         if rung.residual is not None:

@@ -151,8 +151,8 @@ class Positions:
             raise unknown_block(layer.block, number)
         if not hasattr(held_by.pe_norm, "hand_on"):
             raise UsageError(
-                f"pe_norm of block {number} is a {type(held_by.pe_norm).__name__} now, which does not hand its position "
-                "on to the next layer. To train PE norms beside an adapter, name them as they are: peft's "
+                f"pe_norm of block {number} is a {type(held_by.pe_norm).__name__} now, which hands no position on "
+                "to the next layer. To train PE norms beside an adapter, name them as they are: peft's "
                 "modules_to_save=['pe_norm']."
             )
         return held_by.pe_norm
