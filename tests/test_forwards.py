@@ -11,12 +11,14 @@ from typing import Any
 import foreign_hosts
 import pytest
 import torch
+from timm import create_model
 from timm.layers import set_reentrant_ckpt
-from tiny_hosts import gradients, host, images, shaken
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from tiny_hosts import TINY, gradients, host, images, shaken
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.vision_transformer import VisionTransformer
+from torchvision.models.vision_transformer import Encoder, VisionTransformer
 
 import lape
 from lape.errors import UsageError
@@ -296,6 +298,41 @@ def test_a_method_of_the_host_runs_on_the_module_itself(join):
         assert (other.stem.seen, model.stem.seen) == (3, 2)
 
 
+class Overriding(TimmViT):
+    """A subclass of timm's that adds something in the method that adds the table."""
+
+    passed = 0
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        self.passed += 1
+        return super()._pos_embed(x) + 0
+
+
+class OverridingEncoder(Encoder):
+    """A subclass of torchvision's encoder."""
+
+    passed = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.passed += 1
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("join", ["default", "lape", "shared"])
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_methods_of_subclasses_may_call_those_of_their_class(join, library):
+    torch.manual_seed(0)
+    model: Any = host(img_size=32) if library == "timm" else VisionTransformer(32, 8, 3, 2, 32, 48, num_classes=5)
+    model.eval()
+    plain = lape.apply(copy.deepcopy(model), join)
+    counting = model if library == "timm" else model.encoder
+    counting.__class__ = Overriding if library == "timm" else OverridingEncoder
+    lape.apply(model, join)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), plain(x))
+    assert counting.passed == 1
+
+
 # --- Life and end of a model
 
 
@@ -365,6 +402,18 @@ def test_a_table_is_removed_from_a_model_that_came_from_meta():
     assert model.pos_embed.device.type == "cpu"
     assert model.pos_embed.dtype == torch.float16
     assert model.half()(images(model).half()).isfinite().all()
+
+
+def test_a_table_that_never_had_values_is_not_given_back():
+    with torch.device("meta"):
+        model = create_model("vit_tiny_patch16_224", **TINY)
+        lape.apply(model, pe="sinusoidal-2d")
+    ready = lape.apply(host(img_size=224), pe="sinusoidal-2d")
+    model.load_state_dict(ready.state_dict(), assign=True)
+    with pytest.raises(UsageError, match="pos_embed of the untouched model was put aside while it had no values"):
+        lape.remove(model)
+    model.eval()
+    assert torch.equal(model(images(ready)), ready(images(ready)))  # as it was
 
 
 # --- Compiled and traced

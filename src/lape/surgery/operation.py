@@ -229,8 +229,14 @@ def remove(model: Model) -> Model:
     if record.folded_for:
         raise UsageError("A folded model has no table to give back. Fold a copy: lape.fold(copy.deepcopy(model)).")
     vit, host = record.model, record.host
-    take_out(record)
     kind = dtype_and_device(vit)
+    without_values = [name for name, own in record.put_aside.items() if own is not None and own.is_meta]
+    if without_values and kind["device"].type != "meta":
+        raise UsageError(
+            f"{without_values[0]} of the untouched model was put aside while it had no values (device meta), so it "
+            "cannot be given back. Create the untouched model, and load its weights into that."
+        )
+    take_out(record)
     for name, parameter in record.put_aside.items():
         if parameter is not None:
             parameter = nn.Parameter(parameter.to(**kind), requires_grad=parameter.requires_grad)
