@@ -17,9 +17,9 @@ from sklearn.datasets import load_sample_images
 from turns import file, in_turns
 
 from lape.data.batched import Augmenter
+from lape.data.classes import PHOTOGRAPHS, ImageSource, Split
 from lape.data.pipeline import Order, Shares, load, training_images
 from lape.data.preparation import ROWS
-from lape.data.sources import PHOTOGRAPHS, ImageSource, Split
 from lape.experiment import Augmentation
 
 SIZE = (32, 32)

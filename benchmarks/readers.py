@@ -29,8 +29,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from turns import file, in_turns
 
+from lape.data.classes import ImageSource, Split, folder
 from lape.data.pipeline import Order, Pictures, Shares, load, reseed, training_images
-from lape.data.sources import ImageSource, Split, folder
 from lape.experiment import Augmentation
 
 Work = Callable[[Any], Any]

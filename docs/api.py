@@ -23,7 +23,7 @@ PUBLIC: Mapping[str, tuple[str, ...] | None] = {
     "lape.analysis.cost": ("measure", "Cost", "ratio", "Ratio"),
     "lape.studies.statistics": ("difference",),
     "lape.recipes": ("load", "names", "Recipe"),
-    "lape.hosts": ("cut",),
+    "lape.hosts": ("cut", "register", "Stages", "WindowBias", "Embedding", "Files"),
 }
 
 HEAD = """# API
@@ -85,19 +85,21 @@ def wrapped(name: str, thing: Any) -> str:
 
 
 def fields(kind: type) -> list[tuple[str, str]]:
-    """Return the fields that a class has comments on: those of the lines above, and of the line itself."""
+    """Return the fields that a class says something of: in a string below, in comments above or on the line itself."""
     source = textwrap.dedent(inspect.getsource(kind))
     lines, found = source.splitlines(), []
     (declared,) = ast.parse(source).body
     assert isinstance(declared, ast.ClassDef)
-    for node in declared.body:
+    for node, below in zip(declared.body, [*declared.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             above, first = [], node.lineno - 2
             while lines[first].strip().startswith("#"):
                 above.insert(0, lines[first].strip().removeprefix("#").strip())
                 first -= 1
             behind = lines[(node.end_lineno or node.lineno) - 1][node.end_col_offset or 0 :].partition("#")[2].strip()
-            if comment := " ".join([*above, behind]).strip():
+            said = below.value if isinstance(below, ast.Expr) else None
+            text = said.value if isinstance(said, ast.Constant) and isinstance(said.value, str) else ""
+            if comment := " ".join(" ".join([*above, behind, text]).split()):
                 found.append((node.target.id, comment))
     return found
 

@@ -13,7 +13,7 @@ from PIL import Image
 from lape.analysis import Correlation, correlation, decomposition
 from lape.analysis.subjects import ANALYSES, Subject
 from lape.cli import command_line as cli
-from lape.data.sources import digits
+from lape.data.classes import digits
 from lape.models.registry import create_model
 from lape.report import plots
 from lape.report.analysis import SHEETS

@@ -200,19 +200,6 @@ def test_checkpointing_changes_no_gradient(names: dict[str, str], reentrant: boo
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_checkpointing_two_grids_at_once_is_refused_and_one_after_the_other_is_not() -> None:
-    model = lape.apply(host(img_size=(32, 64), dynamic_img_size=True)).train()
-    model.set_grad_checkpointing()
-    wide, tall = torch.randn(2, 3, 32, 64), torch.randn(2, 3, 64, 32)
-    for x in (wide, tall, wide):
-        model(x).sum().backward()
-        with torch.no_grad():
-            model(tall)
-    (model(wide).sum() + model(wide).sum()).backward()  # the same rungs: nothing to mix up
-    with pytest.raises(UsageError, match="one on another grid"):
-        (model(wide).sum() + model(tall).sum()).backward()
-
-
 def test_a_block_on_its_own_is_refused_in_words() -> None:
     model = lape.apply(host())
     with pytest.raises(UsageError, match="call the model"):

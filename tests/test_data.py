@@ -11,18 +11,19 @@ from PIL import ExifTags, Image
 from timm.data.distributed_sampler import RepeatAugSampler
 from torchvision.datasets.folder import pil_loader
 
-from lape.data import sources
+from lape.data.classes import ImageSource, Split
 from lape.data.pipeline import (
+    InOrder,
     Order,
     Pictures,
     Shares,
     Shifted,
-    Whole,
     augmentation,
     load,
     training_images,
     validation_images,
 )
+from lape.data.sources import find_set, set_of
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Experiment
 
@@ -33,7 +34,7 @@ PHOTOGRAPHIC = Augmentation(
 
 @pytest.fixture(scope="module")
 def digits():
-    return sources.find("digits")
+    return find_set("digits")
 
 
 def image_folder(root, classes=("cat", "dog"), train=4, val=2, held_out="val"):
@@ -49,20 +50,20 @@ def image_folder(root, classes=("cat", "dog"), train=4, val=2, held_out="val"):
 
 def test_some_images_are_the_same_ones_for_every_seed_and_keep_their_labels(tmp_path):
     root = image_folder(tmp_path, train=6)
-    whole = sources.find(str(root)).train
-    few = [sources.of(Experiment(data=str(root), train_images=5, seed=seed)).train for seed in (0, 1)]
+    whole = find_set(str(root)).train
+    few = [set_of(Experiment(data=str(root), train_images=5, seed=seed)).train for seed in (0, 1)]
     assert few[0].pictures == few[1].pictures
     assert len(set(few[0].pictures)) == len(few[0]) == 5
     assert set(few[0].labels.tolist()) == {0, 1}
     known = dict(zip(whole.pictures, whole.labels.tolist(), strict=True))
     assert [known[path] for path in few[0].pictures] == few[0].labels.tolist()
-    digits, some = sources.find("digits"), sources.of(Experiment(data="digits", train_images=1000))
+    digits, some = find_set("digits"), set_of(Experiment(data="digits", train_images=1000))
     assert some.train.pictures.shape == (1000, 1, 8, 8)
     assert some.validation.labels.equal(digits.validation.labels)
     places = [int((digits.train.pictures == one).all(dim=(1, 2, 3)).nonzero()[0]) for one in some.train.pictures[:50]]
     assert digits.train.labels[places].equal(some.train.labels[:50])
     with pytest.raises(UsageError, match="There are 1198 images for training, and train_images is 1199"):
-        sources.of(Experiment(data="digits", train_images=1199))
+        set_of(Experiment(data="digits", train_images=1199))
 
 
 def whole_epoch(images, order, epoch=0, workers=0, process=0, first=None):
@@ -138,7 +139,7 @@ def test_the_copies_of_an_image_are_samples_of_their_own(digits):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_validation_counts_every_sample_once_over_all_processes(processes):
-    seen = [i for p in range(processes) for _, part in Whole(11, 4, p, processes) for i in part.tolist()]
+    seen = [i for p in range(processes) for _, part in InOrder(11, 4, p, processes) for i in part.tolist()]
     assert sorted(seen) == list(range(11))
 
 
@@ -222,7 +223,7 @@ def test_what_is_not_asked_for_is_the_sets_own(digits):
 
 
 def test_an_interpolation_by_chance_is_bicubic_in_validation(tmp_path):
-    source = sources.find(str(image_folder(tmp_path)))
+    source = find_set(str(image_folder(tmp_path)))
     chance, bicubic, bilinear = (
         validation_images(source, Augmentation(interpolation=name), (16, 16))[0, torch.arange(4)][0]
         for name in ("random", "bicubic", "bilinear")
@@ -272,7 +273,7 @@ def test_fashion_mnist_from_a_folder(tmp_path, packed, below):
     for name, array in arrays.items():
         content = idx(array)
         (folder / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
-    source = sources.find("fashion-mnist", tmp_path)
+    source = find_set("fashion-mnist", tmp_path)
     np.testing.assert_array_equal(source.train.pictures[:, 0], arrays["train-images-idx3-ubyte"])
     np.testing.assert_array_equal(source.validation.labels, arrays["t10k-labels-idx1-ubyte"])
     assert source.classes[9] == "Ankle boot"
@@ -280,7 +281,7 @@ def test_fashion_mnist_from_a_folder(tmp_path, packed, below):
     broken = next(folder.glob("t10k-images*"))
     broken.write_bytes(broken.read_bytes()[:-20])
     with pytest.raises(RunError, match="t10k-images-idx3-ubyte cannot be read as an IDX file"):
-        sources.find("fashion-mnist", tmp_path)
+        find_set("fashion-mnist", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "labels", "count"), [("cifar10", b"labels", 10), ("cifar100", b"fine_labels", 100)])
@@ -299,7 +300,7 @@ def test_cifar_from_files_in_its_layout(tmp_path, monkeypatch, name, labels, cou
         (folder / file).write_bytes(pickle.dumps({"data": pixels, labels.decode(): [number % count, 1]}))
     names = [f"class {i}" for i in range(count)]
     (folder / reader.meta["filename"]).write_bytes(pickle.dumps({reader.meta["key"]: names}))
-    source = sources.find(name, tmp_path)
+    source = find_set(name, tmp_path)
     assert source.train.pictures.shape == (2 * len(reader.train_list), 3, 32, 32)
     assert source.validation.pictures.unique().tolist() == [len(reader.train_list)]
     assert source.classes == tuple(names)
@@ -311,14 +312,14 @@ def test_a_set_that_cannot_be_downloaded_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", refuse)
     with pytest.raises(RunError, match=rf"{tmp_path} does not hold cifar10 whole.* \(no network\)\. Give --data_dir"):
-        sources.find("cifar10", tmp_path)
+        find_set("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize("held_out", ["val", "validation", "test"])
 def test_a_folder_of_classes(tmp_path, held_out):
     root = image_folder(tmp_path / "pets", held_out=held_out)
     (root / "train" / ".cache").mkdir()
-    source = sources.find(str(root))
+    source = find_set(str(root))
     assert (source.name, source.classes, source.size) == ("pets", ("cat", "dog"), None)
     assert source.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert source.train.title(4).endswith("train/dog/0.png")
@@ -332,37 +333,37 @@ def test_validation_labels_follow_the_training_classes(tmp_path):
     for image in (root / "val" / "bee").iterdir():
         image.unlink()
     (root / "val" / "bee").rmdir()
-    assert sources.find(str(root)).validation.labels.tolist() == [0, 0, 2, 2]
+    assert find_set(str(root)).validation.labels.tolist() == [0, 0, 2, 2]
 
 
 def test_files_of_another_layout_beside_the_classes_make_no_set_of_objects(tmp_path):
     root = image_folder(tmp_path)
     (root / "annotations").mkdir()
     (root / "annotations" / "notes.json").write_text("{}")
-    assert isinstance(sources.find(str(root)), sources.ImageSource)
+    assert isinstance(find_set(str(root)), ImageSource)
 
 
 def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
     root = image_folder(tmp_path / "a")
     (root / "val" / "emu").mkdir()
     with pytest.raises(UsageError, match=r"val/emu is a class that .*train does not have"):
-        sources.find(str(root))
+        find_set(str(root))
     (root / "val" / "emu").rename(root / "train" / "emu")
     with pytest.raises(UsageError, match=r"train/emu holds no image"):
-        sources.find(str(root))
+        find_set(str(root))
     (tmp_path / "b" / "train").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"one folder per class in .*b/train"):
-        sources.find(str(tmp_path / "b"))
+        find_set(str(tmp_path / "b"))
     (tmp_path / "b" / "train" / "x").mkdir()
     with pytest.raises(UsageError, match=r"one folder per class in .*b/val"):
-        sources.find(str(tmp_path / "b"))
+        find_set(str(tmp_path / "b"))
 
 
 def test_a_misspelt_set_and_a_missing_folder_are_refused():
     with pytest.raises(UsageError, match="'cifar100'"):
-        sources.find("cifar-100")
+        find_set("cifar-100")
     with pytest.raises(UsageError, match="There is no folder no/such/place"):
-        sources.find("no/such/place")
+        find_set("no/such/place")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -371,7 +372,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path, workers, content):
     root = image_folder(tmp_path)
     broken = root / "train" / "dog" / "2.png"
     broken.write_bytes(broken.read_bytes()[:200] if content is None else content)
-    images = training_images(sources.find(str(root)), Augmentation(), (16, 16), 0)
+    images = training_images(find_set(str(root)), Augmentation(), (16, 16), 0)
     with pytest.raises(RunError, match=r"^\S*train/dog/2\.png cannot be read as an image \(.*Replace or remove it\.$"):
         whole_epoch(images, Order(0, 8, 4), workers=workers)
 
@@ -416,7 +417,7 @@ def test_a_file_of_any_kind_shows_what_the_recipes_saw(tmp_path, kind):
     picture, options, *colours = FILES[kind]
     path = tmp_path / "n01440764_18.JPEG"
     picture.save(path, **({"format": "JPEG", "subsampling": 0} | options))
-    seen = sources.Split("a file", [path], torch.zeros(1)).picture(0, channels=3)
+    seen = Split("a file", [path], torch.zeros(1)).picture(0, channels=3)
     assert seen.size == (32, 16)
     np.testing.assert_allclose(seen, halves(*colours), atol=3)
     np.testing.assert_array_equal(seen, pil_loader(path))
@@ -428,4 +429,4 @@ def test_a_photograph_cut_short_is_named(tmp_path):
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(RunError, match=r"^\S*n01440764_18\.JPEG cannot be read as an image \(.*truncated"):
-        sources.Split("a file", [path], torch.zeros(1)).picture(0, channels=3)
+        Split("a file", [path], torch.zeros(1)).picture(0, channels=3)

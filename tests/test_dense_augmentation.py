@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from lape.data import dense as steps
 from lape.data.instances import Instances, InstanceSource
 from lape.data.maps import IGNORED, MapSource
-from lape.data.pipeline import Normalise, Order, Shares, Unreadable, Whole, load
+from lape.data.pipeline import InOrder, Normalise, Order, Shares, Unreadable, load
 from lape.errors import RunError
 from lape.experiment import Augmentation, Dense
 
@@ -198,7 +198,7 @@ def test_a_picture_that_cannot_be_read_is_named(training):
     samples = training(Scenes(SIZES, missing=(4,)))
     assert isinstance(samples[0, torch.tensor([0, 4])], Unreadable)
     with pytest.raises(RunError, match="scene 4"):
-        list(load(samples, Whole(len(SIZES), 2), 0, pin=False))
+        list(load(samples, InOrder(len(SIZES), 2), 0, pin=False))
 
 
 # Detection
@@ -329,7 +329,7 @@ def test_bilinear_is_not_antialiased():
 def test_validation_is_everything_as_it_is():
     split = Scenes(SIZES, empty=(2,))
     samples = steps.detection_validation(replace(objects_of(Scenes([])), validation=split))
-    for index, ([image], [target]) in enumerate(load(samples, Whole(len(split), 1), 0, pin=False)):
+    for index, ([image], [target]) in enumerate(load(samples, InOrder(len(split), 1), 0, pin=False)):
         assert torch.equal(image, torch.from_numpy(np.array(split.picture(index))).permute(2, 0, 1))
         found = split.instances(index)
         assert torch.equal(target["boxes"], found.boxes)
@@ -339,7 +339,7 @@ def test_validation_is_everything_as_it_is():
         assert torch.equal(target["iscrowd"], found.crowd.long())
         assert target["iscrowd"].dtype == torch.int64
     samples = steps.segmentation_validation(replace(maps_of(Scenes([])), validation=split))
-    for index, (images, maps) in enumerate(load(samples, Whole(len(split), 1), 0, pin=False)):
+    for index, (images, maps) in enumerate(load(samples, InOrder(len(split), 1), 0, pin=False)):
         assert torch.equal(images[0], torch.from_numpy(np.array(split.picture(index))).permute(2, 0, 1))
         assert (maps.dtype, maps.shape[0]) == (torch.int64, 1)
         assert torch.equal(maps[0], split.map(index))

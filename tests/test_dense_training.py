@@ -18,11 +18,11 @@ from PIL import Image
 import lape
 from lape import hosts
 from lape.cli.command_line import main
-from lape.data.sources import find
+from lape.data.sources import find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import RANGES, Augmentation, Dense, Experiment
 from lape.studies import results
-from lape.tasks.work import described, without_pictures, work_of
+from lape.tasks.work import describe_set, set_without_pictures, work_of
 from lape.training import checkpoints
 from lape.training.assembly import launch
 from lape.training.evaluation import evaluate_checkpoint, load_run
@@ -186,7 +186,7 @@ def test_results_of_dense_recipes_stand_in_the_same_table(tmp_path: Path) -> Non
 
 
 def work(experiment: Experiment) -> Any:
-    return work_of(experiment, find(experiment.data, experiment.data_dir))
+    return work_of(experiment, find_set(experiment.data, experiment.data_dir))
 
 
 JUDGED = {"short_side": (32, 48), "long_side": 100, "crop": 40, "stride": 24, "test_scales": (0.5, 1.0)}
@@ -319,8 +319,8 @@ def test_as_many_classes_of_other_names_are_refused(tmp_path: Path) -> None:
 @KINDS
 def test_a_set_is_told_without_its_pictures(kind: Any, tmp_path: Path) -> None:
     source = work(kind(tmp_path)).source
-    told = json.loads(json.dumps(described(source)))
-    assert without_pictures(described(source)) == replace(source, train=(), validation=())
+    told = json.loads(json.dumps(describe_set(source)))
+    assert set_without_pictures(describe_set(source)) == replace(source, train=(), validation=())
     assert not {"train", "validation"} & told.keys()
 
 
@@ -459,7 +459,7 @@ MEANT = {
 @KINDS
 def test_every_setting_of_pictures_is_taken_or_refused(kind: Any, tmp_path: Path) -> None:
     experiment = kind(tmp_path)
-    source: Any = find(experiment.data, experiment.data_dir)
+    source: Any = find_set(experiment.data, experiment.data_dir)
     for part, own in ((Augmentation, source.augmentation), (Dense, source.dense)):
         for name in (field.name for field in fields(part)):
             value = getattr(own, name) or ((1, 2) if name in RANGES else 0.5 if name == "smoothing" else 1)

@@ -1,5 +1,6 @@
 """Laws of single families: what is peculiar to one, how it starts, and the files of its first authors."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,55 @@ def test_at_a_crossing_the_position_takes_the_tokens_road() -> None:
 def test_swin_has_no_bias_over_the_whole_grid() -> None:
     with pytest.raises(UsageError, match=r"pe='relative-layernorm' .* Use pe='relative'"):
         timm.create_model(SWIN, pe="relative-layernorm", **SMALL[SWIN])
+
+
+@pytest.mark.parametrize("side", [1, 3, 5])
+@pytest.mark.parametrize("with_bn", [True, False])
+def test_ceits_feed_forward_is_three_convolutions_over_the_patches(side: int, with_bn: bool) -> None:
+    forward = LocallyEnhancedFeedForward(4, 6, local_size=side, with_bn=with_bn).double().eval()
+    for tensor in forward.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    assert any("bn" in name for name in forward.state_dict()) is with_bn
+    x = torch.randn(2, 1 + 4 * 6, 4, dtype=torch.float64)
+
+    def normed(image: torch.Tensor, number: int) -> torch.Tensor:
+        bn = getattr(forward, f"bn{number}")
+        if not with_bn:
+            return image
+        scale = bn.weight / (bn.running_var + 1e-5).sqrt()
+        return (image - bn.running_mean) * scale + bn.bias
+
+    def linear(image: torch.Tensor, convolution: nn.Module) -> torch.Tensor:  # (B, H, W, C)
+        return image @ convolution.weight[:, :, 0, 0].T + convolution.bias
+
+    image = nn.functional.gelu(normed(linear(x[:, 1:].unflatten(1, (4, 6)), forward.conv1), 1))
+    around = nn.functional.pad(image, (0, 0, *2 * (side // 2,), *2 * (side // 2,)))
+    image = sum(
+        around[:, row : row + 4, column : column + 6] * forward.conv2.weight[:, 0, row, column]
+        for row in range(side)
+        for column in range(side)
+    )
+    image = nn.functional.gelu(normed(image + forward.conv2.bias, 2))
+    expected = torch.cat([x[:, :1], normed(linear(image, forward.conv3), 3).flatten(1, 2)], dim=1)
+    torch.testing.assert_close(forward(x, (4, 6)), expected)
+
+
+def test_ceits_options_are_those_of_its_authors_and_their_files_go_in() -> None:
+    options = {**SMALL["ceit_tiny_patch16_224"], "leff_local_size": 5, "leff_with_bn": False}
+    source, model = (timm.create_model("ceit_tiny_patch16_224", join="lape", **options) for _ in range(2))
+    assert source.blocks[0].mlp.conv2.weight.shape[2:] == (5, 5)
+    assert not any(".mlp.bn" in name for name in source.state_dict())
+    theirs = {re.sub(r"^(blocks\.\d+)\.mlp\.", r"\1.leff.", name): value for name, value in source.state_dict().items()}
+    assert lape.load_weights(model, theirs).missing == ()
+    x = images("ceit_tiny_patch16_224")
+    assert torch.equal(model.eval()(x), source.eval()(x))
+
+
+@pytest.mark.parametrize("side", [0, 2, 4])
+def test_ceits_window_has_a_patch_in_its_middle(side: int) -> None:
+    with pytest.raises(UsageError, match=rf"A window of {side} patches has none in its middle.*Give an odd number"):
+        timm.create_model("ceit_tiny_patch16_224", leff_local_size=side)
 
 
 def test_ceit_lets_no_patch_go() -> None:

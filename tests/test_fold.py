@@ -59,12 +59,13 @@ def test_it_saves_and_loads() -> None:
     assert torch.equal(fresh(x), expected)
 
 
-def test_it_refuses_to_train() -> None:
+def test_it_stays_in_evaluation_mode() -> None:
     folded = lape.fold(lape.apply(host()))
     assert not folded.training
     assert folded.eval() is folded
-    with pytest.raises(UsageError, match="A folded model is for inference"):
-        folded.train()
+    with pytest.warns(UserWarning, match="A folded model is for inference"):
+        assert folded.train() is folded
+    assert not any(part.training for part in folded.modules())
     with pytest.raises(RuntimeError, match="does not require grad"):
         folded(images(folded)).sum().backward()
 

@@ -23,17 +23,30 @@ def _like(one: Tensor, other: Tensor) -> bool:
 # --- What a rung holds decides
 
 
-def both(tables: Any, norms: Any) -> list[Rung]:
+def both(position: Tensor, norm: Any) -> tuple[Rung, Tensor]:
     """A join whose rungs hold residual and attention in every layer."""
-    return [Rung(residual=table, attention=2 * table) for table in tables]
+    return Rung(residual=position, attention=2 * position), position
 
 
-def attention_alone(tables: Any, norms: Any) -> list[Rung]:
+def attention_alone(position: Tensor, norm: Any) -> tuple[Rung, Tensor]:
     """A join without norms whose rungs hold attention."""
-    return [Rung(attention=table) for table in tables]
+    return Rung(attention=position), position
 
 
 OWN_JOINS = {"both": Join("both", both), "attention": Join("attention", attention_alone)}
+
+
+def _without(patch: pytest.MonkeyPatch, positions: Any, layer: int, part: str) -> None:
+    """Have one part of one layer's rung be zeros."""
+    taken, joining = positions.for_the_block, positions.joining
+
+    def zeros(rung: Rung) -> Rung:
+        value = getattr(rung, part)
+        return rung if value is None else rung._replace(**{part: torch.zeros_like(value)})
+
+    patch.setattr(positions, "for_the_block", lambda f, n: zeros(taken(f, n)) if n == layer else taken(f, n))
+    if layer == 0 and part == "residual":
+        patch.setattr(positions, "joining", lambda f: None if (p := joining(f)) is None else torch.zeros_like(p))
 
 
 @pytest.mark.parametrize("join", [*JOINS, *OWN_JOINS])
@@ -53,10 +66,9 @@ def test_each_part_of_each_rung_changes_the_output(join, name, monkeypatch):
             for part, value in rung._asdict().items():
                 if value is None:
                     continue
-                less = [*whole]
-                less[layer] = rung._replace(**{part: torch.zeros_like(value)})
-                monkeypatch.setattr(positions, "ladder", lambda grid, less=less: less)
-                assert not _like(foreign_hosts.tokens(model, x), full), f"{part} of layer {layer}"
+                with monkeypatch.context() as patch:
+                    _without(patch, positions, layer, part)
+                    assert not _like(foreign_hosts.tokens(model, x), full), f"{part} of layer {layer}"
 
 
 def test_a_join_of_residual_and_attention_computes_both(monkeypatch):

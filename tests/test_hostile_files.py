@@ -34,7 +34,7 @@ from PIL import Image
 
 import lape.training.evaluation
 from lape.cli import command_line as cli
-from lape.data.pipeline import Whole
+from lape.data.pipeline import InOrder
 from lape.errors import UsageError
 from lape.training.assembly import launch
 from lape.training.loop import TrainingRun
@@ -1089,7 +1089,7 @@ def here(tmp_path, monkeypatch) -> Iterator[Path]:
 
     def some(self: TrainingRun, report: Any) -> None:
         """See one batch of each kind."""
-        for batches in (self._training_batches(), self._load(self.work.validation(), Whole(4, 2))):
+        for batches in (self._training_batches(), self._load(self.work.validation(), InOrder(4, 2))):
             next(batches, None)
             batches.close()
 

@@ -126,16 +126,16 @@ def test_each_stand_in_has_the_parameters_of_its_formula(kind: str, parameters: 
 def test_the_ladders_are_those_of_table_7() -> None:
     tables, norms = [torch.randn(1, 5, 16) for _ in range(3)], shake(chain(3))
     same = [tables[0]] * 3
-    default = JOINS["default"].climb(same, [])
+    default = JOINS["default"].ladder(same, [])
     assert default[0].residual is tables[0]
     assert all(part is None for rung in default[1:] for part in rung)
-    assert [rung.residual for rung in JOINS["shared"].climb(same, [])] == same
-    assert [rung.residual for rung in JOINS["unshared"].climb(tables, [])] == tables
-    for rung, norm in zip(JOINS["lape-sharing"].climb(same, norms), norms, strict=True):
+    assert [rung.residual for rung in JOINS["shared"].ladder(same, [])] == same
+    assert [rung.residual for rung in JOINS["unshared"].ladder(tables, [])] == tables
+    for rung, norm in zip(JOINS["lape-sharing"].ladder(same, norms), norms, strict=True):
         assert rung.attention is not None
         assert torch.equal(rung.attention, norm(tables[0]))
     omega = tables[0]
-    for rung, norm in zip(JOINS["lape"].climb(same, norms), norms, strict=True):
+    for rung, norm in zip(JOINS["lape"].ladder(same, norms), norms, strict=True):
         omega = norm(omega)
         assert rung.attention is not None
         assert torch.equal(rung.attention, omega)
@@ -145,27 +145,27 @@ def test_the_ladders_are_those_of_table_7() -> None:
 def test_at_initialisation_lape_is_lape_sharing_because_layernorm_is_idempotent() -> None:
     same = [torch.randn(1, 5, 16, dtype=torch.float64)] * 4
     norms = [norm.double() for norm in chain(4)]
-    for one, other in zip(JOINS["lape"].climb(same, norms), JOINS["lape-sharing"].climb(same, norms), strict=True):
+    for one, other in zip(JOINS["lape"].ladder(same, norms), JOINS["lape-sharing"].ladder(same, norms), strict=True):
         torch.testing.assert_close(one.attention, other.attention, rtol=0, atol=1e-5)  # up to eps
 
 
 def test_lape_forgets_scale_and_shift_of_a_token() -> None:
     omega, norms = torch.randn(1, 5, 16, dtype=torch.float64), [norm.double() for norm in shake(chain(3))]
     moved = omega * (torch.rand(1, 5, 1) + 0.5) + torch.randn(1, 5, 1)
-    for one, other in zip(JOINS["lape"].climb([omega], norms), JOINS["lape"].climb([moved], norms), strict=True):
+    for one, other in zip(JOINS["lape"].ladder([omega], norms), JOINS["lape"].ladder([moved], norms), strict=True):
         torch.testing.assert_close(one.attention, other.attention, rtol=0, atol=1e-4)  # up to eps
 
 
 def test_the_gradient_of_the_table_flows_through_every_norm() -> None:
     omega, norms = torch.randn(1, 5, 16, requires_grad=True), shake(chain(3))
-    ladder = JOINS["lape"].climb([omega], norms)
+    ladder = JOINS["lape"].ladder([omega], norms)
     assert ladder[-1].attention is not None
     (through_all,) = torch.autograd.grad(ladder[-1].attention.square().sum(), [omega], retain_graph=True)
     assert through_all.abs().max() > 0
     with torch.no_grad():
         assert norms[1].weight is not None
         norms[1].weight.zero_()  # closes the chain at its second norm
-    ladder = JOINS["lape"].climb([omega], norms)
+    ladder = JOINS["lape"].ladder([omega], norms)
     assert ladder[-1].attention is not None
     (stopped,) = torch.autograd.grad(ladder[-1].attention.square().sum(), [omega])
     assert stopped.abs().max() == 0

@@ -11,14 +11,15 @@ import torch
 from dense_sets import ade20k, coco
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from lape.cli.command_line import main
 from lape.experiment import Experiment
 from lape.report import prediction
 from lape.report.prediction import VEIL, colour, drawn, line
-from lape.tasks.classification import Named
-from lape.tasks.detection import Found
+from lape.tasks.classification import LikelyClasses
+from lape.tasks.detection import DetectedObjects
+from lape.tasks.segmentation import ClassMap
+from lape.tasks.work import Answer
 from lape.training import checkpoints, evaluation
 from lape.training import loop as training
 from lape.training.evaluation import evaluate_checkpoint
@@ -40,18 +41,18 @@ def said(answer: Any, picture: Image.Image | None = None) -> Predicted:
     return Predicted(Path("one.png"), picture or plain(128, 96), answer, CLASSES)
 
 
-def objects(*labels: int) -> Found:
+def objects(*labels: int) -> DetectedObjects:
     """Objects of these classes, each a box of 20x30 pixels with a mask inside."""
     boxes, masks = torch.zeros(len(labels), 4), torch.zeros(len(labels), 96, 128, dtype=torch.bool)
     for number in range(len(labels)):
         left = 10 + 40 * number
         boxes[number] = torch.tensor([left, 20, left + 20, 50])
         masks[number, 30:45, left + 5 : left + 15] = True
-    return Found(boxes, torch.tensor(labels, dtype=torch.int64), masks, torch.linspace(0.9, 0.5, len(labels)))
+    return DetectedObjects(boxes, torch.tensor(labels, dtype=torch.int64), masks, torch.linspace(0.9, 0.5, len(labels)))
 
 
-def named(labels: list[int], shares: list[float]) -> Named:
-    return Named(torch.tensor(labels), torch.tensor(shares))
+def named(labels: list[int], shares: list[float]) -> LikelyClasses:
+    return LikelyClasses(torch.tensor(labels), torch.tensor(shares))
 
 
 # --- Drawing
@@ -88,7 +89,7 @@ def test_a_map_is_drawn_in_the_colours_of_its_classes_over_the_picture() -> None
     answer = torch.zeros(400, 500, dtype=torch.int64)
     answer[:, 300:] = 3
     answer[350:] = 5
-    seen = pixels(drawn(said(answer, plain(500, 400, (80, 80, 80)))))
+    seen = pixels(drawn(said(ClassMap(answer), plain(500, 400, (80, 80, 80)))))
     for label in (0, 3, 5):
         part = seen[:400, :500][answer.numpy() == label]
         assert part.min(0).tolist() == part.max(0).tolist() == veiled(label, 80)
@@ -110,14 +111,14 @@ def test_a_small_picture_is_enlarged_and_a_large_one_is_not_made_smaller(size: t
     ("answer", "legend"),
     [
         (objects(5, 2, 5), [(5, "2 fox"), (2, "1 cat")]),
-        (torch.tensor([[4, 4, 1, 4], [4, 3, 1, 1]]).repeat(48, 32), [(4, None), (1, None), (3, None)]),
+        (ClassMap(torch.tensor([[4, 4, 1, 4], [4, 3, 1, 1]]).repeat(48, 32)), [(4, None), (1, None), (3, None)]),
         (named([3, 1], [0.75, 0.25]), [(3, "dog 75.0%"), (1, "bee 25.0%")]),
         (objects(), []),
     ],
     ids=["objects", "map", "classes", "nothing"],
 )
 def test_the_legend_has_each_class_that_was_found_in_its_colour(
-    answer: Found | Tensor | Named, legend: list[tuple[int, str | None]], monkeypatch: pytest.MonkeyPatch
+    answer: Answer, legend: list[tuple[int, str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[Any] = []
     monkeypatch.setattr(prediction, "_with_legend", lambda picture, names: told.extend(names) or picture)
@@ -159,7 +160,10 @@ def test_no_two_classes_of_a_large_set_have_one_colour() -> None:
     [
         (objects(5, 2, 5), "2 fox, 1 cat"),
         (objects(), "nothing found"),
-        (torch.tensor([[4, 4, 1, 0], [4, 1, 3, 4], [4, 0, 1, 4], [4, 4, 4, 4]]), "emu 62.5%, bee 18.8%, ant 12.5%"),
+        (
+            ClassMap(torch.tensor([[4, 4, 1, 0], [4, 1, 3, 4], [4, 0, 1, 4], [4, 4, 4, 4]])),
+            "emu 62.5%, bee 18.8%, ant 12.5%",
+        ),
         (named([3, 1, 0, 2], [0.5, 0.25, 0.15, 0.1]), "dog 50.0%, bee 25.0%, ant 15.0%"),
     ],
     ids=["objects", "nothing", "map", "classes"],
@@ -221,7 +225,7 @@ def test_the_map_of_a_picture_is_the_one_that_was_judged(segmenter: Path) -> Non
     for found in predict(segmenter, sorted(root.glob("images/validation/*.jpg"))):
         with Image.open(root / f"annotations/validation/{found.path.stem}.png") as file:
             truth = torch.from_numpy(np.array(file)).long() - 1
-        right += int((found.answer == truth).sum())
+        right += int((found.answer.labels == truth).sum())
         labelled += int((truth >= 0).sum())
         with Image.open(found.path) as picture:
             assert np.array_equal(pixels(found.picture), pixels(picture.convert("RGB")))
@@ -259,7 +263,7 @@ def test_the_class_of_a_picture_is_the_one_that_was_judged(tmp_path: Path) -> No
     args = {"depth": 1, "embed_dim": 16, "num_heads": 2}
     train(Experiment(data=str(tmp_path / "set"), img_size=16, batch_size=4, model_args=args, **SMALL), tmp_path / "run")
     found = list(predict(tmp_path / "run", sorted(tmp_path.glob("set/val/*/*.png"))))
-    likeliest = [one.classes[one.answer.labels[0]] for one in found if isinstance(one.answer, Named)]
+    likeliest = [one.classes[one.answer.labels[0]] for one in found if isinstance(one.answer, LikelyClasses)]
     right = [name == one.path.parent.name for name, one in zip(likeliest, found, strict=True)]
     judged = evaluate_checkpoint(tmp_path / "run").metrics["val_accuracy"]
     assert 100 * sum(right) / len(right) == pytest.approx(judged)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from timm.data.mixup import FastCollateMixup, Mixup
 from timm.data.random_erasing import RandomErasing
 
-from lape.data import pipeline, sources
+from lape.data import pipeline
 from lape.data.pipeline import Normalise, Shifted, reseed
 from lape.data.preparation import Preparation
+from lape.data.sources import find_set
 from lape.experiment import Augmentation
 from lape.tasks.classification import Classification
 
@@ -20,7 +21,7 @@ MIXED = Augmentation(mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.5)
 
 @pytest.fixture(scope="module")
 def digits():
-    return sources.find("digits")
+    return find_set("digits")
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_at_initialisation_all_positions_are_alike_and_lape_is_lape_sharing(pe, 
     table = TABLES[pe].make(grid, prefix, dim).to(dtype)
     norms = [PositionNorm(dim, EPS, dtype=dtype) for _ in range(depth)]
     with torch.no_grad():
-        alike, in_turn = ([rung.attention for rung in JOINS[name].climb([table] * depth, norms)] for name in NORMED)
+        alike, in_turn = ([rung.attention for rung in JOINS[name].ladder([table] * depth, norms)] for name in NORMED)
     variance = table.double().var(-1, correction=0, keepdim=True).clamp(min=1e-30)
     for layer, (one, other) in enumerate(zip(in_turn, alike, strict=True)):
         assert torch.equal(other, alike[0])
@@ -265,7 +265,7 @@ def test_default_is_what_there_was_and_removing_gives_it_back(architecture, name
 def test_the_identity_in_place_of_the_norm_hands_on_the_table_itself(depth, tokens, join, seed, dtype):
     table = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
     norms = [PositionNorm(8, EPS, POSITION_NORMS["identity"]) for _ in range(depth)]
-    assert all(torch.equal(rung.attention, table) for rung in JOINS[join].climb([table] * depth, norms))
+    assert all(torch.equal(rung.attention, table) for rung in JOINS[join].ladder([table] * depth, norms))
 
 
 @few

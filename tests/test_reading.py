@@ -16,7 +16,7 @@ HERE = Path(lape.__file__).parent
 OPENING = {"open", "fdopen", "read_text", "read_bytes", "load_file", "safe_open", "fromfile", "loadtxt", "imread"}
 LOADING = {"torch.load", "np.load", "numpy.load", "pickle.load", "json.load", "gzip.decompress"}
 ELSEWHERE = {
-    ("data/sources.py", "Image.open"): "of what reading opened",
+    ("data/pictures.py", "Image.open"): "of what reading opened",
     ("weights.py", "torch.load"): "of what reading opened",
     ("weights.py", "load_file"): "takes a path, which reading has opened before",
     ("sharing/hub.py", "safe_open"): "takes a path, which reading has opened before",

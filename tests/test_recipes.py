@@ -18,7 +18,7 @@ from test_schedule import rates
 
 from lape import recipes
 from lape.cli.command_line import parsed
-from lape.data import sources
+from lape.data.sources import find_set
 from lape.errors import UsageError
 from lape.experiment import RANGES
 from lape.models.registry import MODELS
@@ -375,7 +375,7 @@ def test_on_the_command_line_the_recipe_stands_below_what_is_typed(tmp_path):
 
 def test_imagenet_without_its_folder_is_refused():
     with pytest.raises(UsageError, match="--data the folder that holds train/ and val/"):
-        sources.find("imagenet")
+        find_set("imagenet")
 
 
 def test_every_name_of_a_set_has_its_reader():
@@ -387,7 +387,7 @@ def test_every_name_of_a_set_has_its_reader():
 def test_a_full_model_of_every_recipe_can_be_made():
     for name in OF_CLASSIFIERS:
         experiment = recipes.load(name).experiment()
-        source = sources.find("digits")
+        source = find_set("digits")
         with torch.device("meta"):
             work = work_of(replace(experiment, img_size=experiment.img_size or 32), source)
         assert work.module.num_classes == 10

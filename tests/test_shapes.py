@@ -16,7 +16,7 @@ from lape.data import shapes
 from lape.data.instances import InstanceSource
 from lape.data.maps import MapSource
 from lape.data.shapes import SHAPES, Shapes, shapes_detection, shapes_segmentation
-from lape.data.sources import find
+from lape.data.sources import find_set
 from lape.errors import UsageError
 
 SOME = range(40)
@@ -223,6 +223,6 @@ def test_without_scikit_image_one_is_told_how_to_install_it(source, monkeypatch)
 
 @pytest.mark.parametrize(("name", "kind"), [("shapes-detection", InstanceSource), ("shapes-segmentation", MapSource)])
 def test_each_set_is_found_by_its_name(name: str, kind: type) -> None:
-    source = find(name)
+    source = find_set(name)
     assert isinstance(source, kind)
     assert source.name == name

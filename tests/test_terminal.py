@@ -305,7 +305,7 @@ def test_bad_runs_alone_are_one_error(command, run, tmp_path, capsys):
 
 
 def test_settings_and_classes_are_text(tmp_path):
-    from lape.data.sources import folder
+    from lape.data.classes import folder
 
     with pytest.raises(UsageError, match=r"data_dir is Unicode text, and '.*\\udcff.*' is not"):
         Experiment(data_dir=tmp_path / UNDECODABLE)

@@ -278,8 +278,8 @@ class DataAndModel:
     Args:
         recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings replace the defaults;
             default: no recipe.
-        data: digits, fashion-mnist, cifar10, cifar100, shapes-detection, shapes-segmentation, or a folder: train/ and
-            val/ with a folder for each class, or COCO's layout, or ADE20K's. Beside a recipe: the folder of its set.
+        data: A named set, as digits or cifar10 (another name is refused with all that there are), or a folder: train/
+            and val/ with a folder for each class, or COCO's or ADE20K's layout. Beside a recipe: the folder of its set.
         train_images: Train on this many images only, drawn once: the same ones for every seed; default: all.
         img_size: Side of the images as the model sees them; default: that of the set, for a folder that of the model.
         model: One that lape models lists, as vit_nano_patch4_32, or a VisionTransformer of timm's.

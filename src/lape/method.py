@@ -7,8 +7,9 @@ small record per layer, the `Rung`:
     x <- x + MSA(LN_x(x) + attention, logits + bias)
     x <- x + MLP(LN(x))
 
-A join is a function from tables and PE norms to the list of rungs, the ladder. B images, N tokens (prefix tokens
-such as the class token first, then H·W patches row by row), D channels.
+A join says what layer l is told of the ω_l that it is handed, its rung, and what it hands on as ω_{l+1}; the rungs of
+all layers are the ladder. B images, N tokens (prefix tokens such as the class token first, then H·W patches row by
+row), D channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -66,6 +67,8 @@ class Rung(NamedTuple):
 
 # --- Position tables ----------------------------------------------------------------------------------------------
 
+SPREAD = 0.02  # the standard deviation with which what is learnt of positions begins
+
 
 def learnable(grid: Grid, prefix: int, dim: int) -> Tensor:
     """Return a new table (1, prefix + H·W, D), truncated normal with standard deviation 0.02.
@@ -75,7 +78,7 @@ def learnable(grid: Grid, prefix: int, dim: int) -> Tensor:
         >>> learnable((2, 3), prefix=1, dim=8).shape
         torch.Size([1, 7, 8])
     """
-    return nn.init.trunc_normal_(torch.empty(1, prefix + grid[0] * grid[1], dim), std=0.02)
+    return nn.init.trunc_normal_(torch.empty(1, prefix + grid[0] * grid[1], dim), std=SPREAD)
 
 
 def sinusoidal_1d(grid: Grid, prefix: int, dim: int) -> Tensor:
@@ -131,6 +134,14 @@ class Table:
 
     make: Callable[[Grid, int, int], Tensor]
     learns: bool
+
+    def holds(self, values: Tensor, grid: Grid, prefix: int) -> bool:
+        """Return whether values (..., N, D) can be of this kind: a fixed table has its own, up to half precision."""
+        rows, dim = values.shape[-2:]
+        if self.learns or rows != prefix + grid[0] * grid[1]:
+            return self.learns
+        fixed = self.make(grid, prefix, dim).to(values.device).view_as(values)
+        return torch.allclose(values.float(), fixed, rtol=0, atol=5e-3)
 
 
 TABLES = {
@@ -265,11 +276,22 @@ class PositionNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.eps, self.kind = dim, eps, kind
-        self.amount = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if amount else None
-        gain = kind.gain and torch.ones(kind.gain(dim), device=device, dtype=dtype)
-        shift = torch.zeros(dim, device=device, dtype=dtype) if kind.shift else None
-        self.weight = None if gain is None else nn.Parameter(gain)
-        self.bias = None if shift is None else nn.Parameter(shift)
+
+        def parameter(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        self.amount = parameter(1) if amount else None
+        self.weight = None if kind.gain is None else parameter(kind.gain(dim))
+        self.bias = parameter(dim) if kind.shift else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gain to 1, the shift to 0 and s_l to 0."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        for shift in (self.bias, self.amount):
+            if shift is not None:
+                nn.init.zeros_(shift)
 
     def forward(self, position: Tensor) -> Tensor:
         """Apply the kind's formula to ω of shape (1, N, D)."""
@@ -287,7 +309,9 @@ class PositionNorm(nn.Module):
         1/sqrt(eps), a thousand a layer, and the gradient of the first norms at depth 12 would be 1e29. The value is
         p_l in any case; where the variance is below eps, no gradient passes on to the layers before.
         """
-        if not (self.kind.normalise and torch.is_grad_enabled() and position.requires_grad):
+        # torch.jit traces a graph once with gradients and checks it without: the two must be the same.
+        learns = (torch.is_grad_enabled() and position.requires_grad) or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if not (self.kind.normalise and learns):
             return position
         constant = position.detach()
         # LN's own 1/sqrt(var + eps): var() would take ten times as long on a CPU.
@@ -298,69 +322,72 @@ class PositionNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}, {self.kind.formula}"
 
 
-# --- Joins (Table 7): from tables ω^(l) and norms LN_ω|l, one of each a layer, to the ladder -----------------------
+# --- Joins (Table 7): what layer l is told of the ω_l that it is handed, and what it hands on -----------------------
+
+Step = tuple[Rung, Tensor | None]  # of layer l, and ω_{l+1}; None: nothing is handed on
 
 
-def with_the_tokens(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+def with_the_tokens(position: Tensor, norm: PositionNorm | None) -> Step:
     """x_0 = α + ω, then nothing (2): the join `default`.
 
     Example:
         >>> import torch
-        >>> from lape.method import PositionNorm, with_the_tokens
-        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
-        >>> [rung.empty for rung in with_the_tokens(tables, norms)]
-        [False, True]
+        >>> from lape.method import with_the_tokens
+        >>> rung, following = with_the_tokens(torch.randn(1, 5, 8), None)
+        >>> rung.residual.shape, following
+        (torch.Size([1, 5, 8]), None)
     """
-    return [Rung(residual=tables[0]), *(Rung() for _ in tables[1:])]
+    return Rung(residual=position), None
 
 
-def into_the_stream(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+def into_the_stream(position: Tensor, norm: PositionNorm | None) -> Step:
     """x_l = x_l + ω^(l) before every block; `shared` has one table for all layers, `unshared` one for each.
 
     Example:
         >>> import torch
-        >>> from lape.method import PositionNorm, into_the_stream
-        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
-        >>> [rung.residual is not None for rung in into_the_stream(tables, norms)]
-        [True, True]
+        >>> from lape.method import into_the_stream
+        >>> table = torch.randn(1, 5, 8)
+        >>> rung, following = into_the_stream(table, None)
+        >>> rung.residual is table, following is table
+        (True, True)
     """
-    return [Rung(residual=table) for table in tables]
+    return Rung(residual=position), position
 
 
-def normed_alike(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+def normed_alike(position: Tensor, norm: PositionNorm | None) -> Step:
     """MSA_l(LN_x|l(x_l) + LN_ω|l(ω)): LaPE (sharing), the join `lape-sharing`.
 
     Example:
         >>> import torch
         >>> from lape.method import PositionNorm, normed_alike
-        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
-        >>> normed_alike(tables, norms)[1].attention.equal(norms[1](tables[0]))
-        True
+        >>> table, norm = torch.randn(1, 5, 8), PositionNorm(8, eps=1e-6)
+        >>> rung, following = normed_alike(table, norm)
+        >>> rung.attention.equal(norm(table)), following is table
+        (True, True)
     """
-    return [Rung(attention=norm(table)) for table, norm in zip(tables, norms, strict=True)]
+    assert norm is not None
+    return Rung(attention=norm(position)), position
 
 
-def normed_in_turn(tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+def normed_in_turn(position: Tensor, norm: PositionNorm | None) -> Step:
     """MSA_l(LN_x|l(x_l) + LN_ω|l(ω_l)) with ω_0 = ω and ω_{l+1} = LN_ω|l(ω_l): LaPE (8)-(11), the join `lape`.
 
     Example:
         >>> import torch
         >>> from lape.method import PositionNorm, normed_in_turn
-        >>> tables, norms = [torch.randn(1, 5, 8)] * 2, [PositionNorm(8, eps=1e-6) for _ in range(2)]
-        >>> normed_in_turn(tables, norms)[1].attention.equal(norms[1](norms[0](tables[0])))
-        True
+        >>> table, norm = torch.randn(1, 5, 8), PositionNorm(8, eps=1e-6)
+        >>> rung, following = normed_in_turn(table, norm)
+        >>> rung.attention.equal(norm(table)), following.equal(rung.attention)
+        (True, True)
     """
-    ladder, position = [], tables[0]
-    for norm in norms:
-        rung = norm(position)
-        ladder.append(Rung(attention=rung))
-        position = norm.hand_on(rung)
-    return ladder
+    assert norm is not None
+    normed = norm(position)
+    return Rung(attention=normed), norm.hand_on(normed)
 
 
 @dataclass(frozen=True)
 class Join:
-    """A way of joining ω with the tokens: its ladder, and what the ladder is made from.
+    """A way of joining ω with the tokens: one layer's step, and what the steps are made from.
 
     Example:
         >>> from lape.method import JOINS
@@ -369,21 +396,38 @@ class Join:
     """
 
     name: str  # as `lape.apply(join=...)` takes it
-    climb: Callable[[Sequence[Tensor], Sequence[PositionNorm]], list[Rung]]  # from tables and norms to the ladder
+    step: Callable[[Tensor, PositionNorm | None], Step]  # from ω_l and LN_ω|l to the rung, and ω_{l+1}
     normed: bool = False  # has a PositionNorm in every layer
-    table_per_layer: bool = False
+    table_per_layer: bool = False  # layer l is handed a table of its own
     with_tokens: bool = False  # ω is part of x_0: it meets the tokens before their dropout
-    carries_table: bool = False  # every layer is told ω itself, in all stages
+    hands_on: bool = False  # ω_{l+1} is made of ω_l, and so crosses from one stage of a model to the next
+
+    def ladder(self, tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
+        """Return the rungs of all layers, from one table (1, N, D) or one a layer, and one norm a layer or none.
+
+        Example:
+            >>> import torch
+            >>> from lape.method import JOINS, PositionNorm
+            >>> norms = [PositionNorm(4, eps=1e-6) for _ in range(3)]
+            >>> [tuple(rung.attention.shape) for rung in JOINS["lape"].ladder([torch.randn(1, 5, 4)], norms)]
+            [(1, 5, 4), (1, 5, 4), (1, 5, 4)]
+        """
+        rungs, position = [], tables[0]
+        for layer in range(max(len(tables), len(norms))):
+            handed = tables[layer] if self.table_per_layer else position
+            rung, position = (Rung(), None) if handed is None else self.step(handed, norms[layer] if norms else None)
+            rungs.append(rung)
+        return rungs
 
 
 JOINS = {
     join.name: join
     for join in (
         Join("default", with_the_tokens, with_tokens=True),
-        Join("shared", into_the_stream, carries_table=True),
+        Join("shared", into_the_stream, hands_on=True),
         Join("unshared", into_the_stream, table_per_layer=True),
-        Join("lape-sharing", normed_alike, normed=True, carries_table=True),
-        Join("lape", normed_in_turn, normed=True),
+        Join("lape-sharing", normed_alike, normed=True, hands_on=True),
+        Join("lape", normed_in_turn, normed=True, hands_on=True),
     )
 }
 
@@ -391,25 +435,24 @@ JOINS = {
 # --- Starts: from nothing, or from a model that was trained with the default join (not in the paper) ---------------
 
 
-def weighed(ladder: Sequence[Rung], norms: Sequence[PositionNorm]) -> list[Rung]:
+def weighed(rung: Rung, norm: PositionNorm) -> Rung:
     """MSA_l(LN_x|l(x_l) + s_l·p_l): with s_l = 0, as at the start, nothing is added.
 
     Args:
-        ladder: The rungs of a join with norms.
-        norms: Its norms, each with its `amount` s_l.
+        rung: That of a join with norms.
+        norm: Its norm, with its `amount` s_l.
 
     Example:
         >>> import torch
         >>> from lape.method import PositionNorm, normed_in_turn, weighed
-        >>> norms = [PositionNorm(8, eps=1e-6, amount=True)]
-        >>> ladder = normed_in_turn([torch.randn(1, 5, 8)], norms)
-        >>> weighed(ladder, norms)[0].attention.abs().max().item()
+        >>> norm = PositionNorm(8, eps=1e-6, amount=True)
+        >>> rung, _ = normed_in_turn(torch.randn(1, 5, 8), norm)
+        >>> weighed(rung, norm).attention.abs().max().item()
         0.0
     """
-    return [
-        Rung(attention=norm.amount * rung.attention)  # pyright: ignore[reportOperatorIssue]  # both are there
-        for rung, norm in zip(ladder, norms, strict=True)
-    ]
+    assert norm.amount is not None
+    assert rung.attention is not None
+    return Rung(attention=norm.amount * rung.attention)
 
 
 @dataclass(frozen=True)
@@ -453,14 +496,17 @@ class Scheme:
         """Whether ω is part of x_0."""
         return self.join.with_tokens or self.start.table_stays
 
-    def ladder(self, tables: Sequence[Tensor], norms: Sequence[PositionNorm]) -> list[Rung]:
-        """Return the rungs, from one table and, where the join has them, one norm a layer."""
-        ladder = self.join.climb(tables, norms)
+    def step(self, layer: int, position: Tensor | None, norm: PositionNorm | None) -> Step:
+        """Return the rung of a layer that is handed ω_l, and ω_{l+1}."""
+        if position is None:
+            return Rung(), None
+        rung, following = self.join.step(position, norm)
         if self.start.preserves:
-            ladder = weighed(ladder, norms)
-        if self.start.table_stays:
-            ladder[0] = ladder[0]._replace(residual=tables[0])
-        return ladder
+            assert norm is not None
+            rung = weighed(rung, norm)
+        if self.start.table_stays and layer == 0:
+            rung = rung._replace(residual=position)
+        return rung, following
 
 
 def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh") -> Scheme:

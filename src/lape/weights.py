@@ -1,11 +1,13 @@
-"""Weights from files: the authors' checkpoints, timm's and ours. The only room that opens weight files."""
+"""Weights from files: the authors', timm's, transformers' and ours. The only room that opens weight files."""
 
 import argparse
 import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
@@ -22,17 +24,23 @@ from torch import Tensor, nn
 from lape import reading
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
-from lape.hosts import RECORD, Host, find, grid_of
-from lape.hosts import read as read_entry
-from lape.method import POSITION_EMBEDDINGS, Grid
+from lape.hosts import Host, blocks_path, class_names, find, grid_of, value_at
+from lape.hosts.registry import RECORD
+from lape.method import POSITION_EMBEDDINGS, POSITION_NORMS, TABLES, Grid, Table
+from lape.surgery.operation import apply
 from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
-from lape.surgery.view import View
+from lape.surgery.proxy import Proxies
 
 Weights = dict[str, Tensor]
 Many = list | tuple | set
 
 _RECOMPUTED = re.compile(r"\.(relative_position_index|attn_mask)$")
-_OF_A_JOIN = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|pos_embed|absolute_pos_embed)$")
+# What PyTorch puts into the names of modules that it compiles, shards or recomputes; no module is called so.
+_WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Where training programs keep weights, as timm looks for them: their running average first.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_KEPT = (*_AVERAGES, "state_dict", "model")
+_OF_TRANSFORMERS = "transformers.modeling_utils.PreTrainedModel"
 # What a start may lack in patch embedding, blocks and tables; layer scales start where they change nothing, at 1.
 _MAY_BE_NEW = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|absolute_pos_embed|ls\d\.gamma)$")
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -41,30 +49,41 @@ _PATCHES = "patch_embed.proj.weight"
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a file did not bring: the model's own initial values stand there."""
+    """What a file did not bring: the model's own initial values stand there.
+
+    `average` is where the file keeps the running average of its weights, if that was taken.
+    """
 
     missing: tuple[str, ...]
+    average: str | None = None
 
     def __str__(self) -> str:
+        taken = f"{_of_an_average(self.average)} " if self.average else ""
         if not self.missing:
-            return "Every parameter was loaded."
+            return f"{taken}Every parameter was loaded."
         return (
-            f"{_named(self.missing)} not in the file: they keep their initial values, so the model does not compute "
-            "what the file's did. Train it before use."
+            f"{taken}{_named(self.missing)} not in the file: they keep their initial values, so the model does not "
+            "compute what the file's did. Train it before use."
         )
 
 
 @dataclass(frozen=True)
 class Started:
-    """What a start took from `source`; `missing` kept the model's initial values, `left` stayed behind."""
+    """What a start took from `source`; `missing` kept the model's initial values, `left` stayed behind.
+
+    `average` is where the source keeps the running average of its weights, if that was taken.
+    """
 
     source: str
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     left: tuple[str, ...]
+    average: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors were loaded."]
+        if self.average:
+            lines.append(_of_an_average(self.average))
         if self.missing:
             lines.append(f"Not in it, initial values stay: {_grouped(self.missing, self.loaded)}.")
         if self.left:
@@ -75,9 +94,10 @@ class Started:
 def read(path: str | Path) -> Weights:
     """Return the tensors of a .safetensors file or of a checkpoint that torch.save wrote, without running its code.
 
-    Raises RunError, naming the file, where it cannot be read, holds code, or holds no weights.
+    Of a checkpoint with a running average these are the average; of a run of ours, what the run validates. Raises
+    RunError, naming the file, where it cannot be read, holds code, or holds no weights.
     """
-    return _state(opened(Path(path)), path)
+    return _state(opened(Path(path)), path).weights
 
 
 def opened(path: Path) -> Any:
@@ -144,13 +164,42 @@ def _refuse_swollen(stored: Any, size: int) -> None:
         raise ValueError(f"its tensors say that they take {told} bytes, and it has {size}")
 
 
-def _state(stored: Any, where: str | Path) -> Weights:
-    for name in ("model", "state_dict"):
-        if isinstance(stored, Mapping) and isinstance(stored.get(name), Mapping):
-            stored = stored[name]
-    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()) or not stored:
-        raise RunError(f"{where} holds no weights: a mapping of names to tensors is expected, or one under 'model'.")
-    return {name.removeprefix("module."): value for name, value in stored.items()}
+@dataclass(frozen=True)
+class _Source:
+    """Weights, what to call them, and where they were kept if they are an average."""
+
+    weights: Weights
+    where: str
+    average: str | None
+
+
+def _state(stored: Any, where: str | Path) -> _Source:
+    average = None
+    settings = stored.get("experiment") if isinstance(stored, Mapping) else None
+    if isinstance(settings, Mapping) and "ema_evaluated" in settings and "model" in stored:  # of a run of ours
+        judged = judged_weights(stored)
+        stored, average = judged, "ema" if judged is stored.get("ema") else None
+    while isinstance(stored, Mapping):
+        kept = next((name for name in _KEPT if isinstance(stored.get(name), Mapping)), None)
+        if kept is None:
+            break
+        stored, average = stored[kept], average or (kept if kept in _AVERAGES else None)
+    if not _full_of_tensors(stored):
+        inside = (
+            [repr(name) for name, value in stored.items() if _full_of_tensors(value)]
+            if isinstance(stored, Mapping)
+            else []
+        )
+        edit = f" It has some under {' and '.join(inside)}: give the state dict there." if inside else ""
+        raise RunError(
+            f"{where} holds no weights: a mapping of names to tensors is expected, or one under 'model'.{edit}"
+        )
+    named = {_WRAPPED.sub("", name).removeprefix("module."): value for name, value in stored.items()}
+    return _Source(named, str(where), average)
+
+
+def _full_of_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(part, Tensor) for part in value.values())
 
 
 def refuse_another(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -184,32 +233,39 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     """Return weights under a model's own names and sizes, from its family's first authors', LaPE's authors' or timm's.
 
     Tables are resized to the model's grid by its host's rule; one of as many patches is taken as it is. Raises RunError
-    where a file's table cannot be made the model's, and UsageError for a model of a library that reads its own files.
+    where a file's table cannot be made the model's, and UsageError for a model of another library.
     """
-    vit, host = _of_files(model)
-    assert host.filter is not None
+    vit, host = _of_timm(model)
+    assert host.files is not None
     path = _path(model, vit)
     if path and any(name.startswith(path) for name in weights):  # of the whole that the transformer is a part of
         inside = {name.removeprefix(path): value for name, value in weights.items() if name.startswith(path)}
         around = {name: value for name, value in weights.items() if not name.startswith(path)}
         converted = {f"{path}{name}": value for name, value in convert(inside, vit).items()}
         return converted | renamed(around, getattr(model, "names", ()))
-    named = {name: value for name, value in renamed(weights, host.names).items() if not _RECOMPUTED.search(name)}
-    # timm's filter would resample patches of another size, which are another model's, and tables by a rule of its own.
-    patches = {name: named.pop(name) for name in (_PATCHES,) if name in named and named[name].ndim == 4}
-    given = import_module(host.filter).checkpoint_filter_fn
+    named = {name: value for name, value in renamed(weights, host.files.names).items() if not _RECOMPUTED.search(name)}
+    # timm's filter would resample patches of another size, which are another model's, and tables by a rule of its own:
+    # also relative ones that fit, where a window is no square.
+    own = vit.state_dict()
+    tables = [name for name in named if name.endswith(BIAS_TABLE) and name in own and _alike(named[name], own[name])]
+    patches = [name for name in (_PATCHES,) if name in named and named[name].ndim == 4]
+    around = {name: named.pop(name) for name in (*patches, *tables)}
+    given = import_module(host.files.filter).checkpoint_filter_fn
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in signature(given).parameters else {}
-    found = given(named, View(vit, {host.table: None}), **options) | patches
+    found = given(named, Proxies(type(vit), [host.table]).of(vit, {host.table: None})[0], **options) | around
     return found | dict(_fitted_tables(found, vit, host))
 
 
-def _of_files(model: nn.Module) -> tuple[nn.Module, Host]:
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape
+
+
+def _of_timm(model: nn.Module) -> tuple[nn.Module, Host]:
     vit, host = find(model)
-    if host.filter is None:
+    if host.files is None:
         raise UsageError(
-            f"Files are converted for models of timm and of this project, and this is a {host.name}. Its parameters "
-            "keep their names: load it by its own library before lape.apply, or by model.load_state_dict(weights, "
-            "strict=False), which then misses what lape.apply added and nothing else."
+            f"Parts of files go into models of timm and of this project, and this is a {host.name}. Load the whole: "
+            "lape.load_weights(model, path), or its own library's loader before lape.apply."
         )
     return vit, host
 
@@ -237,12 +293,14 @@ def _fitted_tables(found: Weights, vit: nn.Module, host: Host) -> Iterator[tuple
     assert grid is not None
     places = {part: name for name, part in vit.named_modules()}
     grids = {places[layer.block]: layer.grid for layer in record.layers(grid)} if record else {}
-    brought = sum(found[name].numel() for name in _PREFIX_TOKENS if name in found) // read_entry(vit, host.width)
+    brought = sum(found[name].numel() for name in _PREFIX_TOKENS if name in found) // value_at(vit, host.width)
     for name, own in vit.named_parameters():
         place, _, kind = name.rpartition(".")
         if name in found and kind == host.table:
             yield name, _fitted(name, found[name], own, grids.get(place, grid), brought, vit, host)
         elif name in found and kind == BIAS_TABLE and place in grids and found[name].ndim == 2:
+            if len(found[name]) == len(own):
+                continue
             side = (_side(name, len(found[name]), 0) + 1) // 2
             yield name, resized_bias_table(found[name].to(own), (side, side), grid)
 
@@ -258,18 +316,15 @@ def _fitted(
     patches, rows = grid[0] * grid[1], table.shape[1]
     kept = own.shape[1] - patches  # rows of the model's prefix tokens
     record: Positions | None = vit.__dict__.get(RECORD)
-    embedding = host.own if record is None else record.scheme.embedding.name
+    embedding = host.embedding.own if record is None else record.scheme.embedding.name
     kind = POSITION_EMBEDDINGS[embedding].table
     if kind is not None and not kind.learns:
-        same, side = rows == own.shape[1], math.isqrt(max(rows - kept, 0))
-        expected = own if same else kind.make((side, side), kept, own.shape[2]).to(own)
-        if expected.shape == table.shape and not torch.allclose(table.to(own), expected, atol=1e-4):
-            raise RunError(
-                f"The file's position table was learnt, and this model's is fixed (pe={embedding!r}). "
-                "Use pe='learnable'."
-            )
-        return table if same else own.detach()  # a fixed table is made for the grid, not resized
-    tokens = read_entry(vit, host.prefix)
+        if rows == own.shape[1] and kind.holds(table, grid, kept):
+            return table
+        if not _of_some_grid(kind, table, {kept, brought, 0, 1}):
+            raise _learnt(embedding)
+        return own.detach()  # a fixed table is made for the grid, not resized
+    tokens = value_at(vit, host.prefix)
     if rows == own.shape[1] and brought in (0, tokens):
         return table
     # A table may leave the prefix tokens out, and a file that brings none may still have the class token's row.
@@ -286,6 +341,19 @@ def _fitted(
     return table if old == grid else host.resize(table.to(own), grid, old, kept)
 
 
+def _of_some_grid(kind: Table, table: Tensor, prefixes: Iterable[int]) -> bool:
+    """Return whether a fixed table is that of a grid of any sides, behind one of these numbers of prefix tokens."""
+    patches = {prefix: table.shape[1] - prefix for prefix in prefixes}
+    grids = ((p, (height, n // height)) for p, n in patches.items() for height in range(1, n + 1) if n % height == 0)
+    return any(kind.holds(table, grid, prefix) for prefix, grid in grids)
+
+
+def _learnt(embedding: str) -> RunError:
+    return RunError(
+        f"The file's position table was learnt, and this model's is fixed (pe={embedding!r}). Use pe='learnable'."
+    )
+
+
 def _side(name: str, rows: int, prefix: int) -> int:
     if not _square(rows - prefix):
         raise RunError(
@@ -300,10 +368,14 @@ def _square(count: int) -> bool:
 
 
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Loaded:
-    """Load a file of LaPE's authors, of timm, of a model's first authors or of this project into a model, in place.
+    """Load a file, or a state dict, into a vision transformer, in place: of the authors, of its library, or of ours.
+
+    A file of timm or of the authors is that of the transformer alone; one of transformers goes through its conversion
+    of names, into the model of its classes around the transformer; any other has the names of `model`. A running
+    average that the file keeps is taken, as timm does.
 
     Args:
-        model: A vision transformer of timm's or of this project, with or without a join.
+        model: A vision transformer of any library, with or without a join.
         source: A .safetensors file, a checkpoint of torch.save's (opened without running its code), or a state dict.
 
     Returns:
@@ -311,7 +383,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         missing.
 
     Raises:
-        RunError: For a file that cannot be read, and for a parameter that does not fit; the message names it.
+        RunError: For a file that cannot be read, and for a parameter that does not fit; the message names it, and the
+            model is unchanged.
 
     Warns:
         UserWarning: Where something is missing, since the model then does not compute what the file's model did.
@@ -322,14 +395,18 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Tensor]) ->
         >>> print(lape.load_weights(model, trained.state_dict()))
         Every parameter was loaded.
     """
-    where = str(source) if isinstance(source, str | Path) else "The state dict"
-    vit, _ = _of_files(model)
-    weights = _converted(read(source) if isinstance(source, str | Path) else source, vit, where)
-    missing = _compared(weights, vit.state_dict(), _OF_A_JOIN, where)
-    vit.load_state_dict(weights, strict=False)
-    loaded = Loaded(tuple(missing))
+    vit, host = find(model)
+    stored = _read(source)
+    target = vit
+    if host.files is None:
+        as_it_is = stored.weights.keys() <= model.state_dict().keys()
+        target = model if as_it_is else _of_transformers(model, vit) or model
+    weights = _fitted_to(target, stored, vit, host)
+    missing = _compared(weights, target.state_dict(), _of_a_join(host), _of_a_join(host), stored.where)
+    target.load_state_dict(weights, strict=False)
+    loaded = Loaded(tuple(missing), stored.average)
     if missing:
-        warnings.warn(f"{where}: {loaded}", stacklevel=2)
+        warnings.warn(f"{stored.where}: {loaded}", stacklevel=2)
     return loaded
 
 
@@ -357,70 +434,191 @@ def load_backbone(model: nn.Module, source: str | Path | Mapping[str, Any]) -> S
         >>> lape.load_backbone(model, classifier.state_dict()).missing
         ('head.weight', 'head.bias')
     """
-    vit, host = _of_files(model)
-    weights, where = _pretrained(source)
+    vit, host = _of_timm(model)
+    stored = _read(source, fetch=_fetched)
     path, own = _path(model, vit), model.state_dict()
-    weights = _converted(weights, model, where)
+    weights = _fitted_to(model, stored, vit, host)
     alone = "" if any(name.startswith(path) for name in weights) else path  # of the transformer alone
     weights = {f"{alone}{name}": value for name, value in weights.items()}
-    roots = {str(place).partition(".")[0] for place in (host.grid, host.stages or host.blocks)}
+    roots = {str(place).partition(".")[0] for place in (host.grid, blocks_path(host))}
 
     def core(tensors: Mapping[str, Tensor]) -> Weights:
         inside = {name.removeprefix(path): value for name, value in tensors.items() if name.startswith(path)}
         return {name: value for name, value in inside.items() if name.partition(".")[0] in {*roots, host.table}}
 
-    _compared(core(weights), core(own), _MAY_BE_NEW, where)
+    _compared(core(weights), core(own), _of_a_join(host), _MAY_BE_NEW, stored.where)
     taken = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     model.load_state_dict(taken, strict=False)
     missing = tuple(name for name in own if name not in taken)
     left = tuple(name.removeprefix(alone) for name in weights if name not in taken)
-    return Started(where, tuple(taken), missing, left)
+    return Started(stored.where, tuple(taken), missing, left, stored.average)
 
 
-def _pretrained(source: str | Path | Mapping[str, Any]) -> tuple[Weights, str]:
-    """Return the weights that a model may start from, and what to call them."""
+def _of_a_join(host: Host) -> re.Pattern[str]:
+    """Return a pattern of the names that a join adds to a model or takes from it."""
+    tables = {"pos_embed", "absolute_pos_embed", host.table_name, host.table.removeprefix(f"{host.holder}.")}
+    return re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|{'|'.join(map(re.escape, sorted(tables)))})$")
+
+
+def _read(source: str | Path | Mapping[str, Any], fetch: Callable[[str], _Source] | None = None) -> _Source:
+    """Return the weights that are named, or given; `fetch` has those of a name that is no file's."""
     if isinstance(source, Mapping):
-        return _state(source, "The state dict"), "The state dict"
+        return _state(source, "The state dict")
     path = Path(source)
-    if not path.exists():
-        return _of_timm(str(source)), str(source)
-    stored = opened(path)
-    if isinstance(stored, Mapping) and {"experiment", "model"} <= stored.keys():  # of a run of ours
-        stored = judged_weights(stored)
-    return _state(stored, path), str(source)
+    if fetch is not None and not path.exists():
+        return fetch(str(source))
+    return _state(opened(path), path)
 
 
-def _of_timm(source: str) -> Weights:
+def _fitted_to(target: nn.Module, stored: _Source, vit: nn.Module, host: Host) -> Weights:
+    """Return weights under a model's names and in its sizes; a prefix goes whose removal makes those of its blocks fit.
+
+    A program that trained the model as a part of another puts one before them: `model.`, `backbone.`, `net.`. Raises
+    RunError where several parts fit, as a student and its teacher.
+    """
+    weights, root = stored.weights, (blocks_path(host)).partition(".")[0]
+    blocks = {name for name in vit.state_dict() if name.startswith(f"{root}.") and not _MAY_BE_NEW.search(name)}
+    wanted = blocks | {f"{_path(target, vit)}{name}" for name in blocks}
+
+    def fit(names: Iterable[str]) -> bool:
+        return 2 * len(wanted.intersection(names)) >= len(blocks)
+
+    found = _converted(weights, target, vit, host, stored.where)
+    if fit(found):
+        return found
+    before = {match[1] for name in weights if (match := re.match(rf"(.+?\.){root}\.", name))}
+    before |= {whole[: dot.end()] for whole in before for dot in re.finditer(r"\.", whole)}
+    without = {prefix: {name.removeprefix(prefix): weights[name] for name in weights} for prefix in before}
+    fitting = [
+        prefix
+        for prefix, named in sorted(without.items())
+        if fit(renamed(named, host.files.names if host.files else ()))
+    ]
+    if len(fitting) > 1:
+        raise RunError(
+            f"{stored.where} holds {len(fitting)} such models: their names begin with "
+            f"{' and '.join(map(repr, fitting))}. Give a state dict of one, without what its names begin with."
+        )
+    return _converted(without[fitting[0]], target, vit, host, stored.where) if fitting else found
+
+
+def _fetched(source: str) -> _Source:
     import timm
 
     name = source.removeprefix("timm/")
     if not timm.is_model(name):
         raise RunError(f"{source} does not exist, and timm knows no model of that name. Check the path or the name.")
     try:
-        return timm.create_model(name, pretrained=True).state_dict()
+        return _Source(timm.create_model(name, pretrained=True).state_dict(), source, None)
     except Exception as error:  # the Hub's client and its network library raise kinds of their own
         raise RunError(
             f"timm's weights of {name} cannot be had ({error}). Give the file that holds them, or another name."
         ) from error
 
 
-def _converted(weights: Mapping[str, Tensor], model: nn.Module, where: str) -> Weights:
+def _converted(weights: Weights, target: nn.Module, vit: nn.Module, host: Host, where: str) -> Weights:
+    """Return weights under the names of a model and in its sizes, by the rules of its library."""
     try:
-        return convert(weights, model)
+        if host.files is not None:
+            return convert(weights, target)
+        if _OF_TRANSFORMERS in class_names(target):
+            weights = _as_transformers_loads(weights, target, vit)
+        record: Positions | None = vit.__dict__.get(RECORD)
+        kind = None if record is None else record.scheme.embedding.table
+        table = f"{_path(target, vit)}{host.table}"
+        own = target.state_dict().get(table)
+        values = weights.get(table)
+        if kind is None or record is None or own is None or values is None or not _alike(own, values):
+            return weights
+        if not kind.holds(values, record.grid, record.prefix_rows):
+            raise _learnt(record.scheme.embedding.name)
+        return weights
     except RunError as error:
         raise RunError(f"{where} does not fit: {error}") from error
 
 
-def _compared(weights: Weights, own: Mapping[str, Tensor], optional: re.Pattern[str], where: str) -> list[str]:
+def _of_transformers(model: nn.Module, vit: nn.Module) -> nn.Module | None:
+    """Return the outermost model of transformers' classes around a transformer: files are of that."""
+    around = (part for part in model.modules() if any(inner is vit for inner in part.modules()))
+    return next((part for part in around if _their_class(part) is not None), None)
+
+
+def _their_class(model: nn.Module) -> Any:
+    """Return the class of transformers that a model is of, whose files its library knows."""
+    known = _OF_TRANSFORMERS in class_names(model)
+    return next(
+        (kind for kind in type(model).__mro__ if known and kind.__module__.startswith("transformers.models.")), None
+    )
+
+
+def _as_transformers_loads(weights: Weights, model: nn.Module, vit: nn.Module) -> Weights:
+    """Return weights under the names of a model of transformers, whose files have other names than its parameters.
+
+    Its library loads them into a model of that class with the same join, and says which had no place.
+    """
+    kind, record = _their_class(model), vit.__dict__.get(RECORD)
+
+    def begin(self: Any, config: Any) -> None:
+        kind.__init__(self, config)
+        if record is not None:
+            apply(self, **_names(record))
+
+    # By its module transformers tells a class whose names it converts from a user's.
+    twin: Any = type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
+    with _silence():
+        filled, told = twin.from_pretrained(
+            None,
+            config=deepcopy(model.config),
+            state_dict=dict(weights),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    others = {name: torch.empty(shape, device="meta") for name, shape, _ in told["mismatched_keys"]}
+    foreign = {name: weights.get(name, torch.empty(0, device="meta")) for name in told["unexpected_keys"]}
+    loaded = {name: value for name, value in filled.state_dict().items() if name not in told["missing_keys"]}
+    whole = {name.partition(".")[0] for name in weights}
+    if not loaded and len(whole) == 1 and all("." in name for name in weights):  # in something that is none of theirs
+        return _as_transformers_loads({name.partition(".")[2]: weights[name] for name in weights}, model, vit)
+    return loaded | foreign | others
+
+
+def _names(record: Positions) -> dict[str, Any]:
+    """Return what `apply` calls the scheme of a model, with a learnt table for a fixed one: any file's goes in."""
+    scheme = record.scheme
+    table, plus, bias = scheme.embedding.name.partition("+")
+    learnt = table if table not in TABLES else f"learnable{plus}{bias}"
+    (norm,) = (name for name, kind in POSITION_NORMS.items() if kind == scheme.norm)
+    return {"join": scheme.join.name, "pe": learnt, "pe_norm": norm, "start": scheme.start.name}
+
+
+@contextmanager
+def _silence() -> Generator[None, None, None]:
+    """Keep transformers from its report and its bar: what is missing is said here."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _compared(
+    weights: Weights, own: Mapping[str, Tensor], of_a_join: re.Pattern[str], optional: re.Pattern[str], where: str
+) -> list[str]:
     """Return the names that a model has and weights lack; raise RunError unless those alone are missing."""
     foreign = [name for name in weights if name not in own]
     missing = [name for name in own if name not in weights]
-    if any(_OF_A_JOIN.search(name) for name in foreign):
+    lacking = [name for name in missing if not optional.search(name)]
+    if foreign and all(of_a_join.search(name) for name in (*foreign, *lacking)):
         raise RunError(
             f"{where} was trained with another join or table than this model's: {_named(foreign)} not in the model. "
             "Apply that join first: lape.apply(model, join=..., pe=...)."
         )
-    lacking = [name for name in missing if not optional.search(name)]
     if foreign or lacking:
         parts = [
             f"{_named(names)} not in the {place}" for names, place in ((foreign, "model"), (lacking, "file")) if names
@@ -433,6 +631,10 @@ def _compared(weights: Weights, own: Mapping[str, Tensor], optional: re.Pattern[
                 f"{tuple(parameter.shape)} here. Create the model with the same sizes and number of classes."
             )
     return missing
+
+
+def _of_an_average(kept: str) -> str:
+    return f"Of the weights that it holds, their running average was taken ({kept!r})."
 
 
 def _named(names: list[str] | tuple[str, ...]) -> str:

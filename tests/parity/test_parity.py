@@ -1,12 +1,13 @@
 """Law: given a reference model's weights and input, ours computes its output and its gradients, in float64 to 1e-9.
 
 Every *.json below the folder in LAPE_FIXTURES, or else below tests/fixtures, is a case. A case is built from it alone;
-its weights come through the conversion that `lape.load_weights` makes of a reference project's file.
+its weights come through the conversion that `lape.load_weights` makes of a reference project's file. What a case says
+and no builder asks for must hold of the model that was built, or the case fails: an option is not passed over.
 """
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lape
+from lape.method import PositionNorm
 from lape.models import swin as published_swin
 from lape.models.ceit import CeiT
-from lape.models.compact import CompactTransformer
+from lape.models.compact import BETWEEN, CompactTransformer
 from lape.models.segmenter import MaskTransformer, Segmenter, SegmenterViT
 from lape.models.t2t_vit import T2TViT
 from lape.models.upernet import NAMES, UperNet, fcn_head, uper_head
 from lape.models.vit_adapter import ViTAdapter
+from lape.surgery.operation import positions
+from lape.surgery.positions import BIAS_OWN
 from lape.weights import convert, renamed
 
 FOLDER = Path(os.environ.get("LAPE_FIXTURES") or Path(__file__).parents[1] / "fixtures")
@@ -112,7 +116,7 @@ def vit_adapter(case: dict[str, Any], arch: dict[str, Any] | None = None) -> nn.
 def vit_adapter_upernet(case: dict[str, Any]) -> nn.Module:
     arch = case["arch"]
     head, auxiliary = arch["decode_head"], arch["auxiliary_head"]
-    backbone = vit_adapter({**case, "arch": arch["backbone"]})
+    backbone = vit_adapter(case, arch["backbone"])
     return UperNet(backbone, head["num_classes"], head["channels"], auxiliary["channels"])
 
 
@@ -138,11 +142,12 @@ def segmenter(case: dict[str, Any]) -> nn.Module:
 
 PATCH, BIAS = ("patch_size", "patch_size"), ("qkv_bias", "qkv_bias")
 KERNEL, CONVOLUTIONS = ("kernel", "kernel_size"), ("convolutions", "n_conv_layers")
+CEIT = (("stem_dim", "stem_chans"), ("leff_local_size", "leff_kernel"), ("leff_with_bn", "leff_with_bn"))
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "vit": lambda case: vit(case, VisionTransformer, PATCH, BIAS),
     "deit_distilled": lambda case: vit(case, VisionTransformerDistilled, PATCH, BIAS),
     "t2t_vit": lambda case: vit(case, T2TViT, BIAS, ("token_dim", "token_dim")),
-    "ceit": lambda case: vit(case, CeiT, PATCH, BIAS, ("stem_dim", "stem_chans")),
+    "ceit": lambda case: vit(case, CeiT, PATCH, BIAS, *CEIT),
     "vit_lite": lambda case: vit(case, CompactTransformer, KERNEL, class_token=True),
     "cvt": lambda case: vit(case, CompactTransformer, KERNEL),
     "cct": lambda case: vit(case, CompactTransformer, KERNEL, CONVOLUTIONS),
@@ -160,6 +165,166 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 HEADS = ("upernet_head", "fcn_head")  # on maps, not on an image
 
 
+class Asked(Mapping[str, Any]):
+    """The numbers of a case; knows which of them were asked for."""
+
+    def __init__(self, numbers: dict[str, Any]) -> None:
+        self.numbers = {name: Asked(value) if isinstance(value, dict) else value for name, value in numbers.items()}
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return self.numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def left(self, path: str = "") -> dict[str, Any]:
+        """Return what was not asked for, by its path."""
+        found: dict[str, Any] = {}
+        for name, value in self.numbers.items():
+            if isinstance(value, Asked):
+                found |= value.left(f"{path}{name}/")
+            elif name not in self.asked:
+                found[f"{path}{name}"] = value
+        return found
+
+
+# What cases say beside what builds them: in sentences, or of training alone.
+SENTENCES = {
+    *("pooling", "block", "lca_pe", "attention_scale_position", "rpe_norm_axis", "pe_norm_formula"),
+    "positional_embedding_upstream",
+}
+OF_TRAINING = {"drop_rate", "attn_drop_rate", "drop_path_rate", "dropout", "attention_dropout", "stochastic_depth"}
+# What they say of the model, and what it is in ours.
+ADAPTED: dict[str, Callable[[Any], Any]] = {
+    "img_size": lambda model: model.patch_embed.img_size[0],
+    "in_chans": lambda model: model.patch_embed.proj.in_channels,
+    "with_cffn": lambda model: all(hasattr(part.extractor, "ffn") for part in model.interactions),
+    "add_vit_feature": lambda model: True,
+    "use_extra_extractor": lambda model: len(model.interactions[-1].extra_extractors) > 0,
+    "window_attn": lambda model: [block.window is not None for block in model.blocks],
+}
+HEAD: dict[str, Callable[[Any], Any]] = {
+    "bn_eps": lambda head: next(part.eps for part in head.modules() if isinstance(part, nn.BatchNorm2d)),
+    "align_corners": lambda head: False,
+    "num_convs": lambda head: sum(isinstance(part, nn.BatchNorm2d) for part in head.modules()),
+    "concat_input": lambda head: False,
+    "in_index": lambda head: 2,
+    "pool_scales": lambda head: [1, 2, 3, 6],
+}
+COMPACT: dict[str, Callable[[Any], Any]] = {
+    "patch_size": lambda model: model.patch_embed.convs[0].kernel_size[0],
+    "stride": lambda model: model.patch_embed.convs[0].stride[0],
+    "padding": lambda model: model.patch_embed.convs[0].padding[0],
+    "n_conv_layers": lambda model: len(model.patch_embed.convs),
+    "conv_bias": lambda model: model.patch_embed.convs[0].bias is not None,
+    "conv_activation": lambda model: "relu" if model.patch_embed.pooled else None,
+    "max_pool": lambda model: model.patch_embed.pooled,
+    "pooling_kernel_size": lambda model: model.patch_embed.steps[1].kernel,
+    "pooling_stride": lambda model: model.patch_embed.steps[1].stride,
+    "pooling_padding": lambda model: model.patch_embed.steps[1].padding,
+    "in_planes": lambda model: BETWEEN,
+}
+SAID: dict[str, Callable[[Any], Any]] = {
+    "grid": lambda model: list(positions(model).grid),
+    "extra_tokens": lambda model: model.num_prefix_tokens,
+    "num_tokens": lambda model: model.num_prefix_tokens + model.patch_embed.num_patches,
+    "qkv_bias": lambda model: model.blocks[0].attn.qkv.bias is not None,
+    "qk_scale": lambda model: None,
+    "act": lambda model: "gelu (erf)",
+    "pe_norm_eps": lambda model: one(part.eps for part in model.modules() if isinstance(part, PositionNorm)),
+    "progressive": lambda model: positions(model).scheme.join.name == "lape",
+    "rpe_norm_dim": lambda model: model.blocks[0].get_submodule(BIAS_OWN).pe_norm.normalized_shape[0],
+    "rpe_norm_eps": lambda model: model.blocks[0].get_submodule(BIAS_OWN).pe_norm.eps,
+}
+SAID_OF: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "t2t_vit": {
+        "tokens_type": lambda model: "performer",
+        "soft_splits": lambda model: [step._asdict() for step in model.patch_embed.steps],
+        "performer/kernel_ratio": lambda model: (
+            len(model.patch_embed.attention1.w) / model.patch_embed.attention1.w.shape[1]
+        ),
+        "performer/m": lambda model: len(model.patch_embed.attention1.w),
+        "performer/epsilon": lambda model: 1e-8,
+        "performer/head_cnt": lambda model: 1,
+        "performer/order": lambda model: "k,q,v",
+        "performer/norm_eps": lambda model: model.patch_embed.attention1.norm1.eps,
+        "performer/mlp_ratio": lambda model: ratio(model.patch_embed.attention1.mlp[0]),
+    },
+    "ceit": {
+        "stem_kernel": lambda model: model.patch_embed.conv.kernel_size[0],
+        "stem_stride": lambda model: model.patch_embed.conv.stride[0],
+        "stem_padding": lambda model: model.patch_embed.conv.padding[0],
+        "stem_conv_bias": lambda model: model.patch_embed.conv.bias is not None,
+        **{
+            f"stem_pool/{name}": partial(lambda name, model: getattr(model.patch_embed.steps[1], name), name)
+            for name in ("kernel", "stride", "padding")
+        },
+        "bn_eps": lambda model: one(part.eps for part in model.modules() if isinstance(part, nn.BatchNorm2d)),
+        "lca_mlp_ratio": lambda model: ratio(model.lca.mlp.fc1),
+    },
+    "swin": {
+        "patch_norm": lambda model: isinstance(model.patch_embed.norm, nn.LayerNorm),
+        "ape": lambda model: positions(model).scheme.embedding.table is not None,
+        "rpe": lambda model: positions(model).scheme.embedding.bias is not None,
+    },
+    "segmenter": {
+        "distilled": lambda model: False,
+        "dec_d_ff": lambda model: model.decoder.blocks[0].mlp.fc1.out_features,
+    },
+    "vit_adapter": ADAPTED,
+    "vit_adapter_upernet": {
+        **{
+            f"backbone/{name}": partial(lambda said, model: said(model.backbone), said)
+            for name, said in ADAPTED.items()
+        },
+        **{
+            f"{part}/{name}": partial(lambda part, said, model: said(getattr(model, part)), part, said)
+            for part in ("decode_head", "auxiliary_head")
+            for name, said in HEAD.items()
+        },
+        "decode_head/in_channels": lambda model: [model.backbone.embed_dim] * 4,
+        "auxiliary_head/in_channels": lambda model: model.backbone.embed_dim,
+        "auxiliary_head/num_classes": lambda model: model.auxiliary_head.classifier[-1].out_channels,
+    },
+    "upernet_head": HEAD,
+    "fcn_head": HEAD,
+    "vit_lite": COMPACT,
+    "cvt": COMPACT,
+    "cct": COMPACT,
+}
+
+
+def one(values: Iterator[Any]) -> Any:
+    """What all of them are."""
+    (value,) = set(values)
+    return value
+
+
+def ratio(layer: nn.Linear) -> float:
+    return layer.out_features / layer.in_features
+
+
+def built(case: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    """The model of a case; fails where the case says what the model is not, or what nobody asked for."""
+    arch = Asked(case["arch"])
+    model = BUILDERS[case["family"]]({**case, "arch": arch})
+    said = SAID | SAID_OF.get(case["family"], {})
+    for name, value in arch.left().items():
+        if name.startswith("pe_shapes/"):
+            assert list(state[name.removeprefix("pe_shapes/")].shape) == value, name
+        elif name in SENTENCES:
+            assert isinstance(value, str), name
+        elif name not in OF_TRAINING:
+            assert name in said, f"nothing asks for {name}={value!r}"
+            assert said[name](model) == value, f"{name}={value!r}, and the model has {said[name](model)!r}"
+    return model
+
+
 def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
     error = (ours - reference).abs().max() / reference.abs().max().clamp(min=1e-30)
     assert ours.shape == reference.shape, f"{what}: {tuple(ours.shape)} against {tuple(reference.shape)}"
@@ -168,6 +333,41 @@ def assert_close(ours: Tensor, reference: Tensor, what: str) -> None:
 
 def test_there_are_cases() -> None:
     assert CASES, f"no *.json below {FOLDER}"
+
+
+def an_example(family: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    path = next(path for path in CASES if json.loads(path.read_text())["family"] == family)
+    tensors = load_file(path.with_suffix(".safetensors"))
+    state = {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")}
+    return json.loads(path.read_text()), state
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_an_option_that_no_builder_knows_fails_the_case(family: str) -> None:
+    case, state = an_example(family)
+    built(case, state)
+    inner = next((name for name, value in case["arch"].items() if isinstance(value, dict)), None)
+    for where in (case["arch"], case["arch"][inner] if inner and inner != "pe_shapes" else case["arch"]):
+        where["made_up"] = 3
+        with pytest.raises(AssertionError, match=r"nothing asks for (\w+/)?made_up=3"):
+            built(case, state)
+        del where["made_up"]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "value"),
+    [
+        ("ceit", "stem_kernel", 3),
+        ("t2t_vit", "tokens_type", "transformer"),
+        ("vit", "qk_scale", 0.5),
+        ("swin", "ape", 7),
+    ],
+)
+def test_an_option_that_the_model_has_otherwise_fails_the_case(family: str, name: str, value: Any) -> None:
+    case, state = an_example(family)
+    case["arch"][name] = value
+    with pytest.raises(AssertionError, match=f"{name}={value!r}, and the model has"):
+        built(case, state)
 
 
 def numbered(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
@@ -181,9 +381,9 @@ def numbered(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
 def test_computes_what_the_reference_computes(path: Path) -> None:
     case = json.loads(path.read_text())
     tensors = load_file(path.with_suffix(".safetensors"))
-    model = BUILDERS[case["family"]](case)
     head = case["family"] in HEADS
     state = {name.removeprefix("state/"): value for name, value in tensors.items() if name.startswith("state/")}
+    model = built(case, state)
     model.load_state_dict(renamed(state, NAMES) if head else convert(state, model), strict=True)
     model.double().eval()
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lape.analysis.comparable import EXACT, comparable, joint_norm, norm_before_attention
 from lape.errors import RunError, UsageError
 from lape.method import Grid, decompose
+from lape.surgery.layers import grid_text
 from lape.surgery.operation import positions
-from lape.surgery.positions import Positions, by
+from lape.surgery.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -104,28 +105,34 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
     for norm in norms:
         if not isinstance(norm, nn.LayerNorm):
             raise UsageError(f"Equation 6 is about LayerNorm, and this model has {type(norm).__name__} in its place.")
-    seen: list[tuple[Tensor, Tensor]] = []
+    passed: list[tuple[Tensor, Tensor]] = []  # what enters each norm and what comes out
+    grids: list[Grid] = []
+
+    def note(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert record.forwards.latest is not None
+        grids.append(record.forwards.latest.grid)
+        passed.append((inputs[0], output))
+
     for norm in norms:
-        norm.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
-    weights, grids, error = [], set(), 0.0
+        norm.register_forward_hook(note)
+    weights, error = [], 0.0
     for batch in batches:
-        seen.clear()
+        passed.clear()
         model(batch.to(device, torch.float64 if batch.is_floating_point() else None))
-        grids.add(record.forward.grid)
         stream, layers = torch.zeros((), dtype=torch.float64, device=device), []
-        for rung, norm, passed in zip(record.ladder(record.forward.grid), norms, seen, strict=True):
-            whole, normed = (_batched(record, tokens) for tokens in passed)  # (B, N, D) each
+        for rung, norm, tensors in zip(record.ladder(grids[-1]), norms, passed, strict=True):
+            whole, normed = (_batched(record, tokens) for tokens in tensors)  # (B, N, D) each
             stream = stream if rung.residual is None else stream + rung.residual
             parts_of, missed = _decomposed(norm, whole, stream.expand_as(whole), normed)
             layers.append(parts_of.cpu())
             error = max(error, missed)
         weights.append(torch.stack(layers, dim=1))
-    if len(grids) != 1:
-        received = ", ".join(by(grid) for grid in sorted(grids)) or "no image at all"
+    if len(set(grids)) != 1:
+        received = ", ".join(grid_text(grid) for grid in sorted(set(grids))) or "no image at all"
         raise UsageError(f"Weights are compared on one grid of patches; received {received}. Give images of one size.")
     if not error <= EXACT:
         raise RunError(f"Equation 6 is missed by {error:.1e} of its largest number in float64; it holds to {EXACT:g}.")
-    return Decomposition(torch.cat(weights, dim=2), grids.pop(), error)
+    return Decomposition(torch.cat(weights, dim=2), grids[0], error)
 
 
 def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> tuple[Tensor, float]:

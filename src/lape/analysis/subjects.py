@@ -6,20 +6,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lape.analysis import Correlation, Decomposition, correlation, decomposition
 from lape.characters import plural
 from lape.data import pipeline
-from lape.data.sources import PHOTOGRAPHS, find
+from lape.data.sources import Source, find_set
 from lape.errors import UsageError
 from lape.experiment import Experiment, refuse_fetching
-from lape.hosts import find as transformer
 from lape.method import Grid
 from lape.models.registry import create_model
 from lape.surgery.operation import positions
-from lape.tasks.work import ClassificationWork, Source, Work, refuse_said, work_of
+from lape.tasks.building import refuse_keywords
+from lape.tasks.work import Work, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST
 from lape.training.evaluation import load_run
@@ -69,7 +68,7 @@ class Request:
         if self.checkpoints:
             self.refuse("model_args", "weights", "joins", "pe", "img_size", because="a checkpoint has its own")
         refuse_fetching(str(self.model or ""), self.model_args)
-        refuse_said(self.model_args, {"join": "--joins", "pe": "--pe"})
+        refuse_keywords(self.model_args, {"join": "--joins", "pe": "--pe"})
         if self.images is not None and self.images < 1:
             raise UsageError(f"images must be at least 1, not {self.images}.")
 
@@ -126,14 +125,14 @@ class Decomposing:
         def with_pictures(experiment: Experiment, stored: Source) -> Source:
             place = None if request.data else experiment.data_dir
             place = request.data_dir or place
-            return _of_the_same_kind(stored, find(request.data or experiment.data, place, download=not place))
+            return _of_the_same_kind(stored, find_set(request.data or experiment.data, place, download=not place))
 
         for path in request.checkpoints:
             run = load_run(path, with_pictures, devices=1, nodes=1)
             yield _with_images(_name_of(run.path), run.work, {"checkpoint": path, **run.experiment.settings()}, count)
         if request.model:
             data = request.data or Experiment.data
-            source = find(data, request.data_dir)
+            source = find_set(data, request.data_dir)
             for join in request.joins or self.joins:
                 experiment = Experiment(
                     data=data,
@@ -169,7 +168,7 @@ def _name_of(checkpoint: Path) -> str:
 
 def _of_the_same_kind(stored: Source, other: Source) -> Source:
     """Return a model's own set with another's validation images; raises UsageError where they are nothing for it."""
-    asked, known = ((type(source), source.channels, source.size) for source in (other, stored))
+    asked, known = ((source.kind, source.channels, source.size) for source in (other, stored))
     if asked[:2] != known[:2] or (asked[2] != known[2] and None not in (asked[2], known[2])):
         raise UsageError(
             f"The model looks at images like those of {stored.name}, and {other.name} has others, in kind, colours or "
@@ -180,24 +179,7 @@ def _of_the_same_kind(stored: Source, other: Source) -> Source:
 
 def _with_images(name: str, work: Work, settings: Mapping[str, Any], count: int) -> Subject:
     """Return a model with some of its set's validation images, drawn once and for all, or all where there are fewer."""
-    source, model = work.source, work.module
-    count = min(count, len(source.validation))
-    if isinstance(work, ClassificationWork):
-        work.source = replace(work.source, validation=work.source.validation.some(count))
-        shares = pipeline.load(work.validation(), pipeline.Whole(count, BATCH), None, pin=False)
-        batches: Iterable[Tensor] = (images for images, *_ in shares)
-    else:  # what is around the transformer has no positions
-        model = transformer(model)[0]
-        batches = _crops(source, model, count)
-    shown = f"{plural(count, 'validation image')} of {source.name}"
+    count = min(count, len(work.source.validation))
+    model, batches = work.transformer_images(count, BATCH)
+    shown = f"{plural(count, 'validation image')} of {work.source.name}"
     return Subject(name, model, settings, shown, batches)
-
-
-def _crops(source: Any, model: Any, count: int) -> Iterator[Tensor]:
-    """Yield pictures for detection or segmentation, resized and cut at the centre to the size of the model's table."""
-    (rows, columns), (tall, wide) = positions(model).own_grid(), model.patch_embed.patch_size
-    chosen = replace(PHOTOGRAPHS, crop_pct=1.0)
-    see = pipeline.validation_transform(source, chosen, (rows * tall, columns * wide))
-    order = torch.randperm(len(source.validation), generator=torch.Generator().manual_seed(0))
-    for some in order[:count].sort().values.split(BATCH):
-        yield torch.stack([see(source.validation.picture(index)) for index in some.tolist()])

@@ -70,7 +70,7 @@ class Augmenter:
 
 
 @dataclass(frozen=True)
-class Place:
+class Span:
     """A part of every sample's rows or columns: it begins at `start` and has `extent` pixels, (B,) each.
 
     It is stretched to the new size; of that the pixels from `offset` on are taken, and beyond the ends there is black.
@@ -94,7 +94,7 @@ class Crop:
         """Area and aspect of every try, and where the box lies."""
         return 2 * self.tries + 2
 
-    def __call__(self, draws: Tensor, height: int, width: int) -> tuple[Place, Place]:
+    def __call__(self, draws: Tensor, height: int, width: int) -> tuple[Span, Span]:
         """Return the rows and the columns of the box."""
         least, most = self.scale or (0.08, 1.0)
         flat, wide = self.ratio or (3 / 4, 4 / 3)
@@ -109,7 +109,7 @@ class Crop:
         sides = sides[torch.arange(len(sides), device=sides.device), first]  # (B, 2)
         free = image - sides
         starts = torch.where((first < self.tries)[:, None], lies * (free + 1), free / 2).floor()
-        top, left = (Place(start, side, torch.zeros_like(start)) for start, side in zip(starts.T, sides.T, strict=True))
+        top, left = (Span(start, side, torch.zeros_like(start)) for start, side in zip(starts.T, sides.T, strict=True))
         return top, left
 
 
@@ -120,17 +120,17 @@ class Shift:
     most: int
     columns: int = 2
 
-    def __call__(self, draws: Tensor, height: int, width: int) -> tuple[Place, Place]:
+    def __call__(self, draws: Tensor, height: int, width: int) -> tuple[Span, Span]:
         """Return the rows and the columns."""
         down, right = ((2 * self.most + 1) * draws).floor().sub(self.most).unbind(1)
         zero = torch.zeros_like(down)
-        return Place(zero, zero + height, down), Place(zero, zero + width, right)
+        return Span(zero, zero + height, down), Span(zero, zero + width, right)
 
 
-def _weights(place: Place, length: int, size: int, mirrored: Tensor, bicubic: Tensor) -> Tensor:
+def _weights(span: Span, length: int, size: int, mirrored: Tensor, bicubic: Tensor) -> Tensor:
     """Return (B, size, length): what each new pixel takes of each old one, as Pillow resizes (bicubic: a = -1/2)."""
     line = torch.arange(size, device=mirrored.device)
-    start, extent, offset = (part.float()[:, None] for part in (place.start, place.extent, place.offset))
+    start, extent, offset = (part.float()[:, None] for part in (span.start, span.extent, span.offset))
     new = torch.where(mirrored[:, None], line.flip(0), line) + offset  # (B, size)
     centre = start + (new + 0.5) * (extent / size)
     reach = math.ceil(2 * max(1, length / size))

@@ -220,7 +220,7 @@ def stacked(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return default_collate(list(images)), default_collate([labels.long() for labels in maps])
 
 
-class Opened(Dataset[Any]):
+class AnnotatedPictures(Dataset[Any]):
     """Pictures opened one by one with what is to be found in them, and sent through steps together."""
 
     def __init__(
@@ -247,7 +247,9 @@ class Opened(Dataset[Any]):
         return self.batch(samples)
 
 
-def detection_training(source: InstanceSource, augmentation: Augmentation, dense: Dense, seed: int) -> Opened:
+def detection_training(
+    source: InstanceSource, augmentation: Augmentation, dense: Dense, seed: int
+) -> AnnotatedPictures:
     """The training pictures of a set with their objects, augmented anew in every epoch.
 
     A batch is images, a list of (3, H, W) in uint8, and a list of targets: boxes (n, 4), labels (n,) from 1, and masks
@@ -262,15 +264,17 @@ def detection_training(source: InstanceSource, augmentation: Augmentation, dense
         zoomed = v2.Compose([Resized(dense.zoom, dense.long_side), Window(*dense.zoom_crop), resized])
         sized = v2.RandomChoice([resized, zoomed])
     flip = v2.RandomHorizontalFlip(augmentation.hflip or 0)
-    return Opened(source.train, objects, listed, [flip, sized, Window(dense.crop, dense.crop), visible], seed)
+    return AnnotatedPictures(
+        source.train, objects, listed, [flip, sized, Window(dense.crop, dense.crop), visible], seed
+    )
 
 
-def detection_validation(source: InstanceSource) -> Opened:
+def detection_validation(source: InstanceSource) -> AnnotatedPictures:
     """The validation pictures of a set as they are, with all their objects, and of these iscrowd and area (n,) too."""
-    return Opened(source.validation, objects, listed)
+    return AnnotatedPictures(source.validation, objects, listed)
 
 
-def segmentation_training(source: MapSource, augmentation: Augmentation, dense: Dense, seed: int) -> Opened:
+def segmentation_training(source: MapSource, augmentation: Augmentation, dense: Dense, seed: int) -> AnnotatedPictures:
     """The training pictures of a set with their maps, augmented anew in every epoch.
 
     A batch is images (B, 3, S, S) in uint8 and maps (B, S, S) in int64, S = dense.crop.
@@ -288,9 +292,9 @@ def segmentation_training(source: MapSource, augmentation: Augmentation, dense: 
         steps.append(distortion())
     # mmsegmentation fills up with 0 after it has normalised: with the mean colour.
     steps.append(FilledUp(dense.crop, [round(255 * mean) for mean in source.mean]))
-    return Opened(source.train, labelled, stacked, steps, seed)
+    return AnnotatedPictures(source.train, labelled, stacked, steps, seed)
 
 
-def segmentation_validation(source: MapSource) -> Opened:
+def segmentation_validation(source: MapSource) -> AnnotatedPictures:
     """The validation pictures of a set and their maps as they are: pictures of one size make up a batch."""
-    return Opened(source.validation, labelled, stacked)
+    return AnnotatedPictures(source.validation, labelled, stacked)

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from lape import reading
-from lape.data.sources import PictureSource, PictureSplit, opened
+from lape.data.pictures import open_picture
+from lape.data.sources import PictureSource, PictureSplit
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -54,6 +55,8 @@ class InstanceSplit(PictureSplit, Protocol):
 class InstanceSource(PictureSource[InstanceSplit]):
     """A dataset for detection."""
 
+    kind = "instances"
+
     dense: Dense
 
 
@@ -86,7 +89,7 @@ class CocoSplit:
 
     def picture(self, index: int) -> Image.Image:
         """Return picture `index`, RGB; raises RunError naming a file that cannot be read or has another size."""
-        with opened(self.folder / self.files[index]) as image:
+        with open_picture(self.folder / self.files[index]) as image:
             self._compare(index, image)
             return image.convert("RGB")
 
@@ -110,7 +113,7 @@ class CocoSplit:
 
     def check(self, index: int) -> None:
         """Open picture `index` wholly; raises as `picture` does."""
-        with opened(self.folder / self.files[index]) as image:
+        with open_picture(self.folder / self.files[index]) as image:
             self._compare(index, image)
             image.draft(None, (1, 1))  # an eighth of a JPEG's side takes a fraction of the time, and all of the file
             image.load()
@@ -159,8 +162,8 @@ def _source(root: Path, year: str) -> InstanceSource:
         ) from error
     files = [_annotations(root / "annotations", f"instances_{part}{year}.json") for part in ("train", "val")]
     pictures = [_pictures(root, file) for file in files]
-    validation_categories, validation = _read(files[1], pictures[1], training=False)
-    categories, train = _read(files[0], pictures[0], training=True)
+    validation_categories, validation = _read_annotations(files[1], pictures[1], training=False)
+    categories, train = _read_annotations(files[0], pictures[0], training=True)
     if categories != validation_categories:
         unlike = dict(categories.items() ^ validation_categories.items())
         number = min(unlike)
@@ -202,7 +205,7 @@ def _pictures(root: Path, file: Path) -> Path:
     return found
 
 
-def _read(file: Path, folder: Path, training: bool) -> tuple[dict[int, str], CocoSplit]:
+def _read_annotations(file: Path, folder: Path, training: bool) -> tuple[dict[int, str], CocoSplit]:
     """Return the names of the categories by rising id, and what an annotation file says of a folder's pictures."""
     try:
         content = reading.values(file, reading.ANNOTATIONS)

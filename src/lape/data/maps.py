@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from lape import reading
-from lape.data.sources import PictureSource, PictureSplit, opened
+from lape.data.pictures import open_picture
+from lape.data.sources import PictureSource, PictureSplit
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
 
@@ -46,6 +47,8 @@ class MapSplit(PictureSplit, Protocol):
 class MapSource(PictureSource[MapSplit]):
     """A dataset for segmentation."""
 
+    kind = "maps"
+
     dense: Dense
 
 
@@ -67,7 +70,7 @@ class AdeSplit:
 
     def picture(self, index: int) -> Image.Image:
         """Return picture `index`, RGB; raises RunError naming a file that cannot be read."""
-        with opened(self.pictures[index]) as image:
+        with open_picture(self.pictures[index]) as image:
             return image.convert("RGB")
 
     def map(self, index: int) -> Tensor:
@@ -76,10 +79,10 @@ class AdeSplit:
         Raises RunError naming a map that cannot be read, is not 8-bit, has another size than its picture or a value
         above the number of classes.
         """
-        with opened(self.pictures[index]) as picture:
+        with open_picture(self.pictures[index]) as picture:
             size = picture.size  # known from the head of the file
         path = self.maps[index]
-        with opened(path) as image:
+        with open_picture(path) as image:
             if image.size != size:
                 raise RunError(
                     f"{path} has {image.width}×{image.height} pixels, and its picture {self.title(index)} "
@@ -100,7 +103,7 @@ class AdeSplit:
 
     def check(self, index: int) -> None:
         """Open picture and map `index` wholly; raises as `map` does."""
-        with opened(self.pictures[index]) as picture:
+        with open_picture(self.pictures[index]) as picture:
             picture.draft(None, (1, 1))  # an eighth of a JPEG's side takes a fraction of the time, and all of the file
             picture.load()
         self.map(index)

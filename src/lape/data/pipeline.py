@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lape.data.sources import ImageSource, PictureSource, Split
+from lape.data.classes import ImageSource, Split
+from lape.data.sources import Source
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import Augmentation
 
@@ -60,7 +61,7 @@ class Draws:
 class Normalise:
     """Whole colour values, 0 to 255, to mean 0 and deviation 1: (x / 255 - mean) / std in every channel."""
 
-    def __init__(self, source: PictureSource[Any], device: torch.device | str = "cpu") -> None:
+    def __init__(self, source: Source, device: torch.device | str = "cpu") -> None:
         scale = torch.tensor([source.mean, source.std], dtype=torch.float32, device=device)
         self.mean, self.std = scale.view(2, 1, -1, 1, 1) * 255
 
@@ -265,7 +266,7 @@ def validation_images(source: ImageSource, asked: Augmentation, size: tuple[int,
     return Pictures(source.validation, source.channels, validation_transform(source, chosen, size))
 
 
-def validation_transform(source: ImageSource, chosen: Augmentation, size: tuple[int, int]) -> Any:
+def validation_transform(source: Source, chosen: Augmentation, size: tuple[int, int]) -> Any:
     """Return what makes a normalised image (C, H, W) of a picture as validation sees it."""
     from timm.data.transforms_factory import create_transform
 
@@ -343,7 +344,7 @@ class Shares(Sampler[Key]):
                 yield from ((epoch, numbers) for numbers in parts)
 
 
-class Whole(Sampler[Key]):
+class InOrder(Sampler[Key]):
     """Every sample once, in order; process p of P takes every P-th."""
 
     def __init__(self, samples: int, batch: int, process: int = 0, processes: int = 1) -> None:

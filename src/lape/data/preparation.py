@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lape.data.classes import ImageSource
 from lape.data.pipeline import Batch, Normalise
-from lape.data.sources import ImageSource
 from lape.errors import UsageError
 from lape.experiment import Augmentation
 

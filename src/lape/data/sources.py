@@ -1,73 +1,18 @@
-"""Where images come from: named sets, and folders with one folder per class."""
+"""What a set is, whatever is to be learnt from it, and how one is found by its name or its folder."""
 
-import gzip
-import math
-import struct
-import zlib
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from importlib import import_module
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image
 
-from lape import reading
-from lape.characters import LONE
-from lape.data import SETS
-from lape.errors import RunError, UsageError, choose
+from lape.data import LAYOUTS, SETS
+from lape.errors import UsageError, choose
 from lape.experiment import Augmentation, Experiment
 
-Read = TypeVar("Read")
 SplitType = TypeVar("SplitType")
-
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
-# Whatever else Pillow opens is no picture of a set: PostScript, for one, is a program, which it hands to Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-CACHE = Path.home() / ".cache" / "lape"
-LARGEST_IDX = 1 << 28  # bytes; five times the largest file of Fashion-MNIST
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
-
-# What a photograph of any size gets where neither its set nor the user says otherwise.
-PHOTOGRAPHS = Augmentation(
-    hflip=0.5,
-    vflip=0.0,
-    scale=(0.08, 1.0),
-    ratio=(3 / 4, 4 / 3),
-    interpolation="bicubic",
-    crop_pct=0.875,
-    auto_augment="",
-    color_jitter=0.0,
-    reprob=0.0,
-    remode="pixel",
-    mixup=0.0,
-    cutmix=0.0,
-    smoothing=0.1,
-)
-# Small images are shifted, not cropped, and seen whole; a digit fills its 8×8 and is not even shifted.
-OBJECTS = replace(PHOTOGRAPHS, shift=4, crop_pct=1.0)
-GARMENTS = replace(OBJECTS, shift=2)
-DIGITS = replace(OBJECTS, shift=0, hflip=0.0)
-
-
-@contextmanager
-def opened(path: Path) -> Generator[Image.Image, None, None]:
-    """Open an image file; raises RunError naming one that cannot be read, whether at once or when its pixels are."""
-    try:
-        with reading.opened(path) as file, Image.open(file, formats=FORMATS) as image:
-            yield image
-    except UnidentifiedImageError as error:
-        raise RunError(
-            f"{path} cannot be read as an image (it is none of {', '.join(FORMATS)}). Replace or remove it."
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RunError(f"{path} cannot be read as an image ({error}). Replace or remove it.") from error
 
 
 class PictureSplit(Protocol):
@@ -94,48 +39,10 @@ class PictureSplit(Protocol):
 
 
 @dataclass(frozen=True)
-class Split:
-    """Labelled images, in memory or as the files that hold them.
-
-    `pictures` is a uint8 tensor (N, C, H, W) or N paths; `labels` is an int64 tensor (N,).
-    """
-
-    name: str
-    pictures: Tensor | Sequence[Path]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def some(self, count: int) -> "Split":
-        """Return that many of the images, drawn once and for all; UsageError where there are fewer."""
-        if count > len(self):
-            raise UsageError(
-                f"There are {len(self)} images for training, and train_images is {count}: lower or leave it out."
-            )
-        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].sort().values
-        pictures = self.pictures
-        own = pictures[rows] if isinstance(pictures, Tensor) else [pictures[row] for row in rows.tolist()]
-        return Split(self.name, own, self.labels[rows])
-
-    def title(self, index: int) -> str:
-        """What a person finds image `index` by."""
-        if isinstance(self.pictures, Tensor):
-            return f"{self.name} image {index}"
-        return str(self.pictures[index])
-
-    def picture(self, index: int, channels: int) -> Image.Image:
-        """Open image `index`; raises RunError naming a file that cannot be read."""
-        mode = MODES[channels]
-        if isinstance(self.pictures, Tensor):
-            return Image.fromarray(self.pictures[index].permute(1, 2, 0).squeeze(-1).numpy()).convert(mode)
-        with opened(self.pictures[index]) as image:
-            return image.convert(mode)
-
-
-@dataclass(frozen=True)
 class PictureSource(Generic[SplitType]):
     """A dataset: what is in it, and how its pictures are augmented where nothing else is asked for."""
+
+    kind: ClassVar[str]  # of `lape.tasks.KINDS`: what can be learnt from it
 
     name: str
     classes: tuple[str, ...]
@@ -147,200 +54,42 @@ class PictureSource(Generic[SplitType]):
     validation: SplitType
     augmentation: Augmentation
 
+    def with_training_images(self, count: int) -> Self:
+        """Return the set with that many of its training images; raises UsageError where no such part is drawn."""
+        raise UsageError(f"train_images {count} means nothing for the pictures of {self.name}: leave it out.")
 
+
+Source = PictureSource[Any]
 # The reader of a named set: it is told the folder of the set, and whether the set may be downloaded to there.
-Reader = Callable[[Path | None, bool], PictureSource[Any]]
+Reader = Callable[[Path | None, bool], Source]
 
 
-@dataclass(frozen=True)
-class ImageSource(PictureSource[Split]):
-    """A dataset for classification."""
-
-
-def digits(data_dir: Path | None, download: bool) -> ImageSource:
-    """scikit-learn's 1,797 digits, 8×8: a fixed third of every class is for validation (1,198 and 599 images)."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)  # (1797, 64), values 0 to 16
-    pictures = torch.from_numpy(np.rint(images * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-    parts = train_test_split(np.arange(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
-    train, validation = (
-        Split(name, pictures[rows], torch.from_numpy(labels[rows]))
-        for name, rows in zip(("training", "validation"), parts, strict=True)
-    )
-    classes = tuple("0123456789")
-    return ImageSource("digits", classes, 1, (8, 8), (0.305,), (0.376,), train, validation, DIGITS)
-
-
-def fashion_mnist(data_dir: Path | None, download: bool) -> ImageSource:
-    """70,000 garments, 28×28: from a folder of IDX files, gzipped or not, or torchvision's download."""
-    from torchvision.datasets import FashionMNIST
-
-    stem = "train-images-idx3-ubyte"
-    root = data_dir or (DEBIAN_FASHION if DEBIAN_FASHION.is_dir() else CACHE)
-    folders = (root, root / "FashionMNIST" / "raw")
-    if not any((folder / name).exists() for folder in folders for name in (stem, f"{stem}.gz")):
-        _downloaded("fashion-mnist", root, lambda: FashionMNIST(str(root), download=download))
-    folder = next(folder for folder in folders if (folder / stem).exists() or (folder / f"{stem}.gz").exists())
-    train, validation = (
-        Split(
-            name,
-            torch.from_numpy(_idx(folder, f"{prefix}-images-idx3-ubyte"))[:, None],
-            torch.from_numpy(_idx(folder, f"{prefix}-labels-idx1-ubyte")).long(),
-        )
-        for name, prefix in (("training", "train"), ("validation", "t10k"))
-    )
-    classes = tuple(FashionMNIST.classes)
-    return ImageSource("fashion-mnist", classes, 1, (28, 28), (0.286,), (0.353,), train, validation, GARMENTS)
-
-
-def cifar10(data_dir: Path | None, download: bool) -> ImageSource:
-    """60,000 objects of 10 classes, 32×32, by torchvision."""
-    return _cifar("cifar10", data_dir, download, "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-
-
-def cifar100(data_dir: Path | None, download: bool) -> ImageSource:
-    """60,000 objects of 100 classes, 32×32, by torchvision."""
-    return _cifar("cifar100", data_dir, download, "CIFAR100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-
-
-def _cifar(
-    name: str,
-    data_dir: Path | None,
-    download: bool,
-    reader: str,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> ImageSource:
-    from torchvision import datasets
-
-    read = getattr(datasets, reader)
-    root = data_dir or CACHE
-    train, test = _downloaded(name, root, lambda: [read(root, train=part, download=download) for part in (True, False)])
-    training, validation = (
-        Split(title, torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
-        for title, part in (("training", train), ("validation", test))
-    )
-    return ImageSource(name, tuple(train.classes), 3, (32, 32), mean, std, training, validation, OBJECTS)
-
-
-def imagenet(data_dir: Path | None, download: bool) -> ImageSource:
-    """ImageNet-1K as everybody has it: `data_dir` holds train/ and val/ with a folder for each class."""
-    if data_dir is None:
-        raise UsageError(
-            "ImageNet is not downloaded; its folder was not named. Give --data the folder that holds train/ and val/."
-        )
-    return replace(folder(data_dir), name="imagenet")
-
-
-def folder(root: Path) -> ImageSource:
-    """Images in `root`/train/<class>/ and `root`/val/<class>/ (or validation, or test), at any depth below a class.
-
-    Raises UsageError naming the folder that is missing, has no class, has an empty class, or has a class of its own.
-    """
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    train = root / "train"
-    held_out = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), root / "val")
-    classes, own = (
-        [path.name for path in sorted(part.glob("*/")) if not path.name.startswith(".")] for part in (train, held_out)
-    )
-    for part, found in ((train, classes), (held_out, own)):
-        if not found:
-            raise UsageError(f"A folder of images needs one folder per class in {part}; there is none.")
-    if lone := next(filter(LONE.search, classes), None):
-        raise UsageError(f"A class is named by Unicode text, and the folder {lone!r} in {train} is not. Rename it.")
-    if foreign := sorted(set(own) - set(classes)):
-        raise UsageError(
-            f"{held_out / foreign[0]} is a class that {train} does not have. "
-            "Every validation class must be a training class: add its images there, or remove it."
-        )
-    numbers = {name: number for number, name in enumerate(classes)}
-
-    def split(part: Path, found: list[str]) -> Split:
-        here = {name: numbers[name] for name in found}
-        samples = ImageFolder.make_dataset(str(part), here, IMG_EXTENSIONS, allow_empty=True)
-        if empty := sorted(set(here.values()) - {label for _, label in samples}):
-            raise UsageError(
-                f"{part / classes[empty[0]]} holds no image ({', '.join(IMG_EXTENSIONS)}). "
-                "Put some there, or remove the folder."
-            )
-        paths, labels = zip(*samples, strict=True)
-        return Split(part.name, [Path(path) for path in paths], torch.tensor(labels))
-
-    return ImageSource(
-        root.resolve().name,
-        tuple(classes),
-        channels=3,
-        size=None,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        train=split(train, classes),
-        validation=split(held_out, own),
-        augmentation=PHOTOGRAPHS,
-    )
-
-
-def find(data: str, data_dir: Path | None = None, download: bool = True) -> PictureSource[Any]:
+def find_set(data: str, data_dir: Path | None = None, download: bool = True) -> Source:
     """Return the set of that name, or of the folder, by its layout; UsageError where there is neither.
 
     Without `download` a set that is not in `data_dir` is a RunError: what only a file names is not written to. The
     cache of the user always may be.
     """
     if data not in SETS and Path(data).is_dir():
-        return _in(Path(data))
+        return _in_folder(Path(data))
     if data not in SETS and Path(data).name != data:
         raise UsageError(f"There is no folder {data}. --data takes one of {', '.join(SETS)}, or a folder of images.")
     reader: Reader = resolve_name(choose(SETS, data, "a dataset or a folder"))
     return reader(data_dir, download or data_dir is None)
 
 
-def of(experiment: Experiment, download: bool = True) -> PictureSource[Any]:
-    """Return the set of an experiment, with all of its training images or some; raises as `find` and `some` do."""
-    source = find(experiment.data, experiment.data_dir, download)
-    if experiment.train_images and isinstance(source, ImageSource):
-        return replace(source, train=source.train.some(experiment.train_images))
-    return source
+def set_of(experiment: Experiment, download: bool = True) -> Source:
+    """Return the set of an experiment, with all of its training images or some.
+
+    Raises as `find_set` and `PictureSource.with_training_images` do.
+    """
+    source = find_set(experiment.data, experiment.data_dir, download)
+    return source.with_training_images(experiment.train_images) if experiment.train_images else source
 
 
-def _in(root: Path) -> PictureSource[Any]:
-    """Read a folder in COCO's layout, in ADE20K's, or with a folder for each class."""
-    if any(root.glob("annotations/instances_*.json")):
-        return import_module("lape.data.instances").instances(root)
-    if (root / "annotations" / "training").is_dir():
-        return import_module("lape.data.maps").maps(root)
-    return folder(root)
-
-
-def _downloaded(name: str, root: Path, read: Callable[[], Read]) -> Read:
-    try:
-        return read()
-    except (OSError, RuntimeError) as error:
-        raise RunError(
-            f"{root} does not hold {name} whole, and it could not be downloaded ({error}). Give --data_dir the folder "
-            "that holds its files."
-        ) from error
-
-
-def _idx(folder: Path, stem: str) -> NDArray[np.uint8]:
-    """Read an IDX file of bytes: two zeros, type 8, the number of axes, their lengths as big-endian words, the data."""
-    axes = int(stem.removesuffix("-ubyte")[-1])
-    packed = folder / f"{stem}.gz"
-    try:
-        with ExitStack() as files:
-            file = files.enter_context(reading.opened(packed if packed.exists() else folder / stem))
-            stream = files.enter_context(gzip.GzipFile(fileobj=file)) if packed.exists() else file
-            if (kind := stream.read(4)) != bytes((0, 0, 8, axes)):
-                raise ValueError(f"it begins with {kind.hex()}")
-            shape = struct.unpack(f">{axes}I", stream.read(4 * axes))
-            if (size := math.prod(shape)) > LARGEST_IDX:
-                raise ValueError(f"it says that it holds {size} bytes, and {LARGEST_IDX} are the most")
-            content = bytearray(stream.read(size + 1))  # a byte too many is seen, and no more than that is unpacked
-            if len(content) != size:
-                raise ValueError(f"it holds {'more' if len(content) > size else 'less'} than the {size} bytes it says")
-            return np.frombuffer(content, np.uint8).reshape(shape)
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
-        raise RunError(f"{folder / stem} cannot be read as an IDX file ({error}). Fetch it again.") from error
+def _in_folder(root: Path) -> Source:
+    """Read a folder in the first of the layouts that it has a part of."""
+    *others, last = LAYOUTS
+    layout = next((part for part in others if any(root.glob(part))), last)
+    reader: Callable[[Path], Source] = resolve_name(LAYOUTS[layout])
+    return reader(root)

@@ -2,6 +2,7 @@
 over the class tokens of all layers at the end. Facts from github.com/coeusguo/ceit at 44c16d3.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lape.errors import UsageError
+from lape.hosts import Files, class_name, register
+from lape.hosts.timm import AUTHORS_NAMES, FILTER, VISION_TRANSFORMER
 from lape.method import Grid
 from lape.models.stem import Size, Stem, Step
-from lape.surgery.view import View
+from lape.surgery.proxy import Proxies
 
 CONVOLUTION, POOLING = Step(7, 2, 3), Step(3, 2, 1)
 
@@ -34,16 +37,27 @@ class ImageToTokens(Stem):
 
 
 class LocallyEnhancedFeedForward(nn.Module):
-    """1×1, depthwise 3×3 and 1×1 convolutions over the grid of patches; the class token is handed on as it is."""
+    """1×1, depthwise k×k and 1×1 convolutions over the grid of patches; the class token is handed on as it is.
 
-    def __init__(self, in_features: int, hidden_features: int, **_: Any) -> None:
+    Without `with_bn` no batch norm stands behind a convolution.
+    """
+
+    def __init__(
+        self, in_features: int, hidden_features: int, local_size: int = 3, with_bn: bool = True, **_: Any
+    ) -> None:
         super().__init__()
+
+        def norm(features: int) -> nn.Module:
+            return nn.BatchNorm2d(features) if with_bn else nn.Identity()
+
         self.conv1 = nn.Conv2d(in_features, hidden_features, 1)
-        self.bn1 = nn.BatchNorm2d(hidden_features)
-        self.conv2 = nn.Conv2d(hidden_features, hidden_features, 3, padding=1, groups=hidden_features)
-        self.bn2 = nn.BatchNorm2d(hidden_features)
+        self.bn1 = norm(hidden_features)
+        self.conv2 = nn.Conv2d(
+            hidden_features, hidden_features, local_size, padding=local_size // 2, groups=hidden_features
+        )
+        self.bn2 = norm(hidden_features)
         self.conv3 = nn.Conv2d(hidden_features, in_features, 1)
-        self.bn3 = nn.BatchNorm2d(in_features)
+        self.bn3 = norm(in_features)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """(B, 1 + H·W, D) to the same shape."""
@@ -78,15 +92,31 @@ class LayerClassAttention(Block):
 
 
 class CeiT(VisionTransformer):
-    """A VisionTransformer with these parts."""
+    """A VisionTransformer with these parts.
 
-    def __init__(self, stem_dim: int = 64, patch_size: int = 4, **options: Any) -> None:
+    `leff_local_size` is the side of the depthwise convolution in each block, `leff_with_bn` whether batch norms stand
+    behind its convolutions.
+    """
+
+    def __init__(
+        self,
+        stem_dim: int = 64,
+        patch_size: int = 4,
+        leff_local_size: int = 3,
+        leff_with_bn: bool = True,
+        **options: Any,
+    ) -> None:
         if options.get("patch_drop_rate"):
             raise UsageError("CeiT's convolutions need every patch in its place. Leave patch_drop_rate out.")
+        if leff_local_size < 1 or leff_local_size % 2 == 0:
+            raise UsageError(
+                f"A window of {leff_local_size} patches has none in its middle, and leff_local_size is the side of one "
+                "around each patch. Give an odd number."
+            )
         fixed = {
             "embed_layer": partial(_stem, stem_dim, patch_size),
             "block_fn": CeiTBlock,
-            "mlp_layer": LocallyEnhancedFeedForward,
+            "mlp_layer": partial(LocallyEnhancedFeedForward, local_size=leff_local_size, with_bn=leff_with_bn),
             "dynamic_img_size": True,
         }
         super().__init__(**options | fixed)
@@ -98,7 +128,17 @@ class CeiT(VisionTransformer):
             qkv_bias=options.get("qkv_bias", True),
             norm_layer=type(self.norm) if "norm_layer" not in options else options["norm_layer"],
         )
-        self.pos_layer_embed = nn.Parameter(torch.zeros(1, depth, dim))
+        self.pos_layer_embed = nn.Parameter(torch.empty(1, depth, dim))
+        self._as_the_original()
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """As the original: a class token as wide as a ViT's table at first, and no difference between layers."""
+        super().init_weights(mode, needs_reset)
+        if hasattr(self, "pos_layer_embed"):  # timm's constructor asks before it is there
+            self._as_the_original()
+
+    def _as_the_original(self) -> None:
+        nn.init.zeros_(self.pos_layer_embed)
         for part in self.lca.modules():
             if isinstance(part, nn.Linear):
                 trunc_normal_(part.weight, std=0.02)
@@ -127,8 +167,28 @@ class CeiT(VisionTransformer):
     def forward_intermediates(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
         """Return the tokens after blocks, as timm's VisionTransformer does."""
         grid = self.patch_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
-        view: Any = View(self, {"blocks": [partial(block, grid=grid) for block in self.blocks]})
-        return VisionTransformer.forward_intermediates(view, x, *arguments, **options)
+        told, _ = _TOLD_THE_GRID.of(self, {"blocks": [partial(block, grid=grid) for block in self.blocks]})
+        return VisionTransformer.forward_intermediates(told, x, *arguments, **options)
+
+
+_TOLD_THE_GRID = Proxies(CeiT, ["blocks"])
+HOST = register(
+    replace(
+        VISION_TRANSFORMER,
+        name="CeiT",
+        model=class_name(CeiT),
+        files=Files(
+            FILTER,
+            (
+                (r"^i2t\.backbone\.", "patch_embed."),
+                (r"^i2t\.proj\.", "patch_embed.proj."),
+                (r"^(blocks\.\d+)\.leff\.", r"\1.mlp."),
+                (r"^lca\.feedforward\.", "lca.mlp."),
+                *AUTHORS_NAMES,
+            ),
+        ),
+    )
+)
 
 
 def _stem(stem_dim: int, patch: int, img_size: Size, in_chans: int, embed_dim: int, **_: Any) -> ImageToTokens:

@@ -4,6 +4,7 @@ Facts from github.com/SHI-Labs/Compact-Transformers at cd11f09. The names say de
 image, as the original's do; the sinusoidal and table-less forms are `pe="sinusoidal-1d"` and `pe="none"`.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,8 @@ from timm.layers.weight_init import trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from lape.hosts import Embedding, Files, class_name, register
+from lape.hosts.timm import FILTER, VISION_TRANSFORMER
 from lape.models.stem import Size, Stem, Step
 
 POOLING = Step(3, 2, 1)
@@ -89,6 +92,34 @@ class CompactTransformer(VisionTransformer):
         for part in self.patch_embed.modules():
             if isinstance(part, nn.Conv2d):
                 nn.init.kaiming_normal_(part.weight)
+
+
+HOST = register(
+    replace(
+        VISION_TRANSFORMER,
+        name="Compact Transformer",
+        model=class_name(CompactTransformer),
+        embedding=Embedding(scale=10.0),
+        stream_is_normed=True,
+        files=Files(
+            FILTER,
+            (
+                (r"^tokenizer\.conv_layers\.(\d+)\.0\.", r"patch_embed.convs.\1."),
+                (r"^classifier\.positional_emb(\d+)$", r"blocks.\1.pos_embed"),
+                (r"^classifier\.positional_emb$", "pos_embed"),
+                (r"^classifier\.class_emb$", "cls_token"),
+                (r"^classifier\.attention_pool\.", "attn_pool.score."),
+                (r"^classifier\.fc\.", "head."),
+                # The norm that stands on the stream goes out of the way before the one before attention takes its name.
+                (r"^classifier\.(blocks\.\d+)\.norm1\.", r"\1.norm2."),
+                (r"^classifier\.(blocks\.\d+)\.pre_norm\.", r"\1.norm1."),
+                (r"^classifier\.(blocks\.\d+)\.self_attn\.", r"\1.attn."),
+                (r"^classifier\.(blocks\.\d+)\.linear(\d)\.", r"\1.mlp.fc\2."),
+                (r"^classifier\.", ""),
+            ),
+        ),
+    )
+)
 
 
 def _tokenizer(

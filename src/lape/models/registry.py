@@ -40,12 +40,14 @@ class Family:
     kind: Build | None = None
     as_published: Callable[[nn.Module], None] = _as_it_is
     cfg: Mapping[str, Any] = field(default_factory=dict)  # what timm says of its models, beside `_cfg`
+    learns_from: str = "classes"  # the kind of set (`lape.data.sources.PictureSource.kind`)
 
 
-def _dense(variants: Mapping[str, Mapping[str, Any]], kind: Build, classes: int, side: int) -> Family:
+def _dense(learns_from: str, variants: Mapping[str, Mapping[str, Any]], kind: Build, classes: int, side: int) -> Family:
     """Return a family for detection or segmentation; `side` is that of images, its table may be of others."""
     cfg = {"num_classes": classes, "input_size": (3, side, side), "crop_pct": 1.0, "classifier": None}
-    return Family(variants, kind, cfg={**cfg, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD})
+    cfg |= {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    return Family(variants, kind, cfg=cfg, learns_from=learns_from)
 
 
 FAMILIES = (
@@ -55,16 +57,14 @@ FAMILIES = (
     Family({name: {} for name in swin.NAMES}, as_published=swin.as_published),
     Family(compact.VARIANTS, CompactTransformer),
     Family(vit.VARIANTS, VisionTransformer),
-    _dense(mask_rcnn.VARIANTS, mask_rcnn.mask_rcnn, classes=80, side=800),
-    _dense(mask_rcnn.NANO, mask_rcnn.mask_rcnn, classes=5, side=128),
-    _dense(upernet.VARIANTS, upernet.upernet, classes=150, side=512),
-    _dense(upernet.NANO, upernet.upernet, classes=6, side=128),
-    _dense(segmenter.VARIANTS, segmenter.segmenter, classes=150, side=512),
-    _dense(segmenter.NANO, segmenter.segmenter, classes=6, side=128),
+    _dense("instances", mask_rcnn.VARIANTS, mask_rcnn.mask_rcnn, classes=80, side=800),
+    _dense("instances", mask_rcnn.NANO, mask_rcnn.mask_rcnn, classes=5, side=128),
+    _dense("maps", upernet.VARIANTS, upernet.upernet, classes=150, side=512),
+    _dense("maps", upernet.NANO, upernet.upernet, classes=6, side=128),
+    _dense("maps", segmenter.VARIANTS, segmenter.segmenter, classes=150, side=512),
+    _dense("maps", segmenter.NANO, segmenter.segmenter, classes=6, side=128),
 )
 MODELS: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.variants}
-DETECTORS = {*mask_rcnn.VARIANTS, *mask_rcnn.NANO}
-SEGMENTERS = {*upernet.VARIANTS, *upernet.NANO, *segmenter.VARIANTS, *segmenter.NANO}
 
 # What the paper calls them.
 PAPER = {
@@ -102,6 +102,16 @@ def _cfg(numbers: Mapping[str, Any]) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD if photographs else (0.5, 0.5, 0.5),
         "classifier": "head",
     }
+
+
+def learns_from(model: str) -> str:
+    """Return the kind of set that a model learns from; one that is not of ours is timm's, and a classifier."""
+    return MODELS[model].learns_from if model in MODELS else Family.learns_from
+
+
+def models_for(kind: str) -> list[str]:
+    """Return the names of our models that learn from a kind of set."""
+    return sorted(name for name, family in MODELS.items() if family.learns_from == kind)
 
 
 # By this name `register_model` finds what is known of a model.
@@ -155,7 +165,7 @@ def _register(name: str, family: Family) -> None:
         start: str = "fresh",
         **options: Any,
     ) -> nn.Module:
-        if options.get("features_only") and name in DETECTORS | SEGMENTERS:
+        if options.get("features_only") and family.learns_from != Family.learns_from:
             raise UsageError(
                 f"features_only takes the maps of a backbone, and {name} is a whole model with its heads. Leave it "
                 "out, or name a classifier, as deit_tiny_patch16_224."

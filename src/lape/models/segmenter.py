@@ -3,6 +3,7 @@
 Facts from github.com/rstrudel/segmenter at 20d1bfa. The decoder knows no positions, so no join reaches it.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from timm.layers.weight_init import trunc_normal_
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from lape.hosts import class_name, register, resize_by_count
+from lape.hosts.timm import VISION_TRANSFORMER
 from lape.method import Grid
 from lape.models.whole import Whole
 
@@ -21,6 +24,9 @@ NORM = partial(LayerNorm, eps=1e-5)
 
 class SegmenterViT(VisionTransformer):
     """A VisionTransformer whose table is resized as Segmenter's (bilinear, by the number of patches)."""
+
+
+HOST = register(replace(VISION_TRANSFORMER, name="Segmenter", model=class_name(SegmenterViT), resize=resize_by_count))
 
 
 class MaskTransformer(nn.Module):

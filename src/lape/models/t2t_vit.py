@@ -4,6 +4,7 @@ Facts from github.com/yitu-opensource/T2T-ViT at 0f63dc9.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from math import sqrt
 from typing import Any
@@ -15,9 +16,11 @@ from timm.layers.weight_init import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from lape.hosts import Embedding, Files, class_name, register
+from lape.hosts.timm import AUTHORS_NAMES, FILTER, VISION_TRANSFORMER
 from lape.method import sinusoidal_1d
 from lape.models.stem import Size, Stem, Step
-from lape.surgery.view import View
+from lape.surgery.proxy import Proxies
 
 SOFT_SPLITS = (Step(7, 4, 2), Step(3, 2, 1), Step(3, 2, 1))
 EPSILON = 1e-8
@@ -40,8 +43,12 @@ class TokenPerformer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(token_dim, token_dim), nn.GELU(), nn.Linear(token_dim, token_dim), nn.Dropout(drop)
         )
-        rows = nn.init.orthogonal_(torch.empty(features, token_dim)) * sqrt(features)
-        self.w = nn.Parameter(rows, requires_grad=False)
+        self.w = nn.Parameter(torch.empty(features, token_dim), requires_grad=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the random features anew."""
+        nn.init.orthogonal_(self.w, gain=sqrt(len(self.w)))
 
     def forward(self, x: Tensor) -> Tensor:
         keys, queries, values = self.kqv(self.norm1(x)).chunk(3, dim=-1)
@@ -84,11 +91,19 @@ class T2TViT(VisionTransformer):
 
     def __init__(self, token_dim: int = 64, patch_size: Any = None, **options: Any) -> None:
         stem = partial(_stem, token_dim)
-        fixed = {"embed_layer": stem, "dynamic_img_size": True}
+        fixed = {"embed_layer": stem, "dynamic_img_size": True, "weight_init": "skip"}
         super().__init__(**{"qkv_bias": False, "norm_layer": partial(LayerNorm, eps=1e-5), **options, **fixed})
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(False)
+        self.weight_init_mode = ""
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
+        """As the original: a class token as wide as a ViT's table at first, and the sinusoid."""
+        super().init_weights(mode, needs_reset)
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
-        if self.pos_embed is not None:
+        if self.pos_embed is not None and not self.pos_embed.requires_grad:  # a join may have put a learnt one there
             self.pos_embed = nn.Parameter(self._sinusoid(self.patch_embed.grid_size), requires_grad=False)
 
     def _sinusoid(self, grid: tuple[int, int]) -> Tensor:
@@ -99,17 +114,27 @@ class T2TViT(VisionTransformer):
         """A sinusoid follows another grid by being made anew, not by resizing."""
         if self.pos_embed is not None and x.ndim == 4 and tuple(x.shape[1:3]) != tuple(self.patch_embed.grid_size):
             table = self._sinusoid((x.shape[1], x.shape[2]))
-            return VisionTransformer._pos_embed(
-                View(self, {"pos_embed": table, "dynamic_img_size": False}),  # pyright: ignore[reportArgumentType]
-                x.flatten(1, 2),
-            )
-        return VisionTransformer._pos_embed(self, x)  # self may be a View
+            there, _ = _ON_ANOTHER_GRID.of(self, {"pos_embed": table, "dynamic_img_size": False})
+            return VisionTransformer._pos_embed(there, x.flatten(1, 2))
+        return super()._pos_embed(x)
 
     def set_input_size(self, img_size: Size | None = None, patch_size: Size | None = None) -> None:
         """Set the size of images that the table is for."""
         super().set_input_size(img_size, patch_size)  # pyright: ignore[reportArgumentType]
         if self.pos_embed is not None and not self.pos_embed.requires_grad:
             self.pos_embed = nn.Parameter(self._sinusoid(self.patch_embed.grid_size), requires_grad=False)
+
+
+_ON_ANOTHER_GRID = Proxies(T2TViT, ["pos_embed", "dynamic_img_size"])
+HOST = register(
+    replace(
+        VISION_TRANSFORMER,
+        name="T2T-ViT",
+        model=class_name(T2TViT),
+        embedding=Embedding(own="sinusoidal-1d", joined="sinusoidal-1d"),
+        files=Files(FILTER, ((r"^tokens_to_token\.", "patch_embed."), *AUTHORS_NAMES)),
+    )
+)
 
 
 def _stem(token_dim: int, img_size: Size, in_chans: int, embed_dim: int, **_: Any) -> TokensToToken:

@@ -6,6 +6,7 @@ token map is added to which output.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from lape.errors import UsageError
+from lape.hosts import Files, class_name, register, resize_bicubic
+from lape.hosts.timm import AUTHORS_NAMES, FILTER, VISION_TRANSFORMER
 from lape.method import Grid
 from lape.models.deformable import DeformableAttention
 
@@ -253,6 +256,24 @@ class ViTAdapter(VisionTransformer):
 
     def forward(self, x: Tensor) -> list[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.forward_features(x)
+
+
+HOST = register(
+    replace(
+        VISION_TRANSFORMER,
+        name="ViT-Adapter",
+        model=class_name(ViTAdapter),
+        resize=resize_bicubic,
+        files=Files(
+            FILTER,
+            (
+                (r"^(blocks\.\d+)\.gamma(\d)$", r"\1.ls\2.gamma"),
+                (r"\.dwconv\.dwconv\.", ".dwconv."),
+                *AUTHORS_NAMES,
+            ),
+        ),
+    )
+)
 
 
 def _levels(pyramid: Tensor, grids: Sequence[Grid]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from lape.characters import as_code, in_markdown, visible
 from lape.errors import UsageError
 from lape.report import plots
 from lape.report.table import Table
-from lape.surgery.positions import by
+from lape.surgery.layers import grid_text
 from lape.training.provenance import provenance
 
 if TYPE_CHECKING:
@@ -158,14 +158,14 @@ def _layers_of(correlations: Correlation) -> list[Cells]:
 
 
 def _model_of(correlations: Correlation) -> Cells:
-    return by(correlations.grid), *_measured(astuple(correlations.shape), correlations.reach)
+    return grid_text(correlations.grid), *_measured(astuple(correlations.shape), correlations.reach)
 
 
 def _correlations(by_model: Mapping[str, Correlation]) -> "Figure":
     if len(grids := {one.grid for one in by_model.values()}) > 1:
         raise UsageError(
-            f"One picture shows models on one grid of patches; received {', '.join(map(by, sorted(grids)))}. Give "
-            "--grid, or analyse them one by one."
+            f"One picture shows models on one grid of patches; received {', '.join(map(grid_text, sorted(grids)))}. "
+            "Give --grid, or analyse them one by one."
         )
     return plots.correlations(by_model)
 

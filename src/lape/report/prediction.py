@@ -2,7 +2,7 @@
 
 import colorsys
 import io
-from functools import singledispatch
+from collections.abc import Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,14 +11,11 @@ from torch import Tensor
 
 from lape import writing
 from lape.characters import visible
-from lape.tasks.classification import Named
-from lape.tasks.detection import Found
 from lape.training.prediction import Predicted
 
 VEIL = 0.5  # share of its class's colour in a pixel
 MARGIN = 6  # pixels
 READABLE = 384  # pixels of the shorter side
-LARGEST = 3  # so many parts of a picture are told in its line
 GOLDEN = 0.618034  # hues that are so far apart do not meet again soon
 
 Colour = tuple[int, int, int]
@@ -32,7 +29,10 @@ def colour(label: int) -> Colour:
 
 def drawn(predicted: Predicted) -> Image.Image:
     """Return the picture with what was found in it, and below it what the colours mean."""
-    return _drawn(predicted.answer, predicted)
+    sheet = EnlargedPicture(predicted.picture)
+    predicted.answer.draw(sheet)
+    names = [(colour(label), text) for label, text in predicted.answer.legend(predicted.classes)]
+    return _with_legend(sheet.image, names)
 
 
 def png(predicted: Predicted) -> bytes:
@@ -45,92 +45,45 @@ def png(predicted: Predicted) -> bytes:
 
 def line(predicted: Predicted) -> str:
     """Say in a line what was found."""
-    return f"{predicted.path}: {_line(predicted.answer, predicted.classes)}"
+    return f"{predicted.path}: {predicted.answer.line(predicted.classes)}"
 
 
-@singledispatch
-def _drawn(answer: object, predicted: Predicted) -> Image.Image:
-    raise TypeError(type(answer))
+class EnlargedPicture:
+    """A picture as large as that what is drawn on it can be read: a `lape.tasks.work.Sheet`."""
 
+    def __init__(self, picture: Image.Image) -> None:
+        self.picture = picture
+        self.times = _enlargement(picture)
+        self.image = self._enlarged(picture)
 
-@singledispatch
-def _line(answer: object, classes: tuple[str, ...]) -> str:
-    raise TypeError(type(answer))
+    def fill_pixels(self, labels: Tensor) -> None:
+        """Veil every pixel in the colour of its class (H, W)."""
+        labels = labels.cpu()
+        palette = torch.tensor([colour(label) for label in range(int(labels.max()) + 1)], dtype=torch.uint8)
+        veil = Image.fromarray(palette[labels].numpy())
+        self.image = self._enlarged(Image.blend(self.picture, veil, VEIL))
 
+    def outline_objects(self, boxes: Tensor, masks: Tensor, labels: Sequence[int], captions: Sequence[str]) -> None:
+        """Veil masks (n, H, W), and draw boxes (n, 4) as x0 y0 x1 y1 around them, with captions."""
+        from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+        from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-@_drawn.register
-def _(answer: Named, predicted: Predicted) -> Image.Image:
-    labels = answer.labels.tolist()
-    shares = [
-        f"{predicted.classes[label]} {share:.1%}"
-        for label, share in zip(labels, answer.probabilities.tolist(), strict=True)
-    ]
-    picture = _enlarged(predicted.picture, _enlargement(predicted.picture))
-    return _with_legend(picture, list(zip(map(colour, labels), shares, strict=True)))
-
-
-@_line.register
-def _(answer: Named, classes: tuple[str, ...]) -> str:
-    found = zip(answer.labels.tolist(), answer.probabilities.tolist(), strict=True)
-    return ", ".join(f"{classes[label]} {share:.1%}" for label, share in list(found)[:LARGEST])
-
-
-@_drawn.register
-def _(answer: Found, predicted: Predicted) -> Image.Image:
-    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-
-    labels = answer.labels.tolist()
-    colours: list[Colour | str] = [colour(label) for label in labels]
-    times = _enlargement(predicted.picture)
-    image = pil_to_tensor(_enlarged(predicted.picture, times))
-    if labels:
-        masks = answer.masks.cpu().repeat_interleave(times, 1).repeat_interleave(times, 2)
-        image = draw_segmentation_masks(image, masks, alpha=VEIL, colors=colours)
-        scores = [f"{score:.2f}" for score in answer.scores.tolist()]
+        if not labels:
+            return
+        colours: list[Colour | str] = [colour(label) for label in labels]
+        larger = masks.cpu().repeat_interleave(self.times, 1).repeat_interleave(self.times, 2)
+        image = draw_segmentation_masks(pil_to_tensor(self.image), larger, alpha=VEIL, colors=colours)
         width = max(2, min(image.shape[1:]) // 200)
-        image = draw_bounding_boxes(image, times * answer.boxes.cpu(), scores, colours, width=width)
-    names = {label: f"{labels.count(label)} {predicted.classes[label]}" for label in labels}
-    return _with_legend(to_pil_image(image), [(colour(label), name) for label, name in names.items()])
+        image = draw_bounding_boxes(image, self.times * boxes.cpu(), list(captions), colours, width=width)
+        self.image = to_pil_image(image)
 
-
-@_line.register
-def _(answer: Found, classes: tuple[str, ...]) -> str:
-    names = [classes[label] for label in answer.labels.tolist()]
-    counts = [f"{names.count(name)} {name}" for name in dict.fromkeys(names)]
-    return ", ".join(counts) or "nothing found"
-
-
-@_drawn.register
-def _(answer: Tensor, predicted: Predicted) -> Image.Image:
-    answer = answer.cpu()
-    palette = torch.tensor([colour(label) for label in range(len(predicted.classes))], dtype=torch.uint8)
-    veil = Image.fromarray(palette[answer].numpy())
-    labels = [label for label, _ in _shares(answer)]
-    names = [(colour(label), predicted.classes[label]) for label in labels]
-    blended = Image.blend(predicted.picture, veil, VEIL)
-    return _with_legend(_enlarged(blended, _enlargement(blended)), names)
-
-
-@_line.register
-def _(answer: Tensor, classes: tuple[str, ...]) -> str:
-    return ", ".join(f"{classes[label]} {share:.1%}" for label, share in _shares(answer)[:LARGEST])
-
-
-def _shares(answer: Tensor) -> list[tuple[int, float]]:
-    """Return the classes in a map and the share of each, the largest first."""
-    counts = answer.flatten().bincount()
-    order = counts.argsort(descending=True).tolist()
-    return [(label, counts[label].item() / answer.numel()) for label in order if counts[label]]
+    def _enlarged(self, picture: Image.Image) -> Image.Image:
+        return picture.resize((self.times * picture.width, self.times * picture.height))
 
 
 def _enlargement(picture: Image.Image) -> int:
     """How many times a small picture is drawn as large, so that what is written on it can be read."""
     return max(1, min(round(READABLE / min(picture.size)), 2 * READABLE // max(picture.size)))
-
-
-def _enlarged(picture: Image.Image, times: int) -> Image.Image:
-    return picture.resize((times * picture.width, times * picture.height))
 
 
 def _with_legend(picture: Image.Image, names: list[tuple[Colour, str]]) -> Image.Image:

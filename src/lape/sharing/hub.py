@@ -21,10 +21,10 @@ from lape import __version__, reading, writing
 from lape.characters import as_code, in_markdown
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
+from lape.hosts.registry import RECORD
 from lape.method import POSITION_NORMS
 from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model
-from lape.surgery.operation import RECORD
 from lape.weights import fill, opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,11 @@ from torch import Tensor
 
 from lape import __version__, reading, writing
 from lape.analysis import Correlation, Shape, correlation, decomposition, entering
-from lape.data import pipeline
-from lape.data.pipeline import Whole
-from lape.data.sources import find
+from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.studies.statistics import Way
 from lape.studies.study import Numbers, Result, RunAnalysis, Study
-from lape.tasks.work import ClassificationWork, Source
 from lape.training.checkpoints import LAST
 from lape.training.evaluation import LoadedRun, load_run
 
@@ -86,7 +83,7 @@ class _Images:
         if self.missing is not None:
             raise self.missing
         try:
-            self.source = self.source or find(experiment.data, experiment.data_dir, download=False)
+            self.source = self.source or find_set(experiment.data, experiment.data_dir, download=False)
         except (UsageError, RunError) as error:
             self.missing = RunError(f"The decomposition needs images of {experiment.data}. {error}")
             raise self.missing from None
@@ -95,13 +92,11 @@ class _Images:
 
 def _weights(result: Result, source_of: Callable[[Experiment, Source], Source]) -> tuple[Numbers, ...]:
     work = load_result(result, source_of).work
-    if not isinstance(work, ClassificationWork):
+    if not work.one_size:
         raise UsageError("The decomposition takes images of one size, as classifiers do.")
     count = min(IMAGES, len(work.source.validation))
-    work.source = replace(work.source, validation=work.source.validation.some(count))
-    with closing(pipeline.load(work.validation(), Whole(count, IMAGES, 0, 1), workers=0, pin=False)) as batches:
-        images = [batch[0] for batch in batches]
-    return tuple(map(_numbers, decomposition(work.module, images).mean))
+    model, images = work.transformer_images(count, IMAGES)
+    return tuple(map(_numbers, decomposition(model, list(images)).mean))
 
 
 def _numbers(values: Tensor) -> Numbers:

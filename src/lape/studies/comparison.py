@@ -19,7 +19,7 @@ from lape.studies.study import LeftOut, Result, Study, read_result
 from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
-    from lape.training.loop import Progress
+    from lape.training.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def compare(
     Raises UsageError for a request that cannot be met, and for a finished run of other data; RunError for a
     `result.json` that cannot be read; Stopped after SIGTERM.
     """
-    from lape.data import sources
+    from lape.data.sources import set_of
     from lape.training.contents import contents
     from lape.training.interruption import stopped_by_sigterm
 
@@ -157,7 +157,7 @@ def compare(
     writing.make_folder(out)
     for plan in todo:
         writing.refuse_links(out, plan.folder)
-    source = sources.of(base)  # once, before several processes would download the same files
+    source = set_of(base)  # once, before several processes would download the same files
     here = contents(source)
     results = {plan.combination: _kept(plan, here) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}

@@ -6,26 +6,31 @@ paths, add the rung's attention part; and when it is done, whatever it did not t
 
 import math
 import threading
+import weakref
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lape.errors import UsageError
 from lape.hosts import Block, Host, parts
 from lape.method import Rung
+from lape.surgery.forwards import Forward, Forwards
+from lape.surgery.weak import Weak
 
 
-class Rungs(Protocol):
+class RungSource(Protocol):
     """What hooks ask the positions of a model."""
 
     host: Host
+    forwards: Forwards
 
-    def rung(self, layer: int) -> Rung:
-        """Return the rung of a layer in the running forward."""
+    def for_the_block(self, forward: Forward, layer: int) -> Rung:
+        """Return what the block of a layer takes in a forward."""
         ...
 
     def tokens_axis(self, tokens: Tensor) -> int:
@@ -39,8 +44,9 @@ class Rungs(Protocol):
 
 @dataclass
 class Run:
-    """One run of a block: its rung, and how many of its norms have still to take the attention part."""
+    """One run of a block: its forward, its rung, and how many of its norms have still to take the attention part."""
 
+    forward: Forward
     rung: Rung
     due: int
 
@@ -62,30 +68,43 @@ def called(block: nn.Module, row: Block) -> nn.Module:
     return owner(block, row) if isinstance(block, nn.ModuleList | nn.ModuleDict) else block
 
 
-@dataclass(eq=False)
 class BlockHooks:
     """The hooks of one block; `layer` is its number among the blocks that the model has now."""
 
-    positions: Rungs
-    block: nn.Module
-    row: Block
-    layer: int
-    hooked: list[nn.Module] = field(default_factory=list)  # the norms (or projections) that have our hook
-    # The runs of the block that are not over, a stack a thread: a model may be called from within itself.
-    runs: dict[int, list[Run]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self, positions: RungSource, block: nn.Module, row: Block, layer: int) -> None:
+        self.positions, self.row, self.layer = positions, row, layer
+        self.hung = False  # whether the block takes anything
+        self._block = Weak(block)
+        self._hooked: list[weakref.ref[nn.Module]] = []  # the norms (or projections) that have our hook
+        # The runs of the block that are not over, a stack a thread: a model may be called from within itself.
+        self.runs: dict[int, list[Run | None]] = defaultdict(list)
+        self.traced: Rung | None = None  # of the run that is being compiled
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"runs": defaultdict(list)}
+        return self.__dict__ | {"_hooked": [], "runs": defaultdict(list)}  # `follow` finds the norms' hooks again
+
+    @property
+    def block(self) -> nn.Module:
+        """The block."""
+        return self._block()
+
+    @property
+    def hooked(self) -> list[nn.Module]:
+        """The norms (or projections) that have our hook and are still there."""
+        return [norm for reference in self._hooked if (norm := reference()) is not None]
 
     def hang(self, rung: Rung) -> None:
         """Hang all hooks on the block as it is now; raise UsageError where it cannot take a part of its rung."""
+        self.block.__dict__[HOOKS] = self
+        if rung.empty:
+            return
         unit = called(self.block, self.row)
         if unit is not self.block and (rung.residual is not None or rung.bias is not None):
             raise UsageError(
                 f"{self.name} is a list whose parts the model calls one by one, and between them nothing can be added "
                 "to the residual stream or the attention logits. Use join='lape', 'lape-sharing' or 'default'."
             )
-        self.block.__dict__[HOOKS] = self
+        self.hung = True
         unit.register_forward_pre_hook(self.enter, with_kwargs=True)
         unit.register_forward_hook(self.leave, always_call=True)
         if rung.attention is not None:
@@ -95,17 +114,18 @@ class BlockHooks:
         """Take all hooks off the block and its norms."""
         self.block.__dict__.pop(HOOKS, None)
         for module in (called(self.block, self.row), *self.hooked):
-            _unhook(module, self)
-        self.hooked = []
+            _unhook(module, lambda hook: hook is self)
+        self._hooked = []
 
     def follow(self) -> None:
         """Hang the hook on the norms that stand before attention now: one may have been replaced since."""
-        found = parts(self.block, self.row.projection or self.row.norms)
-        if len(found) == len(self.hooked) and all(map(_is, found, self.hooked)):
+        norms = parts(self.block, self.row.projection or self.row.norms)
+        hooked = self.hooked
+        if len(norms) == len(hooked) and all(norm is one for norm, one in zip(norms, hooked, strict=True)):
             return
-        for norm in self.hooked:
-            _unhook(norm, self, enter=False)
-        for norm in found:
+        for norm in hooked:
+            _unhook(norm, lambda hook: hook is self, enter=False)
+        for norm in norms:
             theirs = [_of(hook) for hook in norm._forward_hooks.values()]
             if any(isinstance(other, BlockHooks) and other is not self for other in theirs):
                 raise UsageError(
@@ -114,7 +134,7 @@ class BlockHooks:
                 )
             if not any(other is self for other in theirs):  # quantisation hands hooks on to what it puts in place
                 norm.register_forward_hook(self.attend)
-        self.hooked = found
+        self._hooked = [weakref.ref(norm) for norm in norms]
 
     @property
     def name(self) -> str:
@@ -125,33 +145,49 @@ class BlockHooks:
         self, unit: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Begin a run: add residual and bias to what the block is called with."""
-        rung = self.positions.rung(self.layer)
-        if not torch.compiler.is_compiling():
-            if rung.attention is not None:
-                self.follow()
-            due = len(self.hooked) if rung.attention is not None else 0
-            self.runs[threading.get_ident()].append(Run(rung, due))
         tokens, inputs, options = _tokens(inputs, options)
+        if torch.compiler.is_compiling():
+            forward = self.positions.forwards.find(self.layer, tokens)
+            self.traced = rung = self.positions.for_the_block(forward, self.layer)
+        else:
+            rung = self._begin(tokens)
         if rung.residual is not None:
             tokens = tokens + self._laid_out(rung.residual, tokens)
         if rung.bias is not None:
-            name = self.positions.host.logits
-            assert name is not None
-            bias, mask = rung.bias, options.get(name)
-            if mask is not None:
-                bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
-            options = options | {name: bias.to(tokens.dtype)}
+            options = self._biased(rung.bias, tokens, options)
         return (tokens, *inputs), options
+
+    def _begin(self, tokens: Tensor) -> Rung:
+        """Note that the block runs, and in which forward; return its rung."""
+        runs = self.runs[threading.get_ident()]
+        runs.append(None)  # `leave` is called too where what follows is refused
+        forward = self.positions.forwards.find(self.layer, tokens)
+        rung = self.positions.for_the_block(forward, self.layer)
+        if rung.attention is not None:
+            self.follow()
+        if isinstance(tokens, fx.Proxy):
+            for norm in self.hooked:
+                norm.__dict__["__module__"] = __name__  # of torch.nn it would be a leaf, whose hooks no trace sees
+        runs[-1] = Run(forward, rung, 0 if rung.attention is None else len(self._hooked))
+        forward.next = self.layer + 1
+        self.positions.forwards.hand(forward, tokens)
+        return rung
+
+    def _biased(self, bias: Tensor, tokens: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        """Return a block's keywords with a bias beside what is added to its attention logits already."""
+        name = self.positions.host.logits
+        assert name is not None
+        mask = options.get(name)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        if options.get("is_causal"):  # fused or not, attention takes a mask or is causal, not both
+            future = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
+            bias, options = bias.masked_fill(future, -torch.inf), options | {"is_causal": False}
+        return options | {name: bias.to(tokens.dtype)}
 
     def attend(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add the attention part of the rung to the output of the norm before attention."""
-        if not torch.compiler.is_compiling():
-            runs = self.runs.get(threading.get_ident())
-            if runs:
-                runs[-1].due -= 1
-            elif torch._C._current_graph_task_id() == -1:  # else what is within the block is computed again
-                return output  # called by somebody beside the block
-        attention = self.positions.rung(self.layer).attention
+        attention = self._attention(inputs[0])
         if attention is None:
             return output
         if self.row.projection is not None:
@@ -160,6 +196,20 @@ class BlockHooks:
         # tensor (tokens of 16 images at DeiT-Ti's width, two CPU cores). Another norm may hand out its input.
         attention = self._laid_out(attention, output)
         return output.add_(attention) if isinstance(norm, nn.LayerNorm) else output + attention
+
+    def _attention(self, tokens: Tensor) -> Tensor | None:
+        """Return the attention part of the rung, and count that it is taken."""
+        if torch.compiler.is_compiling():
+            return None if self.traced is None else self.traced.attention
+        runs = self.runs.get(threading.get_ident())
+        if runs and (run := runs[-1]) is not None:
+            run.due -= 1
+            self.positions.forwards.hand(run.forward, tokens)
+            return run.rung.attention
+        if torch._C._current_graph_task_id() == -1:
+            return None  # called by somebody beside the block
+        forward = self.positions.forwards.find(self.layer, tokens)  # what is within the block is computed again
+        return self.positions.for_the_block(forward, self.layer).attention
 
     def _projected(self, projection: nn.Module, tokens: Tensor, output: Tensor, attention: Tensor) -> Tensor:
         """Add it where a projection serves attention and MLP together: to the queries, keys and values alone."""
@@ -174,12 +224,25 @@ class BlockHooks:
 
     def leave(self, unit: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """End a run: raise UsageError unless the block has taken the attention part of its rung once."""
+        forwards = self.positions.forwards
         if torch.compiler.is_compiling():
+            self.traced = None
+            if forwards.latest is not None and self.layer == len(forwards.latest.layers) - 1:
+                forwards.close(forwards.latest)
             return
         runs = self.runs[threading.get_ident()]
         run = runs.pop() if runs else None
-        if run is None or output is None or run.rung.attention is None or not run.due:
+        if run is None or output is None:
             return  # without an output it has raised an error of its own
+        if isinstance(output, fx.Proxy):
+            for norm in self.hooked:
+                norm.__dict__.pop("__module__", None)
+        if self.layer == run.forward.last:
+            forwards.close(run.forward)
+        else:
+            forwards.hand(run.forward, output[0] if isinstance(output, tuple) else output)
+        if run.rung.attention is None or not run.due:
+            return
         path, due = self.row.projection or self.row.norms, len(self.hooked)
         raise UsageError(
             f"{self.name} takes its position behind {path!r}, once; it called that {due - run.due} times, and {due} "
@@ -190,6 +253,8 @@ class BlockHooks:
     def _laid_out(self, part: Tensor, tokens: Tensor) -> Tensor:
         """Return a part of the rung as tokens lie; raise UsageError where they are others than it was made for."""
         positions = self.positions
+        if isinstance(tokens, fx.Proxy):
+            return part
         at = positions.tokens_axis(tokens)
         sides = tokens.shape[:1] if at == 0 else tokens.shape[at:-1]
         # torch.export leaves some sides open, and would close them for being compared.
@@ -216,19 +281,15 @@ def _tokens(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, t
     return options[name], (), {other: value for other, value in options.items() if other != name}
 
 
-def _is(one: object, other: object) -> bool:
-    return one is other
+def _of(hook: Any) -> Any:
+    """Return the object that a hook is a method of, or the hook."""
+    return getattr(hook, "__self__", hook)
 
 
-def _of(hook: Any) -> object:
-    """Return the object that a hook is a method of."""
-    return getattr(hook, "__self__", None)
-
-
-def _unhook(module: nn.Module, hooks: BlockHooks, enter: bool = True) -> None:
-    """Take the hooks of one block off a module; handles of torch's own do not outlive copies and deletions."""
+def _unhook(module: nn.Module, belongs: Callable[[Any], bool], enter: bool = True) -> None:
+    """Take hooks off a module; handles of torch's own do not outlive copies and deletions."""
     for table in (module._forward_hooks, *([module._forward_pre_hooks] if enter else [])):
-        for number in [number for number, hook in table.items() if _of(hook) is hooks]:
+        for number in [number for number, hook in table.items() if belongs(_of(hook))]:
             del table[number]
             for marks in (
                 module._forward_hooks_with_kwargs,
@@ -236,3 +297,8 @@ def _unhook(module: nn.Module, hooks: BlockHooks, enter: bool = True) -> None:
                 module._forward_pre_hooks_with_kwargs,
             ):
                 marks.pop(number, None)
+
+
+def unhook(module: nn.Module, positions: RungSource) -> None:
+    """Take the hooks of a model's positions off a module."""
+    _unhook(module, lambda hook: hook is positions.forwards or getattr(hook, "positions", None) is positions)

@@ -1,66 +1,33 @@
 """LaPE on a foreign vision transformer, in place: apply, remove, fold.
 
-The host's forward is left as it is. Its method that adds the table runs on a view in which the table is what joins the
-tokens, or zeros, and every block takes its rung by hooks: one on the block (residual, bias), one on the norm before
+The host's forward is left as it is. Its method that adds the table runs unchanged on a proxy whose table is what joins
+the tokens: ω, or zeros. Every block takes its rung by hooks: one on the block (residual, bias), one on the norm before
 its attention. Parameters keep the names that they have: timm's table stays `pos_embed`, and the PE norm of its block i
 is `blocks.{i}.pe_norm`.
 """
 
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lape.errors import UsageError
-from lape.hosts import RECORD, Host, block_row, find, grid_of, lacks, parts, read, table_of
-from lape.method import (
-    JOINS,
-    POSITION_EMBEDDINGS,
-    PRESERVE_WITHOUT_TABLE,
-    TABLES,
-    Grid,
-    PositionNorm,
-    Rung,
-    scheme,
-)
-from lape.surgery.hooks import hooks_of, owner
-from lape.surgery.positions import BIAS_OWN, BIAS_TABLE, FoldedRung, Layer, Positions, by, place
+from lape.hosts import Host, block_row, blocks_path, find, grid_of, lacks, parts, table_of, value_at
+from lape.hosts.registry import RECORD
+from lape.method import JOINS, POSITION_EMBEDDINGS, PRESERVE_WITHOUT_TABLE, Grid, Rung, scheme
+from lape.surgery.building import attentions, build, dtype_and_device, refuse_embedding, take_out
+from lape.surgery.embedding import BeforeSequence, BehindEmbedding, PatchDropout, TableMethod
+from lape.surgery.graphs import forget_graphs, refuse_parallel
+from lape.surgery.hooks import BlockHooks, hooks_of, owner, unhook
+from lape.surgery.initialisation import initialisers, keep_fixed, release_fixed
+from lape.surgery.layers import grid_text
+from lape.surgery.positions import FoldedRung, Positions
+from lape.surgery.standins import StandIns, swap_parameter
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass
-class _IntoEmbedding:
-    """Starts a forward behind the module whose output (B, H, W, D) the table is added to."""
-
-    positions: Positions
-
-    def __call__(self, embedding: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> Tensor:
-        position = self.positions.begin((patches.shape[1], patches.shape[2]))
-        return patches if position is None else patches + self.positions.laid_out(position, patches)
-
-
-@dataclass
-class _IntoSequence:
-    """Starts a forward before the module to whose input, a sequence, the table is added."""
-
-    positions: Positions
-
-    def __call__(
-        self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens: Tensor = inputs[0] if inputs else next(iter(options.values()))
-        if tokens.is_nested:
-            raise UsageError("A nested tensor has no grid. Give a padded one, with src_key_padding_mask.")
-        position = self.positions.begin(self.positions.grid_of(tokens))
-        if position is not None:
-            tokens = tokens + self.positions.laid_out(position, tokens)
-        if inputs:
-            return (tokens, *inputs[1:]), options
-        return inputs, options | {next(iter(options)): tokens}
 
 
 def apply(
@@ -108,10 +75,9 @@ def apply(
     """
     vit, host = find(model) if host is None else _described(model, host)
     if RECORD in vit.__dict__:
-        record = positions(vit).scheme
-        raise UsageError(
-            f"A join is applied once: this model has join={record.join.name!r}. Call lape.remove(model) first."
-        )
+        before = positions(vit).scheme.join.name
+        raise UsageError(f"A join is applied once: this model has join={before!r}. Call lape.remove(model) first.")
+    refuse_parallel(model, vit)
     table = table_of(vit, host)
     chosen = scheme(join, pe or _own(vit, host, join), pe_norm, start)
     if chosen.start.preserves:
@@ -124,39 +90,58 @@ def apply(
         if table is None:
             chosen = replace(chosen, start=PRESERVE_WITHOUT_TABLE)
     record = Positions(vit, host, chosen, _grid(vit, host, grid))
-    _refuse(record)
-    _build(record, table)
-    if host.behind is not None:
-        record.handles.append(vit.get_submodule(host.behind).register_forward_hook(_IntoEmbedding(record)))
-    if host.before is not None:
-        before = vit.get_submodule(host.before)
-        record.handles.append(before.register_forward_pre_hook(_IntoSequence(record), with_kwargs=True))
+    refuse_embedding(record)
+    build(record, table)
+    keep_fixed(record)
     vit.__dict__[RECORD] = record
+    _hang_on_the_model(record)
     for part, name, method in _replaced(record):
         part.__dict__[name] = method
     try:
-        record.hang()
+        _hang_on_the_blocks(record)
     except UsageError:
         remove(model)
         raise
+    forget_graphs()
     return model
 
 
-def _replaced(record: Positions) -> list[tuple[nn.Module, str, Any]]:
-    """What stands in an operated model for methods of its class.
-
-    Bound methods, because copies and pickles of a model rebind them to the copy.
-    """
+def _hang_on_the_model(record: Positions) -> None:
+    """Hang the hooks that begin a forward and end it."""
     vit, host = record.model, record.host
-    replaced: list[tuple[nn.Module, str, Any]] = [(vit, "no_weight_decay", record.no_weight_decay)]
-    if host.behind is None and host.before is None:
-        replaced.append((record.holder, host.add_table, record.embed))
+    vit.register_forward_pre_hook(record.forwards.enter_call, prepend=True)
+    vit.register_forward_hook(record.forwards.leave_call, always_call=True)
+    if host.joint_norm is not None:
+        vit.get_submodule(host.joint_norm).register_forward_hook(record.forwards.follow)
+    if host.behind is not None:
+        vit.get_submodule(host.behind).register_forward_hook(BehindEmbedding(record))
+    if host.before is not None:
+        vit.get_submodule(host.before).register_forward_pre_hook(BeforeSequence(record), with_kwargs=True)
+
+
+def _hang_on_the_blocks(record: Positions) -> None:
+    """Give every block its hooks, by what its rung holds."""
+    with torch.no_grad():
+        forward = record.forward(record.grid)
+        rungs = [record.for_the_block(forward, layer) for layer in range(len(forward.layers))]
+    for number, (block, rung) in enumerate(zip(record.blocks, rungs, strict=True)):
+        BlockHooks(record, block, block_row(record.host, block), number).hang(rung)
+
+
+def _replaced(record: Positions) -> list[tuple[nn.Module, str, Any]]:
+    """What stands in an operated model for methods of its class."""
+    vit, host, answers = record.model, record.host, StandIns(record)
+    replaced: list[tuple[nn.Module, str, Any]] = [(vit, "no_weight_decay", answers.no_weight_decay)]
+    if host.adds_by_method:
+        replaced.append((record.holder, host.add_table, TableMethod(record)))
     if hasattr(type(vit), "set_input_size"):
-        replaced.append((vit, "set_input_size", record.set_input_size))
-    dropout = read(vit, host.patch_dropout)
+        replaced.append((vit, "set_input_size", answers.set_input_size))
+    dropout = value_at(vit, host.patch_dropout)
     if dropout is not None and not isinstance(dropout, nn.Identity):
-        replaced.append((dropout, "forward", record.drop_patches))
-    return replaced
+        replaced.append((dropout, "forward", PatchDropout(record)))
+    if host.window_bias is not None and record.scheme.embedding.bias is None:
+        replaced += [(part, host.window_bias.method, answers.no_bias) for _, part in attentions(record)]
+    return replaced + initialisers(record)
 
 
 def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
@@ -167,7 +152,7 @@ def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
             f"The row of {host.name!r} names {missing!r}, and {type(model).__name__} has nothing there. A row's paths "
             "begin at the model that lape.apply is given."
         )
-    for block in parts(model, f"{host.stages}.{host.blocks}".strip(".")):
+    for block in parts(model, blocks_path(host)):
         try:
             parts(block, block_row(host, block).norms)
         except AttributeError as error:
@@ -182,7 +167,9 @@ def _grid(vit: nn.Module, host: Host, given: Grid | None) -> Grid:
     """Return the grid of a model's table."""
     own = grid_of(vit, host)
     if own is not None and given is not None and own != tuple(given):
-        raise UsageError(f"This model says that its grid is {by(own)}, and grid={given} is another. Leave grid out.")
+        raise UsageError(
+            f"This model says that its grid is {grid_text(own)}, and grid={given} is another. Leave grid out."
+        )
     if own is None and given is None:
         raise UsageError(
             f"A {host.name} does not say how many tokens it is for. Give the (rows, columns) of its tokens: "
@@ -192,33 +179,6 @@ def _grid(vit: nn.Module, host: Host, given: Grid | None) -> Grid:
         raise UsageError(f"A grid has a row and a column of tokens at least; received grid={given}. Give a larger one.")
     rows, columns = own or given  # pyright: ignore[reportGeneralTypeIssues]
     return rows, columns
-
-
-def _refuse(record: Positions) -> None:
-    """Raise UsageError for a position embedding that means nothing to the host."""
-    host, embedding = record.host, record.scheme.embedding
-    if host.window_bias is not None and embedding.bias is not None and embedding.bias.normed:
-        raise UsageError(
-            f"pe={embedding.name!r} normalises a bias over the whole grid, and a {host.name} has one in each "
-            f"window. Use pe={embedding.name.replace('-layernorm', '')!r}."
-        )
-    if embedding.bias is not None and host.window_bias is None and host.logits is None:
-        raise UsageError(
-            f"pe={embedding.name!r} is added to attention logits, and the blocks of a {host.name} take nothing to add "
-            "there. Use a table alone, as pe='learnable'."
-        )
-    if host.sequence and record.grid[0] == 1 and embedding.table is TABLES["sinusoidal-2d"]:
-        raise UsageError(
-            f"pe={embedding.name!r} tells rows from columns, and a sequence has one row. Use pe='sinusoidal-1d'."
-        )
-    table = table_of(record.model, host)
-    rows = record.prefix_rows + record.grid[0] * record.grid[1]
-    if table is not None and table.shape[-2:] != (rows, record.width):
-        raise UsageError(
-            f"The table of a {host.name} is {tuple(table.shape)}; {record.prefix_rows} prefix tokens and "
-            f"{by(record.grid)} patches of width {record.width} would have ({rows}, {record.width}). Mend the row: "
-            "prefix, grid or width."
-        )
 
 
 def joins_of(model: nn.Module) -> tuple[str, ...]:
@@ -236,87 +196,13 @@ def _own(vit: nn.Module, host: Host, join: str) -> str:
     """Return the position embedding that a host keeps under a join."""
     with_tokens = join in JOINS and JOINS[join].with_tokens
     if table_of(vit, host) is not None or host.window_bias is not None:
-        return host.own if with_tokens else host.own_joined
-    if not with_tokens and read(vit, host.rotary) is not None:
+        return host.embedding.own if with_tokens else host.embedding.joined
+    if not with_tokens and value_at(vit, host.rotary) is not None:
         raise UsageError(
             f"The positions of this {type(vit).__name__} are rotations inside attention (RoPE), and it has no table to "
             "join. Give it one beside them: pe='learnable'."
         )
     return "none"
-
-
-def _build(record: Positions, own: nn.Parameter | None) -> None:
-    """Give the model the tables, the biases and the PE norms of its scheme."""
-    layers = record.layers(record.grid)
-    widths = [record.width]
-    for layer in layers[1:]:
-        crossing: Any = layer.crossing
-        widths.append(widths[-1] if crossing is None else crossing.reduction.out_features)
-    _build_tables(record, own, layers, widths)
-    _build_biases(record)
-    if record.scheme.embedding.table is not None:
-        _build_norms(record, layers, widths)
-
-
-def _build_tables(record: Positions, own: nn.Parameter | None, layers: list[Layer], widths: list[int]) -> None:
-    vit, host, join, table = record.model, record.host, record.scheme.join, record.scheme.embedding.table
-    new = _kind(vit)
-
-    def made(grid: Grid, width: int) -> nn.Parameter | None:
-        if table is None:
-            return None
-        fresh = table.make(grid, record.prefix_rows, width) * (host.table_scale if table.learns else 1)
-        return nn.Parameter(fresh.to(**new), requires_grad=table.learns)
-
-    kept = own if table is POSITION_EMBEDDINGS[host.own].table else None
-    if kept is not None and not join.table_per_layer:
-        return
-    record.put_aside[host.table] = own
-    place(vit, host.table, None if join.table_per_layer else record.stored(made(record.grid, record.width)))
-    for number, (layer, width) in enumerate(zip(layers, widths, strict=True) if join.table_per_layer else ()):
-        fresh = (
-            made(layer.grid, width) if number or kept is None else record.batched(nn.Parameter(kept.detach().clone()))
-        )
-        setattr(layer.block, host.table_name, fresh)
-
-
-def _build_biases(record: Positions) -> None:
-    vit, host, bias = record.model, record.host, record.scheme.embedding.bias
-    new = _kind(vit)
-    rows, columns = record.grid
-    if host.window_bias is not None and bias is None:
-        for name, attention in _attentions(record):
-            record.put_aside[f"{name}.{BIAS_TABLE}"] = place(attention, BIAS_TABLE, None)
-            attention.__dict__[host.window_bias.method] = record.no_bias
-    elif host.window_bias is None and bias is not None:
-        for block in record.blocks:
-            logits = torch.empty((2 * rows - 1) * (2 * columns - 1), _heads(block), **new)
-            setattr(block, BIAS_TABLE, nn.Parameter(nn.init.trunc_normal_(logits, std=0.02)))
-            if bias.normed:
-                block.add_module(BIAS_OWN, nn.ModuleDict({"pe_norm": nn.LayerNorm(rows * columns, **new)}))
-
-
-def _build_norms(record: Positions, layers: list[Layer], widths: list[int]) -> None:
-    join, new = record.scheme.join, _kind(record.model)
-    for layer, width in zip(layers, widths, strict=True) if join.normed else ():
-        norm = parts(layer.block, block_row(record.host, layer.block).norms)[0]
-        amount = record.scheme.start.preserves
-        norm_of_position = PositionNorm(width, getattr(norm, "eps", 1e-6), record.scheme.norm, **new, amount=amount)
-        owner(layer.block, block_row(record.host, layer.block)).add_module("pe_norm", norm_of_position)
-    for crossing in record.crossings if join.normed or join.carries_table else ():
-        norm: Any = crossing.norm
-        crossing.add_module("pe_norm", PositionNorm(norm.normalized_shape[-1], norm.eps, **new))
-
-
-def _kind(model: nn.Module) -> dict[str, Any]:
-    some = next(model.parameters())
-    return {"device": some.device, "dtype": some.dtype}
-
-
-def _attentions(record: Positions) -> list[tuple[str, nn.Module]]:
-    """The modules that add a relative bias of the host's own, with their names."""
-    inside = {id(part) for block in record.blocks for part in parts(block, record.host.window_bias.attention)}  # pyright: ignore
-    return [(name, part) for name, part in record.model.named_modules() if id(part) in inside]
 
 
 def remove(model: Model) -> Model:
@@ -343,37 +229,26 @@ def remove(model: Model) -> Model:
     if record.folded_for:
         raise UsageError("A folded model has no table to give back. Fold a copy: lape.fold(copy.deepcopy(model)).")
     vit, host = record.model, record.host
-    _take_out(record)
-    some = next(vit.parameters())
+    take_out(record)
+    kind = dtype_and_device(vit)
     for name, own in record.put_aside.items():
-        given_back = None if own is None else nn.Parameter(own.to(some.device), requires_grad=own.requires_grad)
-        place(vit, name, given_back)
+        given_back = None if own is None else nn.Parameter(own.to(**kind), requires_grad=own.requires_grad)
+        swap_parameter(vit, name, given_back)
     if not record.had_table:
         delattr(record.holder, host.table_name)
-    for handle in record.handles:
-        handle.remove()
+    release_fixed(record)
+    for path in ("", host.joint_norm, host.behind, host.before):
+        if path is not None:
+            unhook(vit.get_submodule(path), record)
     for block in record.blocks:
         hooks = hooks_of(block)
         if hooks is not None:
             hooks.take_down()
     for part, name, _ in _replaced(record):
-        del part.__dict__[name]
+        part.__dict__.pop(name, None)  # of a part that came into the model after the join, nothing
     del vit.__dict__[RECORD]
-    if host.window_bias is not None:
-        for _, attention in _attentions(record):
-            attention.__dict__.pop(host.window_bias.method, None)
+    forget_graphs()
     return model
-
-
-def _take_out(record: Positions) -> None:
-    """Take the tables and PE norms of a scheme out of the blocks."""
-    owners = [owner(block, block_row(record.host, block)) for block in record.blocks]
-    for part in (*record.blocks, *owners, *record.crossings):
-        part._modules.pop("pe_norm", None)
-        part._modules.pop(BIAS_OWN, None)
-        part._parameters.pop(BIAS_TABLE, None)
-        if record.scheme.join.table_per_layer:
-            part._parameters.pop(record.host.table_name, None)
 
 
 def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
@@ -406,20 +281,23 @@ def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
     """
     record = positions(model)
     if record.folded_for:
-        raise UsageError(f"This model is folded already, for {', '.join(map(by, record.folded_for))} patches.")
+        raise UsageError(f"This model is folded already, for {', '.join(map(grid_text, record.folded_for))} patches.")
     vit = record.model
-    chosen = tuple((rows, columns) for rows, columns in grids or [record.own_grid()])
+    chosen = (record.own_grid(),) if grids is None else tuple((rows, columns) for rows, columns in grids)
+    if not chosen:
+        raise UsageError("A model is folded for one grid of patches at least, and grids= holds none. Leave grids out.")
     with torch.no_grad():
         ladders = {grid: record.ladder(grid) for grid in chosen}
-    _take_out(record)
-    place(vit, record.host.table, None)
+    take_out(record)
+    swap_parameter(vit, record.host.table, None)
     for layer, block in enumerate(record.blocks):
         held_by = owner(block, block_row(record.host, block))
         held_by.add_module("pe_folded", FoldedRung({grid: ladder[layer] for grid, ladder in ladders.items()}))
     record.folded_for = chosen
     record.put_aside.clear()
     model.eval().requires_grad_(False)
-    vit.__dict__["train"] = record.train
+    vit.__dict__["train"] = StandIns(record).train
+    forget_graphs()
     return model
 
 
@@ -454,7 +332,3 @@ def positions(model: nn.Module) -> Positions:
     if RECORD not in vit.__dict__:
         raise UsageError("No join is applied to this model. Call lape.apply(model) first.")
     return vit.__dict__[RECORD]
-
-
-def _heads(block: nn.Module) -> int:
-    return next(part.num_heads for part in block.modules() if hasattr(part, "num_heads"))  # pyright: ignore

@@ -1,23 +1,54 @@
 """Image classification: soft cross-entropy, with or without a teacher; accuracy in percent."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lape.data import pipeline
+from lape.data.classes import ImageSource
+from lape.data.pictures import MODES
+from lape.data.preparation import Preparation
+from lape.errors import RunError, UsageError, choose, first_line
+from lape.experiment import Augmentation, Experiment
+from lape.hosts import find
+from lape.models.rebuilding import Build
+from lape.models.registry import learns_from
+from lape.tasks.building import build_model, refuse_foreign
+from lape.tasks.work import Sheet
+from lape.weights import fill, read
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
 
-NAMED = 5  # classes of a picture
+SETTINGS = {"train_images", "img_size", "teacher", *(field.name for field in fields(Augmentation))}
+LIKELIEST = 5  # classes of a picture
+IN_A_LINE = 3  # of these
 
 
 @dataclass(frozen=True)
-class Named:
+class LikelyClasses:
     """The likeliest classes of a picture, labels (n,) and probabilities (n,), the first first."""
 
     labels: Tensor
     probabilities: Tensor
+
+    def line(self, classes: Sequence[str]) -> str:
+        """The likeliest, with their probabilities."""
+        return ", ".join(text for _, text in self.legend(classes)[:IN_A_LINE])
+
+    def legend(self, classes: Sequence[str]) -> list[tuple[int, str]]:
+        """All of them, with their probabilities."""
+        shares = zip(self.labels.tolist(), self.probabilities.tolist(), strict=True)
+        return [(label, f"{classes[label]} {share:.1%}") for label, share in shares]
+
+    def draw(self, sheet: Sheet) -> None:
+        """Draw nothing: it is said of the whole picture."""
 
 
 class Classification:
@@ -37,11 +68,11 @@ class Classification:
         """A new account of validation results."""
         return Meter(self.classes)
 
-    def predict(self, model: nn.Module, image: Tensor) -> "Named":
+    def predict(self, model: nn.Module, image: Tensor) -> LikelyClasses:
         """Return what is likeliest of an image (C, H, W), normalised; the model is in eval mode."""
         probabilities = model(image[None]).float().softmax(1)[0]
-        likeliest = probabilities.topk(min(NAMED, self.classes))
-        return Named(likeliest.indices, likeliest.values)
+        likeliest = probabilities.topk(min(LIKELIEST, self.classes))
+        return LikelyClasses(likeliest.indices, likeliest.values)
 
 
 class Distillation(Classification):
@@ -79,3 +110,147 @@ class Meter(nn.Module):
         """What is known of all batches of all processes: `val_loss`, and `val_accuracy` in percent."""
         result: dict[str, Any] = {"val_loss": self.loss.compute(), "val_accuracy": 100 * self.accuracy.compute()}
         return {name: float(value) for name, value in result.items()}
+
+
+class ClassificationWork:
+    """Images of one class each, and a classifier.
+
+    `size` is the (H, W) at which the model sees them. Raises UsageError for names, keywords and sizes that do not fit.
+    """
+
+    source_type = ImageSource
+    one_size = True
+    validation_batch: int | None = None
+
+    def __init__(self, experiment: Experiment, source: ImageSource, build: Build) -> None:
+        refuse_foreign(experiment, source, SETTINGS)
+        self.experiment, self.source = experiment, source
+        self.chosen = pipeline.augmentation(experiment, source)
+        self.repeats = self.chosen.repeats or 1
+        side = experiment.img_size
+        asked = (side, side) if side else source.size
+        if learns_from(experiment.model) != source.kind:
+            raise UsageError(
+                f"{source.name} has a class for each image, and {experiment.model} tells more than that. Take a "
+                "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
+            )
+        self.module = module = build_model(experiment, source, build, {"img_size": asked})
+        self.size: tuple[int, int] = asked or tuple(module.pretrained_cfg["input_size"][-2:])
+        stem: Any = find(module)[0].patch_embed
+        patch = getattr(stem, "multiple_of", stem.patch_size)  # a stem may take any size
+        if any(length % step for length, step in zip(self.size, patch, strict=True)):
+            raise UsageError(
+                f"{experiment.model} cuts images into patches of {patch[0]}x{patch[1]}, which do not divide "
+                f"{self.size[0]}x{self.size[1]} images of {source.name}. Give --img_size a multiple of {patch[0]}, or "
+                "another model."
+            )
+        _refuse_another_answer(experiment, module, (1, source.channels, *self.size), len(source.classes))
+
+    def task(self, fabric: Fabric) -> Classification:
+        """Create what is learned: the classes, and where there is a teacher its answers.
+
+        Raises UsageError for a student without a distillation head, and for a teacher of other classes or colours.
+        """
+        experiment, module = self.experiment, self.module
+        if experiment.teacher is None:
+            if experiment.teacher_weights:
+                raise UsageError(f"teacher_weights {experiment.teacher_weights} are of no model: name it by --teacher.")
+            return Classification(len(self.source.classes))
+        if not hasattr(module, "set_distilled_training"):
+            raise UsageError(
+                f"{experiment.teacher} teaches a distillation head, and {experiment.model} has none. Take a distilled "
+                "model, as deit_tiny_distilled_patch16_224, or no --teacher."
+            )
+        module.set_distilled_training(True)
+        teacher = fabric.strategy.precision.convert_module(_teacher(experiment, self.source).to(fabric.device))
+
+        @torch.no_grad()
+        def answers(images: Tensor) -> Tensor:
+            with fabric.autocast():
+                return teacher(fabric.strategy.precision.convert_input(images)).argmax(1)
+
+        return Distillation(len(self.source.classes), answers)
+
+    def check(self, report: Callable[[float], None]) -> None:
+        """Do nothing: there may be a million files, and each is told of when its turn comes."""
+
+    def preparation(self, share: int, device: torch.device) -> Preparation:
+        """Create what is left to do to a batch of `share` images on the device."""
+        return Preparation(self.source, self.chosen, self.size, share, device)
+
+    def training(self) -> Dataset[Any]:
+        """The training images, augmented."""
+        return pipeline.training_images(self.source, self.experiment, self.size, self.experiment.seed)
+
+    def validation(self) -> Dataset[Any]:
+        """The validation images."""
+        return pipeline.validation_images(self.source, self.experiment, self.size)
+
+    def answer(
+        self, task: Classification, picture: Image.Image, device: torch.device, threshold: float
+    ) -> LikelyClasses:
+        """Name a picture's class."""
+        see = pipeline.validation_transform(self.source, self.chosen, self.size)
+        return task.predict(self.module, see(picture.convert(MODES[self.source.channels])).to(device))
+
+    def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
+        """Return the model, and `count` validation images as it takes them, drawn once and for all."""
+        some = replace(self.source, validation=self.source.validation.some(count))
+        images = pipeline.validation_images(some, self.experiment, self.size)
+        batches = pipeline.load(images, pipeline.InOrder(count, at_once), workers=0, pin=False)
+        return self.module, (images for images, *_ in batches)
+
+
+@torch.no_grad()
+def _refuse_another_answer(experiment: Experiment, module: nn.Module, shape: tuple[int, ...], classes: int) -> None:
+    """Show a model an empty image of a shape (1, C, H, W): its keywords may have made it no classifier."""
+    try:
+        answer = module.eval()(torch.zeros(shape))
+        found = tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+    except Exception as error:  # whatever a part of timm's stumbles over
+        found = first_line(error)
+    if found != (1, classes):
+        raise UsageError(
+            f"{experiment.model} with model_args {experiment.model_args} is no classifier of {classes} classes: to an "
+            f"image of {shape[2]}x{shape[3]} it answers {found}. Mend model_args, or take another model."
+        )
+    module.train()
+
+
+def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:
+    """Create the teacher of an experiment, with its weights."""
+    import timm
+
+    name, path = str(experiment.teacher), experiment.teacher_weights
+    choose(dict.fromkeys(timm.list_models()), name.partition(".")[0], "a model that timm knows")
+    asked = len(source.classes)
+    if path:
+        teacher: Any = timm.create_model(name, num_classes=asked, in_chans=source.channels)
+        weights = read(path)
+        head = weights.get(f"{teacher.pretrained_cfg['classifier']}.bias")
+        _refuse_other_classes(f"{name} in {path}", asked if head is None else len(head), source)
+        fill(teacher, weights, path)
+        return teacher.eval()
+    try:
+        teacher = timm.create_model(name, pretrained=True, in_chans=source.channels)
+    except Exception as error:  # the Hub's client and its network library raise kinds of their own
+        raise RunError(
+            f"timm's weights of {name} cannot be had ({first_line(error)}). Give --teacher_weights the file that holds "
+            "them."
+        ) from error
+    _refuse_other_classes(name, teacher.num_classes, source)
+    mean, std = (tuple(teacher.pretrained_cfg[part]) for part in ("mean", "std"))
+    if (mean, std) != (source.mean, source.std):
+        raise UsageError(
+            f"A teacher sees its student's images, and {name} knows them with mean {mean} and deviation {std}, where "
+            f"those of {source.name} have {source.mean} and {source.std}. Take a teacher that was trained with these."
+        )
+    return teacher.eval()
+
+
+def _refuse_other_classes(name: str, classes: int, source: ImageSource) -> None:
+    if classes != len(source.classes):
+        raise UsageError(
+            f"The teacher {name} tells {classes} classes apart, and {source.name} has {len(source.classes)}: take one "
+            "that was trained on these."
+        )

@@ -1,6 +1,6 @@
 """Object detection with masks: the detector's own losses; COCO's average precision of boxes and masks in percent."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import reduce
@@ -8,13 +8,27 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
-from lape.errors import RunError
+from lape.data import dense
+from lape.data.files import check_files
+from lape.data.instances import InstanceSource
+from lape.data.preparation import Finishing
+from lape.errors import RunError, UsageError
+from lape.experiment import Experiment
+from lape.models.rebuilding import Build
+from lape.models.registry import models_for
+from lape.tasks.building import build_model, cut_to_table, filled, refuse_a_table_of_no_patch, refuse_foreign
+from lape.tasks.work import Sheet
 
 Target = dict[str, Tensor]  # boxes (n, 4), labels (n,) from 1, masks (n, H, W); to be judged also iscrowd, area (n,)
 Batch = tuple[list[Tensor], list[Target]]  # images (3, H, W), uint8
 
+SETTINGS = {"hflip", "short_side", "long_side", "zoom", "zoom_crop", "crop"}
 INSIDE = 0.5  # least probability of a pixel of a mask
 
 # What is measured: our names and torchmetrics'.
@@ -30,13 +44,27 @@ PRECISIONS = {
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObjects:
     """The objects found in a picture: boxes (n, 4) as x0 y0 x1 y1, labels (n,) from 0, masks (n, H, W), scores (n,)."""
 
     boxes: Tensor
     labels: Tensor
     masks: Tensor
     scores: Tensor
+
+    def line(self, classes: Sequence[str]) -> str:
+        """How many of each class."""
+        return ", ".join(text for _, text in self.legend(classes)) or "nothing found"
+
+    def legend(self, classes: Sequence[str]) -> list[tuple[int, str]]:
+        """Each class, with the number of its objects."""
+        labels = self.labels.tolist()
+        return [(label, f"{labels.count(label)} {classes[label]}") for label in dict.fromkeys(labels)]
+
+    def draw(self, sheet: Sheet) -> None:
+        """Draw boxes with scores, and masks."""
+        scores = [f"{score:.2f}" for score in self.scores.tolist()]
+        sheet.outline_objects(self.boxes, self.masks, self.labels.tolist(), scores)
 
 
 class Detection:
@@ -54,12 +82,12 @@ class Detection:
         return Meter()
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, picture: Tensor, threshold: float) -> Found:
+    def predict(self, model: nn.Module, picture: Tensor, threshold: float) -> DetectedObjects:
         """Return what has a score of `threshold` or more in a picture (3, H, W), uint8; the model is in eval mode."""
         (found,) = _find(model, [picture])
         sure = found["scores"] >= threshold
         boxes, labels, masks, scores = (found[name][sure] for name in ("boxes", "labels", "masks", "scores"))
-        return Found(boxes, labels - 1, masks.bool(), scores)
+        return DetectedObjects(boxes, labels - 1, masks.bool(), scores)
 
 
 class Meter(nn.Module):
@@ -131,3 +159,59 @@ def _of_all_processes(states: Mapping[str, Any]) -> Mapping[str, Any]:
         name: [entry for turn in zip_longest(*(share[name] for share in shares)) for entry in turn if entry is not None]
         for name in states
     }
+
+
+class DetectionWork:
+    """Pictures with objects, and a detector."""
+
+    source_type = InstanceSource
+    one_size = False
+    validation_batch: int | None = 1
+    repeats = 1
+
+    def __init__(self, experiment: Experiment, source: InstanceSource, build: Build) -> None:
+        refuse_foreign(experiment, source, SETTINGS)
+        if experiment.precision.endswith("16-true"):
+            raise UsageError(
+                f"precision {experiment.precision} would round boxes to whole pixels and more: take bf16-mixed, "
+                "16-mixed or 32-true."
+            )
+        self.experiment, self.source = experiment, source
+        self.augmentation = filled(experiment, source.augmentation)
+        self.dense = filled(experiment, source.dense)
+        sides = {"min_size": self.dense.short_side[-1], "max_size": self.dense.long_side}  # pyright: ignore
+        if experiment.model not in (detectors := models_for(source.kind)):
+            raise UsageError(
+                f"{source.name} is a set for detection, and {experiment.model} is no detector. Take one of "
+                f"{', '.join(detectors)}, or another set."
+            )
+        self.module = build_model(experiment, source, build, sides)
+        refuse_a_table_of_no_patch(experiment, self.module)
+
+    def task(self, fabric: Fabric) -> Detection:
+        """Create what is learned: boxes, classes and masks."""
+        return Detection()
+
+    def check(self, report: Callable[[float], None]) -> None:
+        """Open every file, and tell how many have been; raises RunError for a bad one."""
+        check_files(self.source, report)
+
+    def preparation(self, share: int, device: torch.device) -> Finishing:
+        """Create what is left to do to a batch on the device."""
+        return Finishing(dense.Scaled())
+
+    def training(self) -> Dataset[Any]:
+        """The training pictures, augmented."""
+        return dense.detection_training(self.source, self.augmentation, self.dense, self.experiment.seed)
+
+    def validation(self) -> Dataset[Any]:
+        """The validation pictures."""
+        return dense.detection_validation(self.source)
+
+    def answer(self, task: Detection, picture: Image.Image, device: torch.device, threshold: float) -> DetectedObjects:
+        """Find a picture's objects, those with a score of `threshold` or more."""
+        return task.predict(self.module, pil_to_tensor(picture).to(device), threshold)
+
+    def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
+        """Return the model's transformer, and `count` validation pictures cut to the size of its table."""
+        return cut_to_table(self.source, self.module, count, at_once)

@@ -8,17 +8,63 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning_fabric import Fabric
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
-from lape.data.maps import IGNORED
+from lape.data import dense
+from lape.data.dense import within
+from lape.data.files import check_files
+from lape.data.maps import IGNORED, MapSource
+from lape.data.pipeline import Normalise
+from lape.data.preparation import Finishing
 from lape.errors import RunError, UsageError
+from lape.experiment import Experiment
+from lape.models.rebuilding import Build
+from lape.models.registry import models_for
+from lape.tasks.building import build_model, cut_to_table, filled, refuse_a_table_of_no_patch, refuse_foreign
+from lape.tasks.work import Sheet
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), uint8, maps (B, H, W)
 
+SETTINGS = {
+    *("hflip", "short_side", "long_side", "crop", "scale_jitter", "class_cap", "photometric"),
+    *("stride", "test_scales", "test_flip"),
+}
 WINDOWS_AT_ONCE = 8  # even: a window and its mirror image go together
+IN_A_LINE = 3  # classes
+
+
+@dataclass(frozen=True)
+class ClassMap:
+    """The class of every pixel of a picture: labels (H, W)."""
+
+    labels: Tensor
+
+    def line(self, classes: Sequence[str]) -> str:
+        """The largest classes, with their shares of the picture."""
+        shares = ((label, count / self.labels.numel()) for label, count in self._counts()[:IN_A_LINE])
+        return ", ".join(f"{classes[label]} {share:.1%}" for label, share in shares)
+
+    def legend(self, classes: Sequence[str]) -> list[tuple[int, str]]:
+        """Each class that there is, the largest first."""
+        return [(label, classes[label]) for label, _ in self._counts()]
+
+    def draw(self, sheet: Sheet) -> None:
+        """Draw every pixel in the colour of its class."""
+        sheet.fill_pixels(self.labels)
+
+    def _counts(self) -> list[tuple[int, int]]:
+        """Classes and their pixels, the largest first."""
+        counts = self.labels.flatten().bincount()
+        order = counts.argsort(descending=True).tolist()
+        return [(label, int(counts[label])) for label in order if counts[label]]
 
 
 @dataclass(frozen=True)
@@ -78,8 +124,6 @@ class Inference:
 
     def _sizes(self, height: int, width: int, scale: float) -> Iterator[tuple[int, int]]:
         """The sizes (H, W) that an image is brought to, one after the other."""
-        from lape.data.dense import within
-
         height, width = within((height, width), int(self.short_side * scale), int(self.long_side * scale))
         yield height, width
         height, width = (math.ceil(side / self.multiple) * self.multiple for side in (height, width))
@@ -188,3 +232,66 @@ def _spans(side: int, window: int, stride: int) -> list[slice]:
     """Where windows lie along a side: one every `stride`, and the last one flush with its end."""
     window = min(window, side)
     return [slice(start, start + window) for start in (*range(0, side - window, stride), side - window)]
+
+
+class SegmentationWork:
+    """Pictures with a class for every pixel, and a model that tells it."""
+
+    source_type = MapSource
+    one_size = False
+    validation_batch: int | None = 1
+    repeats = 1
+
+    def __init__(self, experiment: Experiment, source: MapSource, build: Build) -> None:
+        refuse_foreign(experiment, source, SETTINGS)
+        self.experiment, self.source = experiment, source
+        self.augmentation = filled(experiment, source.augmentation)
+        self.dense = filled(experiment, source.dense)
+        if experiment.model not in (segmenters := models_for(source.kind)):
+            raise UsageError(
+                f"{source.name} is a set for segmentation, and {experiment.model} does not tell the class of a pixel. "
+                f"Take one of {', '.join(segmenters)}, or another set."
+            )
+        self.module = build_model(experiment, source, build, {})
+        refuse_a_table_of_no_patch(experiment, self.module)
+
+    def task(self, fabric: Fabric) -> Segmentation:
+        """Create what is learned: the class of every pixel."""
+        chosen: Any = self.dense
+        inference = Inference(
+            window=chosen.crop,
+            stride=chosen.stride,
+            short_side=chosen.short_side[-1],
+            long_side=chosen.long_side,
+            scales=chosen.test_scales,
+            flip=chosen.test_flip,
+            multiple=self.module.multiple,
+            grow=self.module.grow,
+            normalise=Normalise(self.source, fabric.device),
+        )
+        module = self.module
+        return Segmentation(len(self.source.classes), inference, module.loss_weights, module.unlabelled_count)
+
+    def check(self, report: Callable[[float], None]) -> None:
+        """Open every file, and tell how many have been; raises RunError for a bad one."""
+        check_files(self.source, report)
+
+    def preparation(self, share: int, device: torch.device) -> Finishing:
+        """Create what is left to do to a batch on the device."""
+        return Finishing(Normalise(self.source, device))
+
+    def training(self) -> Dataset[Any]:
+        """The training pictures, augmented."""
+        return dense.segmentation_training(self.source, self.augmentation, self.dense, self.experiment.seed)
+
+    def validation(self) -> Dataset[Any]:
+        """The validation pictures."""
+        return dense.segmentation_validation(self.source)
+
+    def answer(self, task: Segmentation, picture: Image.Image, device: torch.device, threshold: float) -> ClassMap:
+        """Name the class of every pixel (H, W)."""
+        return ClassMap(task.predict(self.module, pil_to_tensor(picture).to(device)))
+
+    def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
+        """Return the model's transformer, and `count` validation pictures cut to the size of its table."""
+        return cut_to_table(self.source, self.module, count, at_once)

@@ -11,12 +11,12 @@ from torch import nn
 
 from lape.characters import plural
 from lape.data import pipeline
-from lape.data.pipeline import Batches, Whole
-from lape.data.sources import find
+from lape.data.pipeline import Batches, InOrder
+from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Execution, Experiment
 from lape.models.rebuilding import LikeItsFile
-from lape.tasks.work import Source, Task, Work, without_pictures, work_of
+from lape.tasks.work import Task, Work, set_without_pictures, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST, read
 from lape.weights import fill, judged_weights
@@ -73,7 +73,7 @@ def load_run(checkpoint: Path, source_of: Callable[[Experiment, Source], Source]
     experiment = replace(experiment, **(elsewhere | taught | asked))
     weights = judged_weights(saved)
     try:
-        stored = without_pictures(saved["set"])
+        stored = set_without_pictures(saved["set"])
     except UsageError as error:
         raise RunError(f"{path} does not tell of the set that it was trained on ({error}). Give another.") from error
     try:
@@ -99,7 +99,7 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Evaluation:
     may_download = changed.get("data_dir") is not None  # and never where the checkpoint says
 
     def with_pictures(experiment: Experiment, stored: Source) -> Source:
-        source = find(experiment.data, experiment.data_dir, download=may_download)
+        source = find_set(experiment.data, experiment.data_dir, download=may_download)
         if source.classes != stored.classes:
             raise UsageError(
                 f"{checkpoint} was trained to tell {_named(stored.classes)} apart, and {source.name} has "
@@ -110,7 +110,7 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Evaluation:
     run = load_run(checkpoint, with_pictures, **changed)
     work, fabric, held_out = run.work, run.fabric, run.work.source.validation
     at_once = work.validation_batch or run.experiment.batch_size
-    share = Whole(len(held_out), at_once, fabric.global_rank, fabric.world_size)
+    share = InOrder(len(held_out), at_once, fabric.global_rank, fabric.world_size)
     pin = fabric.device.type == "cuda"
     batches = pipeline.load(work.validation(), share, run.experiment.workers, pin)
     metrics = evaluate(fabric, run.task, work.module, batches)

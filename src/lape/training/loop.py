@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from lape import writing
-from lape.data import pipeline, sources
-from lape.data.pipeline import Batch, Batches, Key, Order, Shares, Whole, reseed, seed_of
+from lape.data import pipeline
+from lape.data.pipeline import Batch, Batches, InOrder, Key, Order, Shares, reseed, seed_of
+from lape.data.sources import set_of
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment, parse
 from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
-from lape.tasks.work import described, work_of
+from lape.tasks.work import describe_set, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
 from lape.training.checkpoints import (
     BEST,
@@ -45,26 +46,12 @@ from lape.training.contents import contents
 from lape.training.curves import Curves
 from lape.training.evaluation import evaluate
 from lape.training.interruption import Stopped, signals
+from lape.training.progress import Progress
 from lape.training.provenance import provenance
 from lape.weights import fill, load_backbone
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
 SECONDS_BETWEEN_REPORTS = 0.1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is."""
-
-    epoch: int  # the last one that was validated, 0 before
-    epochs: int
-    step: int
-    steps: int
-    images_per_second: float
-    seconds_left: float
-    train_loss: float  # mean since the last validation, or at it over all since the one before
-    measure: str  # what the task is scored by
-    score: float | None  # of the last validation, in percent
 
 
 @dataclass
@@ -119,7 +106,7 @@ class TrainingRun:
 
         self.experiment, self.folder, self.fabric = experiment, folder, fabric
         with fabric.rank_zero_first(local=True):  # it may download
-            self.source = sources.of(experiment, download=not resume)
+            self.source = set_of(experiment, download=not resume)
         # The files of a large set are looked at by one process alone.
         self.contents = fabric.broadcast(contents(self.source) if fabric.is_global_zero else {})
         self.saved = self._last_checkpoint() if resume else None
@@ -233,7 +220,8 @@ class TrainingRun:
             return overflow
         if device.type in ("cpu", "cuda") and {gradient.dtype for gradient in gradients} == {torch.float32}:
             # The scaler's own look, multiplying by 1: one kernel, and a twentieth of the time of a norm.
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflow, one)
+            look: Any = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
+            look(gradients, overflow, one)
             return overflow
         return one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
 
@@ -293,7 +281,7 @@ class TrainingRun:
         """Validate, add a row to the curve, and keep the best weights."""
         state = self.state
         at_once = self.work.validation_batch or self.order.share
-        share = Whole(len(self.source.validation), at_once, self.fabric.global_rank, self.fabric.world_size)
+        share = InOrder(len(self.source.validation), at_once, self.fabric.global_rank, self.fabric.world_size)
         metrics = evaluate(self.fabric, self.task, self.judged, self._load(self.work.validation(), share))
         row = {
             "epoch": -(-state.step // self.order.steps),
@@ -313,7 +301,7 @@ class TrainingRun:
             self.curves.add(state.curve)
 
     def _description(self) -> dict[str, Any]:
-        return {"experiment": self.experiment.settings(), "set": described(self.source), "contents": self.contents}
+        return {"experiment": self.experiment.settings(), "set": describe_set(self.source), "contents": self.contents}
 
     def _save(self) -> None:
         """Replace the last checkpoint."""

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lape.data.sources import opened
+from lape.data.pictures import open_picture
+from lape.data.sources import Source
 from lape.errors import UsageError
 from lape.experiment import Experiment
-from lape.tasks.work import Answer, Source
+from lape.tasks.work import Answer
 from lape.training.evaluation import load_run
 
 
@@ -54,7 +55,7 @@ def predict(
 
     run: Any = load_run(checkpoint, without_pictures, devices=1, nodes=1, **changed)
     for path in pictures:
-        with opened(path) as file:
+        with open_picture(path) as file:
             picture = file.convert("RGB")
         with torch.no_grad(), run.fabric.autocast():
             answer = run.work.answer(run.task, picture, run.fabric.device, threshold)

@@ -1,0 +1,79 @@
+"""The rows that are known, by class, and which of them a model is."""
+
+from torch import nn
+
+from lape.errors import UsageError
+from lape.hosts.row import Host, class_names, lacks
+
+RECORD = "lape_positions"  # where an operated model keeps its Positions
+
+_ROWS: dict[str, list[Host]] = {}  # by class: a class may have other paths in another version of its library
+
+
+def register(row: Host) -> Host:
+    """Have `lape.apply` recognise the class that a row names, and all that inherit from it; returns the row.
+
+    Of several rows that fit a model, that of its most specific class stands, and of one class the first whose paths
+    lead somewhere. Raises UsageError for a row that names no class.
+
+    >>> from torch import nn
+    >>> from lape.hosts import Block, Host, class_name, register
+    >>> class ViT(nn.Module): ...
+    >>> row = register(Host(name="my ViT", model=class_name(ViT), table="position", block=Block("norm")))
+    """
+    if row.model is None:
+        raise UsageError(f"A row is registered for a class, and that of {row.name!r} names none: Host(model=...).")
+    rows = _ROWS.setdefault(row.model, [])
+    if row not in rows:
+        rows.append(row)
+    return row
+
+
+def registered() -> list[Host]:
+    """Return all rows."""
+    return [row for rows in _ROWS.values() for row in rows]
+
+
+def find(model: nn.Module) -> tuple[nn.Module, Host]:
+    """Return the transformer that `model` is, or the only one inside, and its row.
+
+    Raises UsageError, saying why, where there is none or more than one.
+    """
+    transformers, misfits = [], []
+    for part in model.modules():
+        rows = [row for name in class_names(part) for row in _ROWS.get(name, ())]
+        fitting = (row for row in rows if lacks(part, row) is None)
+        if RECORD in part.__dict__:
+            transformers.append((part, part.__dict__[RECORD].host))
+        elif (row := next(fitting, None)) is not None:
+            transformers.append((part, row))
+        else:
+            misfits += [(part, row) for row in rows]
+    if len(transformers) == 1:
+        return transformers[0]
+    kind = type(model).__name__
+    if transformers:
+        raise UsageError(
+            f"A join is applied to one vision transformer at a time; {kind} holds {len(transformers)}. "
+            f"Call lape.apply on each of them."
+        )
+    if misfits:
+        part, row = misfits[-1]
+        raise UsageError(
+            f"{kind} cannot carry a join: a {row.name} of this version has no {lacks(part, row)!r}. Use a version "
+            "that lape knows, or give the row of this one: lape.apply(model, host=lape.Host(...))."
+        )
+    families = ", ".join(sorted({row.name for row in registered()}))
+    raise UsageError(
+        f"{kind} cannot carry a join: {_reason(model)} lape.apply takes: {families}; and a class of your own, with a "
+        "row of its paths: lape.apply(model, host=lape.Host(...))."
+    )
+
+
+def _reason(model: nn.Module) -> str:
+    kinds = [type(part).__name__.lower() for part in model.modules()]
+    if any("rotary" in kind or "rope" in kind for kind in kinds) and getattr(model, "pos_embed", None) is None:
+        return "its positions are rotations inside attention (RoPE), and it has no table to join."
+    if not any("attention" in kind or "attn" in kind for kind in kinds):
+        return "it has no attention, and so no positions to be told."
+    return "it is not of a known family."

@@ -1,0 +1,189 @@
+"""How a forward begins: the host adds its table, or what stands in its place, to the tokens."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lape.errors import UsageError
+from lape.hosts import pair, value_at
+from lape.method import Grid
+from lape.surgery.layers import grid_text, same
+from lape.surgery.positions import Positions
+from lape.surgery.proxy import Proxies
+
+RESIZES_BY_ITSELF = "dynamic_img_size"  # timm's flag of a model that resizes its table in every forward
+
+
+class TableMethod:
+    """Stands in for the method of the host that adds its table.
+
+    The host's own runs unchanged on a proxy whose table is what joins the tokens: ω, or zeros.
+    """
+
+    def __init__(self, positions: Positions) -> None:
+        host, holder = positions.host, positions.holder
+        self.positions = positions
+        names = [host.table_name, host.resize_table]
+        names += [RESIZES_BY_ITSELF, host.rotary] if host.gives_map else []
+        self.proxies = Proxies(type(holder), [name for name in names if name is not None])
+        rotary = value_at(positions.model, host.rotary)
+        self.rotary_proxies = None if rotary is None else Proxies(type(rotary), ["get_embed"])
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        """Run the host's method; raise UsageError where it does not read the table that it is given."""
+        positions, host, holder = self.positions, self.positions.host, self.positions.holder
+        image, *others = (*inputs, *options.values())
+        symbolic = isinstance(image, fx.Proxy)
+        grid = grid_of_input(positions, image)
+        forward, position = positions.begin(grid)
+        table = (
+            self._zeros(grid, image) if position is None else position[:, positions.prefix - positions.prefix_rows :]
+        )
+        replaced: dict[str, Any] = {host.table_name: table if positions.has_batch_axis else table[0]}
+        if host.table.endswith(".weight"):
+            replaced[host.table_name] = partial(F.embedding, weight=table[0])
+        if host.resize_table is not None:
+            replaced[host.resize_table] = partial(_constant, table)
+        if host.gives_map:
+            as_map = not symbolic and image.ndim == 4
+            if as_map:  # where the host would resize its table, it has one of the right grid
+                inputs, options = (image.flatten(1, 2), *others), {}
+            replaced |= self._of_a_map(grid, as_map)
+        proxy, read = self.proxies.of(holder, replaced)
+        output = getattr(self.proxies.base, host.add_table)(proxy, *inputs, **options)
+        self._check(read, grid)
+        positions.forwards.hand(forward, output[0] if isinstance(output, tuple) else output)
+        return output
+
+    def _zeros(self, grid: Grid, image: Tensor) -> Tensor:
+        positions = self.positions
+        some, rows = next(positions.model.parameters()), positions.prefix_rows + grid[0] * grid[1]
+        return torch.zeros(1, 1, positions.width, dtype=some.dtype, device=image.device).expand(1, rows, -1)
+
+    def _of_a_map(self, grid: Grid, as_map: bool) -> dict[str, Any]:
+        host, model = self.positions.host, self.positions.model
+        resizes = not as_map and getattr(self.positions.holder, RESIZES_BY_ITSELF, False)
+        replaced: dict[str, Any] = {RESIZES_BY_ITSELF: resizes}
+        if host.rotary is not None:
+            rotary: Any = value_at(model, host.rotary)
+            if as_map and self.rotary_proxies is not None:
+                turned = partial(_constant, rotary.get_embed(shape=grid))
+                rotary, _ = self.rotary_proxies.of(rotary, {"get_embed": turned})
+            replaced[host.rotary] = rotary
+        return replaced
+
+    def _check(self, read: set[str], grid: Grid) -> None:
+        positions, host = self.positions, self.positions.host
+        method = f"{self.proxies.base.__name__}.{host.add_table}"
+        if not read & {host.table_name, host.resize_table}:
+            raise UsageError(
+                f"{method} does not read {host.table_name!r} itself: the table would be added elsewhere, in spite of "
+                f"join={positions.scheme.join.name!r}. Name the method that reads it: lape.Host(add_table=...)."
+            )
+        if host.resize_table is not None and host.resize_table not in read and not same(grid, positions.grid):
+            raise UsageError(
+                f"{method} gave its table of {grid_text(positions.grid)} patches to {grid_text(grid)} patches as it "
+                "is, so most would have another's position. Ask the model to resize it (transformers: "
+                "interpolate_pos_encoding=True), or give images of the table's size."
+            )
+
+
+@dataclass
+class BehindEmbedding:
+    """A hook that adds the table to the output (B, H, W, D) of the host's patch embedding."""
+
+    positions: Positions
+
+    def __call__(self, embedding: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> Tensor:
+        grid = (patches.shape[1], patches.shape[2])
+        if isinstance(patches, fx.Proxy):
+            grid = symbolic_grid(self.positions)
+        forward, position = self.positions.begin(grid)
+        if position is not None:
+            patches = patches + self.positions.laid_out(position, patches)
+        self.positions.forwards.hand(forward, patches)
+        return patches
+
+
+@dataclass
+class BeforeSequence:
+    """A hook that adds the table to the input of a module, a sequence of tokens."""
+
+    positions: Positions
+
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens: Tensor = inputs[0] if inputs else next(iter(options.values()))
+        if not isinstance(tokens, fx.Proxy) and tokens.is_nested:
+            raise UsageError("A nested tensor has no grid. Give a padded one, with src_key_padding_mask.")
+        forward, position = self.positions.begin(grid_of_input(self.positions, tokens))
+        if position is not None:
+            tokens = tokens + self.positions.laid_out(position, tokens)
+        self.positions.forwards.hand(forward, tokens)
+        if inputs:
+            return (tokens, *inputs[1:]), options
+        return inputs, options | {next(iter(options)): tokens}
+
+
+@dataclass
+class PatchDropout:
+    """Stands in for the forward of the host's patch dropout, and notes which patches of each image it keeps."""
+
+    positions: Positions
+
+    def __call__(self, tokens: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        from timm.layers import patch_dropout
+
+        positions = self.positions
+        drop: Any = value_at(positions.model, positions.host.patch_dropout)
+        forward = positions.forwards.find(0, tokens)
+        options = drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training
+        tokens, forward.kept = patch_dropout.patch_dropout_forward(tokens, *options)
+        positions.forwards.hand(forward, tokens)
+        return tokens if isinstance(drop, patch_dropout.PatchDropout) else (tokens, forward.kept)
+
+
+def grid_of_input(positions: Positions, given: Tensor) -> Grid:
+    """Return the grid of an input: of a sequence, of patches (B, H, W, D), of images (B, C, H, W), or the model's."""
+    host = positions.host
+    if isinstance(given, fx.Proxy):
+        return symbolic_grid(positions)
+    if host.sequence:
+        rows, columns = positions.grid
+        tokens = given.shape[1 if host.before is None else positions.tokens_axis(given)]
+        if rows != 1 and tokens != rows * columns:
+            raise UsageError(
+                f"This model's positions are those of {grid_text(positions.grid)} patches, and the input has {tokens} "
+                f"tokens. Apply with the grid of the input, or with grid=(1, {tokens}) for a sequence."
+            )
+        return rows, tokens // rows
+    if given.ndim == 4 and host.gives_map:
+        return given.shape[1], given.shape[2]
+    if given.ndim == 4 and isinstance(host.grid, tuple):
+        height, width = pair(value_at(positions.model, host.grid[1]))
+        return given.shape[2] // height, given.shape[3] // width
+    return positions.own_grid()
+
+
+def symbolic_grid(positions: Positions) -> Grid:
+    """Return the grid of a symbolic trace, which does not know the shape of its input.
+
+    Raises UsageError for a model that is not folded for one grid: its norms and tables would be left out of the graph.
+    """
+    host = positions.host
+    if len(positions.folded_for) != 1 or host.stages is not None or host.batch_first is not True:
+        raise UsageError(
+            "A symbolic trace (torch.fx) does not see what hooks add, unless it is constant. Fold it first, for one "
+            "grid: lape.fold(copy.deepcopy(model)); or use torch.export. Swin Transformers and "
+            "torch.nn.TransformerEncoder cannot be traced so."
+        )
+    return positions.folded_for[0]
+
+
+def _constant(value: Any, *_: Any, **__: Any) -> Any:
+    return value
