@@ -430,17 +430,17 @@ def test_an_error_of_our_own_making_is_not_taken_for_one_of_the_machine(lape, mo
 
 
 def test_a_worker_that_is_killed_ends_a_run_in_one_line(lape, monkeypatch):
-    from lape.data import sources
+    from lape.data import classes
 
     a_folder(Path("pets"))
-    whole, main = sources.Split.picture, os.getpid()
+    whole, main = classes.Split.picture, os.getpid()
 
     def killed(self, index, channels):
         if os.getpid() != main:
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(self, index, channels)
 
-    monkeypatch.setattr(sources.Split, "picture", killed)
+    monkeypatch.setattr(classes.Split, "picture", killed)
     line = refused(lape("train", *SMALL, *OF_FOLDER[:-2], "--workers", "1", "--out", "run"), cli.FAILURE)
     assert "A process that prepares images was ended from outside" in line
     assert "--resume" in line

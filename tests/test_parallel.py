@@ -1,6 +1,7 @@
 """Tasks side by side: all are done, errors stay with their task, a killed process costs one task, closing ends all."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -175,3 +176,13 @@ def test_a_process_whose_parent_is_killed_keeps_what_it_has_and_ends(tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
     assert (tmp_path / "kept").read_text() == "kept"
+
+
+def test_to_hear_how_far_a_run_is_loads_nothing_that_trains():
+    """While the parent of several runs loads it, on a busy machine for a minute, all of them wait in full pipes."""
+    from lape.training.loop import Progress
+
+    told = pickle.dumps(Progress(1, 2, 3, 4, 5.0, 6.0, 7.0, "accuracy", None))
+    script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).step, 'torch' in sys.modules)"
+    heard = subprocess.run([sys.executable, "-c", script], input=told, capture_output=True, check=True)
+    assert heard.stdout.split() == [b"3", b"False"]

@@ -406,8 +406,8 @@ def test_the_lists_are_shown_by_parts() -> None:
     missing = ("spm.0.weight", "spm.0.bias", "level_embed", "blocks.0.pe_norm.weight", "blocks.1.pe_norm.weight")
     shown = str(Started("deit.pth", ("blocks.0.fc.weight", "blocks.1.fc.weight"), missing, ("head.weight",)))
     assert shown.splitlines() == [
-        "deit.pth: 2 tensors were loaded.",
+        "deit.pth: 2 tensors loaded.",
         "Not in it, initial values stay: spm.* (2), level_embed, blocks.*.pe_norm.* (2).",
         "In it, and not taken: head.*.",
     ]
-    assert str(Started("deit.pth", ("head.weight",), (), ())) == "deit.pth: 1 tensors were loaded."
+    assert str(Started("deit.pth", ("head.weight",), (), ())) == "deit.pth: 1 tensor loaded."

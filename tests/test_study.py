@@ -281,7 +281,7 @@ def test_a_result_is_read_from_its_folder(runs):
         {"versions": [1]},
         {"versions": {"torch": {}}},
         {"machine": 5},
-        {"commit": {}},
+        {"commit": {"hash": "0123abc"}},
         {"command": ["lape"]},
         {"final": {"val_accuracy": 90.0, "val_loss": math.inf}},
         {"final": {"val_accuracy": True}},

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lape import reading
+from lape.characters import plural
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
 from lape.hosts import Host, blocks_path, class_names, find, grid_of, value_at
@@ -82,7 +83,7 @@ class Started:
     average: str | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {len(self.loaded)} tensors were loaded."]
+        lines = [f"{self.source}: {plural(len(self.loaded), 'tensor')} loaded."]
         if self.average:
             lines.append(_of_an_average(self.average))
         if self.missing:

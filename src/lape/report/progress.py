@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-    from lape.training.loop import Progress
+    from lape.training.progress import Progress
 
 SECONDS_BETWEEN_LINES = 30.0
 

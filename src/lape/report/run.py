@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lape.training.loop import Progress
+    from lape.training.progress import Progress
 
 
 class Bar:

@@ -19,7 +19,7 @@ from lape.studies.study import LeftOut, Result, Study, read_result
 from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
-    from lape.training.loop import Progress
+    from lape.training.progress import Progress
 
 
 @dataclass(frozen=True)

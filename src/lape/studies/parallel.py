@@ -97,7 +97,8 @@ def _end(processes: dict[Connection, BaseProcess]) -> None:
         process.terminate()
     begun, talking = monotonic(), set(processes)
     while any(process.is_alive() for process in processes.values()) and monotonic() - begun < GRACE:
-        for link in wait(list(talking), timeout=0.05):
+        ready = wait(list(talking), timeout=0.05)
+        for link in [link for link in talking if link in ready]:
             try:
                 link.recv_bytes()  # pyright: ignore[reportAttributeAccessIssue]  # unread, reports fill the pipe, and their process waits there for ever
             except (EOFError, ConnectionError):

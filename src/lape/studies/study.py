@@ -70,11 +70,6 @@ def read_result(folder: Path) -> Result:
         for name, value in record["final"].items():
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise ValueError(f"the final {name} is no number")
-        for name, kind in (("command", str), ("machine", str), ("commit", str | None), ("versions", dict)):
-            if name in record and not isinstance(record[name], kind):
-                raise ValueError(f"its {name} is none")
-        if not all(isinstance(version, str) for version in record.get("versions", {}).values()):
-            raise ValueError("its versions are no words")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise RunError(
             f"{path} is not the result of a finished run ({type(error).__name__}: {error}). "

@@ -46,26 +46,12 @@ from lape.training.contents import contents
 from lape.training.curves import Curves
 from lape.training.evaluation import evaluate
 from lape.training.interruption import Stopped, signals
+from lape.training.progress import Progress
 from lape.training.provenance import provenance
 from lape.weights import fill, load_backbone
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
 SECONDS_BETWEEN_REPORTS = 0.1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is."""
-
-    epoch: int  # the last one that was validated, 0 before
-    epochs: int
-    step: int
-    steps: int
-    images_per_second: float
-    seconds_left: float
-    train_loss: float  # mean since the last validation, or at it over all since the one before
-    measure: str  # what the task is scored by
-    score: float | None  # of the last validation, in percent
 
 
 @dataclass
@@ -234,7 +220,8 @@ class TrainingRun:
             return overflow
         if device.type in ("cpu", "cuda") and {gradient.dtype for gradient in gradients} == {torch.float32}:
             # The scaler's own look, multiplying by 1: one kernel, and a twentieth of the time of a norm.
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, overflow, one)  # pyright: ignore
+            look: Any = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
+            look(gradients, overflow, one)
             return overflow
         return one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
 
@@ -314,11 +301,7 @@ class TrainingRun:
             self.curves.add(state.curve)
 
     def _description(self) -> dict[str, Any]:
-        return {
-            "experiment": self.experiment.settings(),
-            "set": describe_set(self.source),
-            "contents": self.contents,
-        }
+        return {"experiment": self.experiment.settings(), "set": describe_set(self.source), "contents": self.contents}
 
     def _save(self) -> None:
         """Replace the last checkpoint."""
