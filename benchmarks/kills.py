@@ -24,10 +24,10 @@ import torch
 from jsonargparse import auto_cli
 
 from lape.experiment import Experiment
+from lape.files.writing import unfinished, write_json
 from lape.training.checkpoints import BEST, LAST, RESULT, SETTINGS, read
 from lape.training.curves import CSV
 from lape.training.provenance import provenance
-from lape.writing import unfinished, write_json
 
 # Whatever a checkpoint must carry is in use, and every step writes one.
 EXPERIMENT = Experiment(

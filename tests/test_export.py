@@ -16,10 +16,10 @@ from tiny_hosts import host, images, shaken
 from torch import Tensor, nn
 
 import lape
-from lape import writing
 from lape.cli import command_line as cli
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.files import writing
 from lape.sharing import exporting, hub
 from lape.surgery import operation as surgery
 from lape.training.loop import train

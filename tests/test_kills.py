@@ -13,10 +13,10 @@ from types import ModuleType
 import pytest
 
 from lape.errors import RunError
+from lape.files.writing import unfinished
 from lape.training import checkpoints
 from lape.training.curves import Curves
 from lape.training.loop import train
-from lape.writing import unfinished
 
 
 def _benchmark(name: str) -> ModuleType:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import lape
-from lape import reading
 from lape.errors import RunError
+from lape.files import reading
 
 HERE = Path(lape.__file__).parent
 OPENING = {"open", "fdopen", "read_text", "read_bytes", "load_file", "safe_open", "fromfile", "loadtxt", "imread"}
@@ -21,7 +21,7 @@ ELSEWHERE = {
     ("weights.py", "load_file"): "takes a path, which reading has opened before",
     ("sharing/hub.py", "safe_open"): "takes a path, which reading has opened before",
     ("sharing/hub.py", "(Path(room) / name).read_bytes"): "of a folder that it has just made",
-    ("writing.py", "part.open"): "to write",
+    ("files/writing.py", "part.open"): "to write",
     ("cli/terminal.py", "os.open"): "nowhere, for what nobody reads any more",
     ("report/page.py", "files('lape.report').joinpath('page.html.j2').read_text"): "of the package",
 }

@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lape import writing
 from lape.experiment import Experiment
+from lape.files import writing
 from lape.training import checkpoints
 from lape.training.interruption import Stopped
 from lape.training.loop import TrainingRun, train

@@ -13,12 +13,12 @@ from lape.analysis import correlation
 from lape.cli.command_line import main
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.files.writing import MARK
 from lape.studies import analysis as kept_analyses
 from lape.studies.analysis import Kept, analysed, load_result
 from lape.studies.statistics import Combination, Way
 from lape.studies.study import gather, read_result
 from lape.training.loop import train
-from lape.writing import MARK
 
 LAPE, DEFAULT = Way("lape"), Way("default")
 TINY = replace(BASE, epochs=1, batch_size=400, accelerator="cpu")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lape.characters import in_markdown, visible
+from lape.files.characters import in_markdown, visible
 from lape.report.table import Table
 
 CELLS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)

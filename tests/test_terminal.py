@@ -20,11 +20,11 @@ from PIL import Image
 from rich.table import Table
 from rich.text import Text
 
-from lape.characters import as_code, in_markdown, plural, visible
 from lape.cli.command_line import main
 from lape.cli.terminal import NOBODY_READS, console, say
 from lape.errors import UsageError
 from lape.experiment import Experiment
+from lape.files.characters import as_code, in_markdown, plural, visible
 from lape.report.table import Table as Cells
 
 # The title of the window, a wiped screen, another line, a line written over, a command of one byte, text turned round,

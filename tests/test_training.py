@@ -19,9 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lape import writing
 from lape.errors import RunError, UsageError
 from lape.experiment import Execution, Experiment
+from lape.files import writing
 from lape.studies.analysis import load_result
 from lape.studies.study import read_result
 from lape.training import checkpoints

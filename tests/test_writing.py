@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 import lape
-from lape import writing
 from lape.cli import command_line as cli
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.files import writing
 from lape.training import curves
 from lape.training.loop import train
 
@@ -171,7 +171,7 @@ OF_OS = {
     *("os.symlink", "os.truncate", "os.mkfifo", "os.unlink", "os.rmdir", "os.mkdir"),
 }
 ELSEWHERE = {
-    ("reading.py", "os.open"): "to read",
+    ("files/reading.py", "os.open"): "to read",
     ("cli/terminal.py", "os.open"): "nowhere, for what nobody reads any more",
     ("training/checkpoints.py", "torch.save"): "into a file that writing has opened",
     ("training/loop.py", "save"): "a checkpoint, as the line above",
@@ -195,8 +195,8 @@ def written_by(code: str) -> Iterator[str]:
                 yield from (name.name for name in names if f"os.{name.name}" in OF_OS)
             case ast.ImportFrom(module="shutil" | "tempfile", names=names):
                 yield from (name.name for name in names if name.name != "TemporaryDirectory")
-            case ast.ImportFrom(module="lape.writing"):  # it is called by its name, so that it is seen
-                yield "lape.writing"
+            case ast.ImportFrom(module="lape.files.writing"):  # it is called by its name, so that it is seen
+                yield "lape.files.writing"
             case ast.Call() if _writes(node):
                 yield ast.unparse(node.func)
 
@@ -232,7 +232,7 @@ def test_files_are_written_through_one_door() -> None:
         "from shutil import rmtree", "from os import replace", "os.replace(part, path)", "part.replace(path)",
         "path.unlink(missing_ok=True)", "os.open(path, flags)", "path.touch()", "path.rename(other)",
         "from tempfile import mkstemp", "array.tofile(path)", "path.mkdir(parents=True)", "os.makedirs(path)",
-        "from lape.writing import write_text", "from os import unlink",
+        "from lape.files.writing import write_text", "from os import unlink",
     ],
 )  # fmt: skip
 def test_the_guard_sees_what_writes(code: str) -> None:

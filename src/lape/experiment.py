@@ -12,8 +12,8 @@ from reprlib import repr as brief
 from types import UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin
 
-from lape.characters import LONE
 from lape.errors import UsageError
+from lape.files.characters import LONE
 from lape.names import SchemeNames
 
 Parsed = TypeVar("Parsed")

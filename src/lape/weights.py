@@ -21,10 +21,10 @@ from zipfile import ZIP_STORED, ZipFile
 import torch
 from torch import Tensor, nn
 
-from lape import reading
-from lape.characters import plural
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
+from lape.files import reading
+from lape.files.characters import plural
 from lape.hosts import Host, blocks_path, class_names, find, grid_of, value_at
 from lape.hosts.registry import RECORD
 from lape.method import POSITION_EMBEDDINGS, TABLES, Grid, Table

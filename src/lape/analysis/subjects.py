@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lape.analysis import Correlation, Decomposition, correlation, decomposition
-from lape.characters import plural
 from lape.data import pipeline
 from lape.data.sources import Source, find_set
 from lape.errors import UsageError
 from lape.experiment import Experiment, refuse_fetching
+from lape.files.characters import plural
 from lape.method import Grid
 from lape.models.registry import create_model
 from lape.surgery.operation import positions

@@ -14,12 +14,13 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from lape import __version__, reading
-from lape.characters import LONE
+from lape import __version__
 from lape.cli.commands import COMMANDS, Command, first_process
 from lape.cli.terminal import close_streams, open_streams, say
 from lape.errors import RunError, UsageError, lacking
 from lape.experiment import SECTIONS, Experiment
+from lape.files import reading
+from lape.files.characters import LONE
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape.characters import plural
 from lape.cli.terminal import console, say
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.files.characters import plural
 
 if TYPE_CHECKING:
     from lape.studies.analysis import Kept
@@ -101,7 +101,7 @@ def predict(
     """
     from rich.progress import track
 
-    from lape import writing
+    from lape.files import writing
     from lape.report.prediction import line, png
     from lape.training.prediction import files_of
     from lape.training.prediction import predict as answers
@@ -139,7 +139,8 @@ def compare(
         out: Folder of the report and the runs; finished runs in it are kept.
         jobs: Runs at once; default: one per core, or one on a GPU.
     """
-    from lape import report, writing
+    from lape import report
+    from lape.files import writing
     from lape.report import tables
     from lape.report.progress import Display
     from lape.studies.analysis import Kept
@@ -165,7 +166,8 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
         out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
             default: report.html in the first folder.
     """
-    from lape import report, writing
+    from lape import report
+    from lape.files import writing
     from lape.report import tables
     from lape.studies.analysis import Kept
     from lape.studies.study import gather
@@ -234,8 +236,8 @@ def cost(
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from lape import writing
     from lape.analysis.cost import measure
+    from lape.files import writing
     from lape.report.cost import as_json, explanation, markdown, terminal
 
     if threads is not None:
@@ -342,7 +344,7 @@ def results(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:
         runs: Folders in which finished runs are looked for.
         out: A Markdown file for the table; default: it is only printed.
     """
-    from lape import writing
+    from lape.files import writing
     from lape.report.results import markdown, terminal
     from lape.studies.results import find_results
 
@@ -390,9 +392,9 @@ def analyze(
         seed: Decides the random weights of a new model.
         out: Folder for a picture, a table and all numbers.
     """
-    from lape import writing
     from lape.analysis.subjects import ANALYSES, Request
     from lape.errors import choose
+    from lape.files import writing
     from lape.report.analysis import SHEETS
 
     analysis, sheet = choose(ANALYSES, what, "an analysis"), SHEETS[what]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from io import TextIOWrapper
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from lape.characters import visible
+from lape.files.characters import visible
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lape import reading
-from lape.characters import LONE
 from lape.data.pictures import MODES, open_picture
 from lape.data.sources import PictureSource, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation
+from lape.files import reading
+from lape.files.characters import LONE
 
 Read = TypeVar("Read")
 

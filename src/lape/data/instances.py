@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lape import reading
 from lape.data.pictures import open_picture, orientation, read_through, upright, upright_size
 from lape.data.sources import PictureSource, PictureSplit
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Augmentation, Dense
+from lape.files import reading
 
 LEAST_SIDE = 32  # of a training picture
 FARTHEST = 1e5  # pixels from the picture: memory for drawing a polygon grows with its length

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lape import reading
 from lape.data.pictures import open_image, open_picture, orientation, read_through, upright, upright_size
 from lape.data.sources import PictureSource, PictureSplit, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
+from lape.files import reading
 
 IGNORED = 255  # where nobody said what there is: neither learnt nor measured
 ADE_CLASSES = tuple(str(number) for number in range(1, 151))  # where the file of their names is not there

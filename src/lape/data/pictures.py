@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageMode, UnidentifiedImageError
 
-from lape import reading
 from lape.errors import RunError
+from lape.files import reading
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 # Whatever else Pillow opens is no picture of a set: PostScript, for one, is a program, which it hands to Ghostscript.

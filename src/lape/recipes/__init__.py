@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from lape import reading
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment, parse
+from lape.files import reading
 from lape.tasks.measures import TITLES
 
 HERE = Path(__file__).parent

@@ -49,7 +49,7 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
 
     `maps` are by panel. Raises UsageError where another's file is in the way, RunError where the disk refuses.
     """
-    from lape import writing
+    from lape.files import writing
     from lape.report import page, plots, tables
 
     texts = tables.markdown(study) + writing.COMMENT, tables.as_csv(study), tables.as_json(study)
@@ -70,8 +70,8 @@ def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: 
 
     Raises UsageError where another's file is in the way, RunError where the disk refuses.
     """
-    from lape import writing
     from lape.errors import RunError
+    from lape.files import writing
     from lape.report import page, tables
     from lape.report.cost import filed
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lape import __version__, writing
+from lape import __version__
 from lape.analysis import Correlation, Decomposition
 from lape.analysis.subjects import Subject
-from lape.characters import as_code, in_markdown, visible
 from lape.errors import UsageError
+from lape.files import writing
+from lape.files.characters import as_code, in_markdown, visible
 from lape.report import plots
 from lape.report.table import Table
 from lape.surgery.layers import grid_text

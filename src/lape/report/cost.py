@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from lape import __version__, reading, writing
+from lape import __version__
 from lape.analysis.cost import Cost, ratio
-from lape.characters import as_code, in_markdown, plural
 from lape.errors import RunError
+from lape.files import reading, writing
+from lape.files.characters import as_code, in_markdown, plural
 from lape.report.table import Table
 from lape.report.words import duration
 from lape.studies.paper import COSTS

@@ -8,8 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape import writing
-from lape.characters import plural
+from lape.files import writing
+from lape.files.characters import plural
 from lape.report import cost, plots, tables, words
 from lape.studies.analysis import IMAGES
 from lape.studies.statistics import BASELINE

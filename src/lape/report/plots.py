@@ -7,8 +7,8 @@ from itertools import cycle
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lape import writing
 from lape.analysis import Correlation, Decomposition
+from lape.files import writing
 from lape.studies.statistics import BASELINE, LAPE, FinishedRun, Way
 from lape.studies.study import Study
 

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from lape import writing
-from lape.characters import visible
+from lape.files import writing
+from lape.files.characters import visible
 from lape.training.prediction import Predicted
 
 VEIL = 0.5  # share of its class's colour in a pixel

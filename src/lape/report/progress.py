@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Self
 
-from lape.characters import plural
+from lape.files.characters import plural
 from lape.studies.comparison import Watch
 from lape.studies.statistics import Combination
 from lape.studies.study import Result

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from lape import writing
-from lape.characters import as_code, in_markdown
+from lape.files import writing
+from lape.files.characters import as_code, in_markdown
 from lape.report import words
 from lape.report.table import Table
 from lape.studies.results import RecipeRow, Results

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from lape.characters import in_markdown, visible
+from lape.files.characters import in_markdown, visible
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

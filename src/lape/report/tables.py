@@ -6,8 +6,9 @@ from dataclasses import asdict
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lape import __version__, writing
-from lape.characters import in_markdown, visible
+from lape import __version__
+from lape.files import writing
+from lape.files.characters import in_markdown, visible
 from lape.report import words
 from lape.report.table import Table
 from lape.studies import paper

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from lape.characters import plural
 from lape.experiment import Experiment
+from lape.files.characters import plural
 from lape.studies.claims import Finding, Outcome, judged
 from lape.studies.statistics import BASELINE, LAPE, Difference, FinishedRun, Sample, SummaryRow, Verdict
 from lape.studies.study import VARIED, LeftOut, Study

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from lape import __version__, writing
+from lape import __version__
 from lape.errors import RunError, UsageError, first_line, lacking
+from lape.files import writing
 from lape.models.mask_rcnn import MaskRCNN
 from lape.sharing import hub
 from lape.surgery.operation import fold as folded

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape import __version__, reading, writing
-from lape.characters import as_code, in_markdown
+from lape import __version__
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
+from lape.files import reading, writing
+from lape.files.characters import as_code, in_markdown
 from lape.hosts.registry import RECORD
 from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lape import __version__, reading, writing
+from lape import __version__
 from lape.analysis import Correlation, Shape, correlation, decomposition, entering
 from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.files import reading, writing
 from lape.studies.statistics import Way
 from lape.studies.study import Numbers, Result, RunAnalysis, Study
 from lape.training.checkpoints import LAST

@@ -10,9 +10,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape import writing
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment
+from lape.files import writing
 from lape.studies.parallel import Done, side_by_side
 from lape.studies.statistics import BASELINE, LAPE, Combination, Way
 from lape.studies.study import LeftOut, Result, Study, read_result

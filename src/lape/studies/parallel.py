@@ -17,8 +17,8 @@ from multiprocessing.process import BaseProcess
 from time import monotonic
 from typing import Generic, TypeVar
 
-from lape.characters import visible
 from lape.errors import RunError, UsageError, first_line, lacking
+from lape.files.characters import visible
 
 GRACE = 30  # seconds that a process has to keep its state, once it is told to end
 

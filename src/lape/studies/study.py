@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lape import reading
-from lape.characters import LONE, plural
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.files import reading
+from lape.files.characters import LONE, plural
 from lape.names import SchemeNames
 from lape.studies.statistics import LAPE, Combination, FinishedRun, Gap, Point, SummaryRow, Way, gaps, rows
 from lape.tasks.measures import TITLES

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lape import reading, writing
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.files import reading, writing
 from lape.training.contents import differences
 from lape.training.curves import CSV, TENSORBOARD
 from lape.weights import opened

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lape.characters import plural
+from lape.files.characters import plural
 
 SPLITS = ("train", "validation")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from lape import writing
+from lape.files import writing
 
 CSV, TENSORBOARD = "curve.csv", "tensorboard"
 

@@ -9,12 +9,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from lape.characters import plural
 from lape.data import pipeline
 from lape.data.pipeline import Batches, InOrder
 from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Execution, Experiment
+from lape.files.characters import plural
 from lape.models.rebuilding import LikeItsFile
 from lape.tasks.work import Task, Work, set_without_pictures, work_of
 from lape.training.assembly import launch

@@ -20,12 +20,12 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
-from lape import writing
 from lape.data import pipeline
 from lape.data.pipeline import Batch, Batches, InOrder, Key, Order, Shares, reseed, seed_of
 from lape.data.sources import set_of
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment, parse
+from lape.files import writing
 from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
 from lape.tasks.work import describe_set, work_of

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lape.characters import plural
+from lape.files.characters import plural
 
 PACKAGES = ("lape", "torch", "timm", "lightning-fabric")
 

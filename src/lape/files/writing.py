@@ -14,8 +14,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO, Any
 
-from lape import reading
 from lape.errors import RunError, UsageError
+from lape.files import reading
 
 # It stands in every file outside of a run's folder, and says that the file may be replaced.
 MARK = "written-by-lape"
