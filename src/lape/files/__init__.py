@@ -1,4 +1,4 @@
-"""Files and the names in them: `reading` and `writing` are the only doors, `characters` shows names as they can be read.
+"""Files and the names in them: `reading` and `writing` are the only doors, `characters` makes names readable.
 
 Imports errors alone.
 """
