@@ -94,7 +94,7 @@ def test_instances_have_the_types_of_a_detection_set(split, seen):
         assert (found.crowd.shape, found.crowd.dtype) == ((count,), torch.bool)
         assert not found.crowd.any()
         assert str(index) in split.title(index)
-        assert split.check(index) is None
+        assert split.check(index)
 
 
 def test_a_picture_has_1_to_4_shapes_and_every_class_has_its_share(seen):
