@@ -178,10 +178,8 @@ ELSEWHERE = {
     ("report/plots.py", "figure.savefig"): "into memory",
     ("report/prediction.py", "drawn(predicted).save"): "into memory",
     ("sharing/hub.py", "TemporaryDirectory"): "a folder of a name that nobody knows, for this process alone",
-    ("sharing/hub.py", "save_file"): "into that folder",
-    ("sharing/exporting.py", "TemporaryDirectory"): "a folder of a name that nobody knows, for this process alone",
-    ("sharing/exporting.py", "written.save"): "into that folder",
-    ("sharing/exporting.py", "torch.export.save"): "into that folder",
+    ("sharing/hub.py", "save"): "into memory",
+    ("sharing/exporting.py", "torch.export.save"): "into memory",
 }
 
 
