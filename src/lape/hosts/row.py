@@ -91,10 +91,9 @@ class Host:
 
     Example:
         >>> import lape
-        >>> row = lape.Host(name="my ViT", table="position", width="dim", blocks="layers.*",
-        ...     block=lape.Block("norm"), grid=("image", "patch"), prefix=1)
-        >>> row.add_table
-        'forward'
+        >>> row = lape.Host(name="my ViT", table="pos_embed", block=lape.Block("norm1"), blocks="layers.*", prefix=1)
+        >>> row.width, row.add_table
+        ('embed_dim', 'forward')
     """
 
     name: str
