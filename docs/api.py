@@ -23,7 +23,7 @@ PUBLIC: Mapping[str, tuple[str, ...] | None] = {
     "lape.analysis.cost": ("measure", "Cost", "ratio", "Ratio"),
     "lape.studies.statistics": ("difference",),
     "lape.recipes": ("load", "names", "Recipe"),
-    "lape.hosts": ("cut", "register", "Stages", "WindowBias", "Embedding", "Files"),
+    "lape.hosts": ("cut", "register", "class_name", "Stages", "WindowBias", "Embedding", "Files"),
 }
 
 HEAD = """# API

@@ -34,7 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lape
 from lape.errors import UsageError
-from lape.hosts import find
+from lape.hosts import class_name, find, register, registered, registry
+from lape.hosts.timm import VISION_TRANSFORMER
 from lape.surgery.operation import positions
 
 TRANSFORMERS = [name for name in FOREIGN if type(untouched(name)).__module__.startswith("transformers")]
@@ -708,3 +709,28 @@ def test_no_library_is_imported_that_the_model_is_not_of() -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+# --- Rows of classes of one's own
+
+
+class Special(VisionTransformer):
+    """A subclass with a row of its own."""
+
+
+class MoreSpecial(Special):
+    """One without."""
+
+
+def test_the_row_of_the_most_specific_class_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_ROWS", {name: [*rows] for name, rows in registry._ROWS.items()})
+    shape = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    own = register(replace(VISION_TRANSFORMER, name="special", model=class_name(Special)))
+    assert register(own) is own
+    again = register(replace(VISION_TRANSFORMER, name="later"))  # of timm's class: the first that fits stays
+    for kind, row in ((VisionTransformer, VISION_TRANSFORMER), (Special, own), (MoreSpecial, own)):
+        assert find(kind(**shape))[1] is row
+        assert find(nn.Sequential(kind(**shape)))[1] is row
+    assert again in registered()
+    with pytest.raises(UsageError, match=r"that of 'special' names none: Host\(model=\.\.\.\)"):
+        register(replace(own, model=None))

@@ -14,12 +14,21 @@ def register(row: Host) -> Host:
     """Have `lape.apply` recognise the class that a row names, and all that inherit from it; returns the row.
 
     Of several rows that fit a model, that of its most specific class stands, and of one class the first whose paths
-    lead somewhere. Raises UsageError for a row that names no class.
+    lead somewhere.
 
-    >>> from torch import nn
-    >>> from lape.hosts import Block, Host, class_name, register
-    >>> class ViT(nn.Module): ...
-    >>> row = register(Host(name="my ViT", model=class_name(ViT), table="position", block=Block("norm")))
+    Args:
+        row: Its `model` names the class: `lape.hosts.class_name(MyViT)`.
+
+    Raises:
+        UsageError: For a row that names no class.
+
+    Example:
+        >>> import lape
+        >>> from lape.hosts import class_name, register
+        >>> class MyViT: ...
+        >>> row = register(lape.Host(name="my ViT", model=class_name(MyViT), table="pos", block=lape.Block("norm")))
+        >>> row.name
+        'my ViT'
     """
     if row.model is None:
         raise UsageError(f"A row is registered for a class, and that of {row.name!r} names none: Host(model=...).")

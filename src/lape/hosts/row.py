@@ -285,7 +285,13 @@ def block_row(host: Host, block: nn.Module) -> Block:
 
 
 def class_name(kind: type) -> str:
-    """Return the qualified name of a class, as rows name it."""
+    """Return the qualified name of a class, as rows name it.
+
+    Example:
+        >>> from lape.hosts import class_name
+        >>> class_name(dict)
+        'builtins.dict'
+    """
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
