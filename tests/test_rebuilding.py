@@ -11,8 +11,9 @@ from test_models import SMALL, small
 from torch import nn
 
 import lape
-from lape.errors import RunError
-from lape.models.rebuilding import LikeItsFile, Limit
+from lape.errors import RunError, UsageError
+from lape.models import rebuilding
+from lape.models.rebuilding import LikeItsFile, Limit, as_asked
 
 PATH = Path("x.pt")
 OTHERS = ("segmenter_nano_patch8", "mask_rcnn_vit_adapter_nano")
@@ -93,3 +94,22 @@ def test_what_is_in_no_file_is_no_larger_either() -> None:
     assert like(lambda: Masked(100), {}).mask.shape == (100, 100)
     with pytest.raises(RunError, match=r"^x\.pt: it describes a larger model than that of its weights"):
         like(lambda: Masked(100_000), {})
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"depth": 10_000_000}, {"depth": 100}, {"embed_dim": 900_000}, {"depth": 100, "embed_dim": 30_000}]
+)
+def test_what_no_machine_could_hold_is_not_begun(keywords: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rebuilding, "MOST_PARAMETERS", 200)  # each takes a millisecond
+    make = Counted(lambda: timm.create_model("vit_tiny_patch16_224", **keywords))
+    with pytest.raises(UsageError, match=r"make a model of more than 200 parameter tensors, or of more values than"):
+        as_asked(make, keywords)
+    assert "cpu" not in make.devices
+
+
+def test_what_a_user_asks_for_is_made() -> None:
+    make = Counted(lambda: timm.create_model("vit_tiny_patch16_224", depth=2))
+    as_asked(make, {"depth": 2})
+    assert make.devices == ["meta", "cpu"]
+    as_asked(make, {})
+    assert make.devices == ["meta", "cpu", "cpu"]

@@ -1,8 +1,9 @@
 """A model that a file describes is no larger than the file's weights: a few words can ask for more than there is."""
 
+import os
 import threading
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,36 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from lape.errors import RunError, first_line
+from lape.errors import RunError, UsageError, first_line
 from lape.weights import refuse_another
 
 Make = Callable[[], nn.Module]
 Build = Callable[[Make, Mapping[str, Any]], nn.Module]  # how a model comes from what makes it, with these keywords
 
 
+MOST_PARAMETERS = 10_000  # tensors; a ViT has some twelve a layer
+MOST_COUNTED = 1 << 20  # sum of the numbers in a model's keywords
+BYTES_A_VALUE = 4
+
+
 def as_asked(make: Make, keywords: Mapping[str, Any]) -> nn.Module:
-    """Make the model that a user asks for, of any size."""
+    """Make the model that a user asks for; raise UsageError for one that no machine of this memory could hold.
+
+    The user may not have read the settings: with a depth of ten million there would soon be no memory.
+    """
+    if not keywords:
+        return make()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 50
+    limit, values = Limit(MOST_PARAMETERS, memory // BYTES_A_VALUE), 0
+    limit.passed = _counted(keywords) > MOST_COUNTED  # constructors list their layers before they make one
+    if not limit.passed:
+        with suppress(Exception), limit.kept(), torch.device("meta"):  # a constructor that needs values fails there
+            values = sum(parameter.numel() for parameter in make().parameters())
+    if limit.passed or values > limit.values:
+        raise UsageError(
+            f"model_args {dict(keywords)} make a model of more than {MOST_PARAMETERS:,} parameter tensors, or of more "
+            "values than this machine's memory holds. Lower depth, width or size."
+        )
     return make()
 
 
