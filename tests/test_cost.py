@@ -49,7 +49,8 @@ def test_memory_is_the_bases_and_a_ladder(costs: dict[str, Cost]) -> None:
     assert lape is not None
     assert costs["and again"].training_bytes == base
     rungs = 12 * 197 * 192 * 4
-    assert rungs <= lape - base <= 2.1 * rungs  # p_l, and ω_{l+1} where it is not the same tensor
+    # p_l, the last of which no backward pass asks for, and ω_{l+1} where it is not the same tensor.
+    assert 11 / 12 * rungs <= lape - base <= 2.1 * rungs
     assert costs["lape, folded"].training_bytes is None
 
 
