@@ -44,7 +44,7 @@ def _without(patch: pytest.MonkeyPatch, positions: Any, layer: int, part: str) -
         value = getattr(rung, part)
         return rung if value is None else rung._replace(**{part: torch.zeros_like(value)})
 
-    patch.setattr(positions, "for_the_block", lambda f, n: zeros(taken(f, n)) if n == layer else taken(f, n))
+    patch.setattr(positions, "for_the_block", lambda f, n, **_: zeros(taken(f, n)) if n == layer else taken(f, n))
     if layer == 0 and part == "residual":
         patch.setattr(positions, "joining", lambda f: None if (p := joining(f)) is None else torch.zeros_like(p))
 

@@ -659,9 +659,19 @@ def test_a_row_that_does_not_fit_is_refused_by_its_entry_and_leaves_the_model_al
     assert "lape_positions" not in vars(model)
 
 
+def test_a_method_may_read_the_table_by_another_of_its_own() -> None:
+    model, other = untouched("scratch"), untouched("scratch")
+    lape.apply(model, host=replace(SCRATCH, add_table="forward"))
+    assert torch.equal(model(inputs("scratch")), lape.apply(other, host=SCRATCH)(inputs("scratch")))
+
+
 def test_a_method_that_does_not_read_the_table_itself_is_refused_when_it_runs() -> None:
-    model = lape.apply(Scratch(), host=replace(SCRATCH, add_table="forward"))
-    with pytest.raises(UsageError, match=r"Stem.forward does not read 'where' itself.*Host\(add_table="):
+    model = untouched("scratch")
+    original = copy.copy(model.stem)
+    model.stem.__dict__["elsewhere"] = original.placed  # reads the table of the module as it was
+    model.stem.__class__ = type("Apart", (Scratch.Stem,), {"placed": lambda self, patches: self.elsewhere(patches)})
+    lape.apply(model, host=SCRATCH)
+    with pytest.raises(UsageError, match=r"Apart.placed does not read 'where' itself.*Host\(add_table="):
         model(inputs("scratch"))
 
 

@@ -40,6 +40,8 @@ class Forward:
     open: bool = True
     differentiable: bool = False
     without_gradient: bool = False  # some ω_l was made without gradients
+    made: dict[int, Rung] = field(default_factory=dict)  # the rungs, by layer
+    taken_without_gradient: bool = False  # a norm took its part without gradients, though its rung has some
 
     def __post_init__(self) -> None:
         self.differentiable = torch.is_grad_enabled()
@@ -57,11 +59,18 @@ class Forward:
             self._take(len(self.handed) - 1)
         return self._take(layer)
 
+    def rung_again(self, layer: int) -> Rung:
+        """Return the rung of a layer of which a part is computed again in a backward pass, and not the block."""
+        if self.taken_without_gradient or layer not in self.made:
+            return self._anew().rung(layer)
+        return self.made[layer]
+
     def _take(self, layer: int) -> Rung:
         self.without_gradient |= not torch.is_grad_enabled()
         rung, following = self.step(self, layer, self.handed[layer])
         if len(self.handed) == layer + 1:  # else the block runs once more
             self.handed.append(following)
+            self.made[layer] = rung
         return rung
 
     def _anew(self) -> "Forward":

@@ -30,8 +30,8 @@ class RungSource(Protocol):
     host: Host
     forwards: Forwards
 
-    def for_the_block(self, forward: Forward, layer: int) -> Rung:
-        """Return what the block of a layer takes in a forward."""
+    def for_the_block(self, forward: Forward, layer: int, again: bool = False) -> Rung:
+        """Return what the block of a layer takes in a forward, or takes again in a backward pass."""
         ...
 
     def tokens_axis(self, tokens: Tensor) -> int:
@@ -219,13 +219,14 @@ class BlockHooks:
         runs = self.runs.get(threading.get_ident())
         if runs and (run := runs[-1]) is not None:
             run.due -= 1
+            run.forward.taken_without_gradient |= run.forward.differentiable and not torch.is_grad_enabled()
             self.positions.forwards.hand(run.forward, tokens)
             return run.rung.attention
         if torch._C._current_graph_task_id() == -1:
             self.positions.forwards.refuse_bypass(self.layer)
             return None  # called by somebody beside the model
         forward = self.positions.forwards.find(self.layer, tokens)  # what is within the block is computed again
-        return self.positions.for_the_block(forward, self.layer).attention
+        return self.positions.for_the_block(forward, self.layer, again=True).attention
 
     def _projected(self, projection: nn.Module, tokens: Tensor, output: Tensor, attention: Tensor) -> Tensor:
         """Add it where a projection serves attention and MLP together: to the queries, keys and values alone."""

@@ -203,9 +203,12 @@ class Positions:
         position = forward.handed[0]
         return None if position is None else Rung(residual=position).padded(self.prefix - self.prefix_rows).residual
 
-    def for_the_block(self, forward: Forward, layer: int) -> Rung:
-        """Return the rung of a layer without what has joined the tokens, and the rows that patch dropout took."""
-        rung = forward.rung(layer)
+    def for_the_block(self, forward: Forward, layer: int, again: bool = False) -> Rung:
+        """Return the rung of a layer without what has joined the tokens, and the rows that patch dropout took.
+
+        `again` says that a part of the block is computed again in a backward pass, and the block itself is not.
+        """
+        rung = forward.rung_again(layer) if again else forward.rung(layer)
         if layer == 0 and self.scheme.with_tokens:
             rung = rung._replace(residual=None)
         return rung if forward.kept is None else rung.kept(_rows(forward.kept, self.prefix))
