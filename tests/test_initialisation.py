@@ -102,12 +102,13 @@ def test_a_sinusoid_is_made_anew_in_every_library(name: str) -> None:
 def test_what_a_reset_does_not_begin_is_said() -> None:
     """PyTorch's FSDP takes a module with `reset_parameters` for one that is initialised by it."""
     with pytest.warns(UserWarning, match=r"position table of VisionTransformer; cls_token beside it stay"):
-        lape.apply(host()).reset_parameters()
+        model = lape.apply(host())
+        model.reset_parameters()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("vit", "torchvision", "sequences"):
             reset(applied(name, pe="sinusoidal-1d"))
-        lape.apply(host()).init_weights()
+        model.init_weights()
 
 
 def test_a_table_of_a_module_that_has_no_initialiser_begins_by_the_hosts_scale() -> None:

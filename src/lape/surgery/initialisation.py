@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lape.errors import RunError
 from lape.hosts import table_of
 from lape.method import SPREAD, PositionNorm
+from lape.surgery.building import attentions
 from lape.surgery.positions import BIAS_TABLE, Positions
 from lape.surgery.proxy import Proxies
 from lape.surgery.standins import swap_parameter
@@ -31,8 +32,7 @@ def initialisers(record: Positions) -> list[tuple[nn.Module, str, Any]]:
         holding += record.blocks
     replaced += [(module, "reset_parameters", _Reset(record, Weak(module))) for module in holding]
     if host.window_bias is not None and embedding.bias is None:
-        attentions = [part for part in vit.modules() if host.window_bias.method in part.__dict__]
-        replaced += [(part, "reset_parameters", _ResetWithoutBias(Weak(part))) for part in attentions]
+        replaced += [(part, "reset_parameters", _ResetWithoutBias(Weak(part))) for _, part in attentions(record)]
     of_transformers = [part for part in vit.modules() if hasattr(type(part), "_initialize_weights")]
     replaced += [(part, "_initialize_weights", _InitializeEach(record, Weak(part))) for part in of_transformers]
     if not of_transformers and hasattr(type(vit), "init_weights"):
