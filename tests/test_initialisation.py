@@ -101,8 +101,8 @@ def test_a_sinusoid_is_made_anew_in_every_library(name: str) -> None:
 
 def test_what_a_reset_does_not_begin_is_said() -> None:
     """PyTorch's FSDP takes a module with `reset_parameters` for one that is initialised by it."""
+    model = lape.apply(host())
     with pytest.warns(UserWarning, match=r"position table of VisionTransformer; cls_token beside it stay"):
-        model = lape.apply(host())
         model.reset_parameters()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
