@@ -7,13 +7,14 @@ from typing import Any
 import foreign_hosts
 import pytest
 import torch
-from tiny_hosts import host, images, shaken
+from tiny_hosts import EVERY_HOST, host, images, shaken
 from torch import Tensor, nn
 
 import lape
+import lape.method
 import lape.surgery.operation
 from lape.errors import UsageError
-from lape.method import JOINS, Join, Rung
+from lape.method import JOINS, POSITION_EMBEDDINGS, Join, Rung
 
 
 def _like(one: Tensor, other: Tensor) -> bool:
@@ -49,26 +50,51 @@ def _without(patch: pytest.MonkeyPatch, positions: Any, layer: int, part: str) -
         patch.setattr(positions, "joining", lambda f: None if (p := joining(f)) is None else torch.zeros_like(p))
 
 
-@pytest.mark.parametrize("join", [*JOINS, *OWN_JOINS])
-@pytest.mark.parametrize("name", ["timm", "torchvision", "vit", "sequences", "scratch"])
-def test_each_part_of_each_rung_changes_the_output(join, name, monkeypatch):
-    for own, made in OWN_JOINS.items():
-        monkeypatch.setitem(JOINS, own, made)
-    if name == "timm":
-        model, x = shaken(lape.apply(host(), join, "learnable")), images(host())
-    else:
-        model, x = foreign_hosts.shaken(foreign_hosts.applied(name, join=join)), foreign_hosts.inputs(name)
-    whole = lape.ladder(model)
-    positions = lape.surgery.operation.positions(model)
+def _changes_with_each_part(model: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def features() -> Tensor:  # of all tokens: what patches alone are told in the last layer never reaches a head
+        return model.forward_features(x) if hasattr(model, "forward_features") else foreign_hosts.tokens(model, x)
+
+    whole, positions = lape.ladder(model), lape.surgery.operation.positions(model)
+    assert not all(rung.empty for rung in whole)
     with torch.no_grad():
-        full = foreign_hosts.tokens(model, x)
+        full = features()
         for layer, rung in enumerate(whole):
             for part, value in rung._asdict().items():
-                if value is None:
-                    continue
-                with monkeypatch.context() as patch:
-                    _without(patch, positions, layer, part)
-                    assert not _like(foreign_hosts.tokens(model, x), full), f"{part} of layer {layer}"
+                if value is not None:
+                    with monkeypatch.context() as patch:
+                        _without(patch, positions, layer, part)
+                        assert not _like(features(), full), f"{part} of layer {layer}"
+
+
+@pytest.mark.parametrize("join", [*JOINS, *OWN_JOINS])
+@pytest.mark.parametrize("name", foreign_hosts.FOREIGN)
+def test_each_part_of_each_rung_changes_the_output_of_every_host(join, name, monkeypatch):
+    for own, step in OWN_JOINS.items():
+        monkeypatch.setitem(JOINS, own, step)
+    model = foreign_hosts.shaken(foreign_hosts.applied(name, join=join)).eval()
+    _changes_with_each_part(model, foreign_hosts.inputs(name), monkeypatch)
+
+
+@pytest.mark.parametrize("join", [*JOINS, *OWN_JOINS])
+@EVERY_HOST
+def test_each_part_of_each_rung_changes_the_output_of_every_kind_of_timms(join, name, monkeypatch):
+    for own, step in OWN_JOINS.items():
+        monkeypatch.setitem(JOINS, own, step)
+    model = shaken(lape.apply(host(name), join, "learnable"))
+    _changes_with_each_part(model, images(model), monkeypatch)
+
+
+@pytest.mark.parametrize("join", [*JOINS, *OWN_JOINS])
+@pytest.mark.parametrize("pe", [name for name in POSITION_EMBEDDINGS if name != "none"])
+def test_each_part_of_each_rung_changes_the_output_with_every_embedding(join, pe, monkeypatch):
+    for own, step in OWN_JOINS.items():
+        monkeypatch.setitem(JOINS, own, step)
+    try:
+        lape.method.scheme(join, pe)
+    except UsageError:
+        return  # means nothing, and is refused
+    model = shaken(lape.apply(host(), join, pe))
+    _changes_with_each_part(model, images(model), monkeypatch)
 
 
 def test_a_join_of_residual_and_attention_computes_both(monkeypatch):

@@ -56,7 +56,7 @@ def of_predict(path: Path) -> Image.Image:
     fabric = SimpleNamespace(device="cpu", autocast=lambda: torch.autocast("cpu", enabled=False))
     with pytest.MonkeyPatch.context() as patch:
         model = SimpleNamespace(work=work, fabric=fabric, task=None)
-        patch.setattr(prediction, "trained", lambda *_, **__: model)
+        patch.setattr(prediction, "load_run", lambda *_, **__: model)
         (one,) = prediction.predict(Path("best.pt"), [path])
     assert shown == [one.picture]
     return one.picture
