@@ -75,7 +75,7 @@ def test_a_plain_timm_checkpoint_goes_in_and_what_is_missing_is_said(tmp_path: P
 def test_tables_are_resized_to_the_model() -> None:
     source, model = lape.apply(host(img_size=32)), lape.apply(host(img_size=(48, 48)))
     lape.load_weights(model, source.state_dict())
-    assert torch.equal(model.pos_embed, positions(source)._resized(source.pos_embed, (3, 3), (2, 2)))
+    assert torch.equal(model.pos_embed, positions(source).resized(source.pos_embed, (3, 3), (2, 2)))
     fixed = lape.apply(host(img_size=48), pe="sinusoidal-2d")
     lape.load_weights(fixed, lape.apply(host(img_size=32), pe="sinusoidal-2d").state_dict())
     assert torch.equal(fixed.pos_embed, lape.apply(host(img_size=48), pe="sinusoidal-2d").pos_embed)
