@@ -400,7 +400,11 @@ def test_whatever_decides_a_result_counts_as_changed() -> None:
     yours = {"join", "seed", "weights", "accumulate", "grad_checkpointing", "compile"}
     for name, value in own.identity().items():
         another = (1, 2) if name in RANGES else (0.5, 0.9) if name == "betas" else 0.5 if name == "ema" else 1
-        other = replace(own, **{name: another if value is None else f"{value}0" if isinstance(value, str) else None})
+        if isinstance(value, str | dict):
+            another = f"{value}0" if isinstance(value, str) else {"depth": 1}
+        elif value is not None:
+            another = None
+        other = replace(own, **{name: another})
         assert recipe.changed(other).keys() == {name} - yours
 
 
