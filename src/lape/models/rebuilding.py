@@ -36,11 +36,11 @@ def as_asked(make: Make, keywords: Mapping[str, Any]) -> nn.Module:
         return make()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 50
     limit, values = Limit(MOST_PARAMETERS, memory // BYTES_A_VALUE), 0
-    limit.passed = _counted(keywords) > MOST_COUNTED  # constructors list their layers before they make one
-    if not limit.passed:
+    too_many = _counted(keywords) > MOST_COUNTED  # constructors list their layers before they make one
+    if not too_many:
         with suppress(Exception), limit.kept(), torch.device("meta"):  # a constructor that needs values fails there
             values = sum(parameter.numel() for parameter in make().parameters())
-    if limit.passed or values > limit.values:
+    if too_many or limit.passed or values > limit.values:
         raise UsageError(
             f"model_args {dict(keywords)} make a model of more than {MOST_PARAMETERS:,} parameter tensors, or of more "
             "values than this machine's memory holds. Lower depth, width or size."

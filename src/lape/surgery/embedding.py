@@ -34,22 +34,20 @@ class TableMethod:
         self.rotary_proxies = None if rotary is None else Proxies(type(rotary), ["get_embed"])
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
-        """Run the host's method; raise UsageError where it does not read the table that it is inputs."""
+        """Run the host's method; raise UsageError where it does not read the table that it is given."""
         positions, host, holder = self.positions, self.positions.host, self.positions.holder
         image, *others = (*inputs, *options.values())
-        symbolic = isinstance(image, fx.Proxy)
         grid = grid_of_input(positions, image)
         forward, position = positions.begin(grid)
-        table = (
-            self._zeros(grid, image) if position is None else position[:, positions.prefix - positions.prefix_rows :]
-        )
+        rows = slice(positions.prefix - positions.prefix_rows, None)  # those of tokens that have one
+        table = self._zeros(grid, image) if position is None else position[:, rows]
         replaced: dict[str, Any] = {host.table_name: table if positions.has_batch_axis else table[0]}
         if host.table.endswith(".weight"):
             replaced[host.table_name] = partial(F.embedding, weight=table[0])
         if host.resize_table is not None:
             replaced[host.resize_table] = partial(_constant, table)
         if host.gives_map:
-            as_map = not symbolic and image.ndim == 4
+            as_map = not isinstance(image, fx.Proxy) and image.ndim == 4
             if as_map:  # where the host would resize its table, it has one of the right grid
                 inputs, options = (image.flatten(1, 2), *others), {}
             replaced |= self._of_a_map(grid, as_map)
@@ -99,9 +97,8 @@ class BehindEmbedding:
     positions: Positions
 
     def __call__(self, embedding: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> Tensor:
-        grid = (patches.shape[1], patches.shape[2])
-        if isinstance(patches, fx.Proxy):
-            grid = symbolic_grid(self.positions)
+        symbolic = isinstance(patches, fx.Proxy)
+        grid = symbolic_grid(self.positions) if symbolic else (patches.shape[1], patches.shape[2])
         forward, position = self.positions.begin(grid)
         if position is not None:
             patches = patches + self.positions.laid_out(position, patches)

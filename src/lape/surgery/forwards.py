@@ -31,23 +31,22 @@ class Forward:
     layers: list[Layer]
     step: Step
     start: Callable[[Grid], Tensor | None]
-    handed: list[Tensor | None] = field(default_factory=list)  # ω_l for each layer so far, and for the next
     kept: Tensor | None = None  # (B, K), the patches that patch dropout left to each image
     next: int = 0  # the number of the block that has not run yet
     last: int = -1  # the number of the last block that takes something
     tokens: Tensor | None = None  # what was handed to the next block
     task: int = -1  # the backward pass that it runs in
     open: bool = True
-    differentiable: bool = False
-    without_gradient: bool = False  # some ω_l was made without gradients
+    differentiable: bool = field(init=False)  # it was begun with gradients
+    without_gradient: bool = field(init=False)  # some ω_l was made without
+    handed: list[Tensor | None] = field(init=False)  # ω_l for each layer so far, and for the next
     made: dict[int, Rung] = field(default_factory=dict)  # the rungs, by layer
     taken_without_gradient: bool = False  # a norm took its part without gradients, though its rung has some
 
     def __post_init__(self) -> None:
         self.differentiable = torch.is_grad_enabled()
         self.without_gradient = not self.differentiable
-        if not self.handed:
-            self.handed.append(self.start(self.grid))
+        self.handed = [self.start(self.grid)]
 
     def rung(self, layer: int) -> Rung:
         """Return the rung of a layer."""
@@ -108,7 +107,7 @@ class Forwards:
     def enter_call(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Note that the model is called."""
         if not torch.compiler.is_compiling():
-            self.of_thread.calls.append(_Call(_backward_pass()))
+            self.of_thread.calls.append(_Call(backward_pass()))
 
     def leave_call(self, model: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Note that the call has returned or failed: the forwards begun in it are over."""
@@ -129,7 +128,7 @@ class Forwards:
         self.latest = forward
         if torch.compiler.is_compiling():
             return
-        forward.task = _backward_pass()
+        forward.task = backward_pass()
         calls = self.of_thread.calls
         if calls:
             calls[-1].forwards.append(forward)
@@ -149,15 +148,20 @@ class Forwards:
         """Note that a module makes others of the tokens that were handed out: a hook on one before the first block."""
         if torch.compiler.is_compiling() or not inputs or not isinstance(inputs[0], Tensor):
             return
-        forward = self._known(inputs[0])
+        forward = self._handed_out(inputs[0]) or self._recall(inputs[0])
         if forward is not None and forward.open:
             self.hand(forward, output)
 
-    def _known(self, tokens: Tensor) -> Forward | None:
-        """Return the forward that handed these tokens out; of those that run in a call, or that are remembered."""
-        calls = self.of_thread.calls
-        running = calls[-1].forwards if calls else []
-        return next((forward for forward in running if forward.tokens is tokens), None) or self._recall(tokens)
+    def _running(self) -> list[Forward]:
+        """Return the forwards that this thread is in, in this backward pass or in none: those of the innermost call."""
+        calls, newest, task = self.of_thread.calls, self.of_thread.newest, backward_pass()
+        if calls and calls[-1].task == task:
+            return calls[-1].forwards
+        return [newest] if newest is not None and newest.task == task else []
+
+    def _handed_out(self, tokens: object) -> Forward | None:
+        """Return the running forward that handed these very tokens to its next block."""
+        return next((forward for forward in self._running() if forward.tokens is tokens), None)
 
     def _remember(self, tokens: Tensor, forward: Forward) -> None:
         place = _place(tokens)
@@ -184,21 +188,14 @@ class Forwards:
             if self.latest is None:
                 raise UsageError(NO_FORWARD)
             return self.latest
-        of_thread, task = self.of_thread, _backward_pass()
+        again = backward_pass() != -1
         remembered = self._recall(tokens) if isinstance(tokens, Tensor) else None
-        if remembered is not None and (remembered.open or task != -1):
+        if remembered is not None and (remembered.open or again):
             return remembered
-        call = of_thread.calls[-1] if of_thread.calls and of_thread.calls[-1].task == task else None
-        if call is None:
-            newest = of_thread.newest
-            running = [newest] if newest is not None and newest.task == task else []
-        else:
-            running = call.forwards
-        for forward in reversed(running):
-            if forward.tokens is tokens:
-                return forward
-        possible = [forward for forward in running if forward.next <= layer]
-        if not possible and task != -1:
+        if (forward := self._handed_out(tokens)) is not None:
+            return forward
+        possible = [forward for forward in self._running() if forward.next <= layer]
+        if not possible and again:
             possible = list({id(forward): forward for _, forward in self.by_tokens.values()}.values())
             if len(possible) != 1:
                 raise UsageError(NOT_REMEMBERED)
@@ -208,10 +205,7 @@ class Forwards:
 
     def refuse_bypass(self, layer: int) -> None:
         """Raise UsageError where a forward runs, and a block's norm is called though the block itself is not."""
-        call = self.of_thread.calls[-1] if self.of_thread.calls else None
-        newest = self.of_thread.newest
-        running = call.forwards if call else [newest] if newest is not None else []
-        if any(forward.next <= layer for forward in running):
+        if any(forward.next <= layer for forward in self._running()):
             raise UsageError(NO_BLOCK)
 
     def close(self, forward: Forward) -> None:
@@ -248,7 +242,7 @@ NOT_REMEMBERED = (
 )
 
 
-def _backward_pass() -> int:
+def backward_pass() -> int:
     """Return the number of the backward pass that runs in this thread; -1: none does."""
     return torch._C._current_graph_task_id()
 

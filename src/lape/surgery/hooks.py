@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from lape.errors import UsageError
 from lape.hosts import Block, Host, parts
 from lape.method import Rung
-from lape.surgery.forwards import Forward, Forwards
+from lape.surgery.forwards import Forward, Forwards, backward_pass
 from lape.surgery.weak import Weak
 
 
@@ -222,7 +222,7 @@ class BlockHooks:
             run.forward.taken_without_gradient |= run.forward.differentiable and not torch.is_grad_enabled()
             self.positions.forwards.hand(run.forward, tokens)
             return run.rung.attention
-        if torch._C._current_graph_task_id() == -1:
+        if backward_pass() == -1:
             self.positions.forwards.refuse_bypass(self.layer)
             return None  # called by somebody beside the model
         forward = self.positions.forwards.find(self.layer, tokens)  # what is within the block is computed again
@@ -247,13 +247,13 @@ class BlockHooks:
             if forwards.latest is not None and self.layer == len(forwards.latest.layers) - 1:
                 forwards.close(forwards.latest)
             return
+        if inputs and isinstance(inputs[0], fx.Proxy):
+            for norm in self.hooked:
+                norm.__dict__.pop("__module__", None)
         runs = self.runs[threading.get_ident()]
         run = runs.pop() if runs else None
         if run is None or output is None:
             return  # without an output it has raised an error of its own
-        if isinstance(output, fx.Proxy):
-            for norm in self.hooked:
-                norm.__dict__.pop("__module__", None)
         if self.layer == run.forward.last:
             forwards.close(run.forward)
         else:

@@ -188,9 +188,7 @@ class Positions:
     def begin(self, grid: Grid) -> tuple[Forward, Tensor | None]:
         """Begin a forward on a grid; return it, and what joins the tokens before the first block (1, N, D)."""
         forward = self.forward(grid)
-        joining = None
-        if self.scheme.with_tokens and forward.layers:
-            joining = self.joining(forward)
+        joining = self.joining(forward) if self.scheme.with_tokens and forward.layers else None
         if not torch.compiler.is_compiling():
             forward.last = self._number_blocks(forward.layers)
         self.forwards.begin(forward)
