@@ -159,6 +159,18 @@ def test_rungs_end_with_their_forward(join):
             loop()
 
 
+@JOINS
+@pytest.mark.parametrize("method", ["__call__", "forward_features"])
+def test_tokens_of_a_forward_that_is_over_take_no_more_rungs(join, method):
+    model, kept = resizing(join), []
+    handle = model.blocks[1].register_forward_pre_hook(lambda block, inputs: kept.append(inputs[0]))
+    output = getattr(model, method)(pictures(WIDE))  # with its graph, which keeps the tokens
+    handle.remove()
+    with pytest.raises(UsageError, match="nor a loop of your own"):
+        model.blocks[1](kept[0])
+    output.sum().backward()
+
+
 # --- Recomputation
 
 
