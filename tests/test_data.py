@@ -1,7 +1,10 @@
 """What a batch holds is a pure function of seed, epoch and index."""
 
 import gzip
+import os
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -424,3 +427,39 @@ def test_a_photograph_cut_short_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(RunError, match=r"^\S*n01440764_18\.JPEG cannot be read as an image \(.*truncated"):
         Split("a file", [path], torch.zeros(1)).picture(0, channels=3)
+
+
+SIGNALS_WHILE_WORKERS_START = """
+import os, signal, torch
+from lape.data.pipeline import InOrder, load, validation_images
+from lape.data.sources import find_set
+from lape.experiment import Augmentation
+
+heard = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: heard.append(number))
+
+def send(threads):
+    if os.getpid() != run:  # a worker does this after it has set its handlers, and before it leaves the group
+        os.killpg(0, signal.SIGINT)
+        os.killpg(0, signal.SIGTERM)
+
+run, torch.set_num_threads = os.getpid(), send
+source = find_set("digits")
+images = validation_images(source, Augmentation(), source.size)
+labels = [label for _, batch in load(images, InOrder(64, 16), workers=2, pin=False) for label in batch.tolist()]
+assert labels == source.validation.labels[:64].tolist(), labels
+assert set(heard) == {signal.SIGINT, signal.SIGTERM}, heard
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers here do not share what a test replaced")
+def test_a_signal_to_the_group_while_workers_start_is_for_the_run_alone():
+    ended = subprocess.run(
+        [sys.executable, "-c", SIGNALS_WHILE_WORKERS_START],
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr

@@ -5,7 +5,9 @@ k mod N: with repeated augmentation an epoch has several samples of one image.
 
 import os
 import random
+import signal
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -371,16 +373,38 @@ def load(images: Dataset[Any], keys: Sampler[Key], workers: int | None, pin: boo
         pin_memory=pin,
         worker_init_fn=_leave_group,
     )
-    for batch in loader:
+    with _signals_held():
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, Unreadable):
             raise RunError(batch.message)
         yield batch
 
 
+# A signal to the group of a run, as Ctrl-C in a terminal sends it, is for the run alone: it ends its workers. One that
+# comes while a worker starts waits until the worker has left the group, and is then forgotten there.
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where a group has no signals
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_group(_: int) -> None:
-    """A signal to the group of a run, as Ctrl-C in a terminal sends it, is for the run alone: it ends its workers."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
+    if not hasattr(signal, "pthread_sigmask"):
+        return
+    os.setpgrp()
+    while waiting := signal.sigpending() & STOPS:
+        signal.sigwait(waiting)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _cores() -> int:
