@@ -254,7 +254,8 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     around = {name: named.pop(name) for name in (*patches, *tables)}
     given = import_module(host.files.filter).checkpoint_filter_fn
     options = {"adapt_layer_scale": True} if "adapt_layer_scale" in signature(given).parameters else {}
-    found = given(named, Proxies(type(vit), [host.table]).of(vit, {host.table: None})[0], **options) | around
+    fitting = {host.table: named.get(host.table)}  # to the filter the model's table has the file's size
+    found = given(named, Proxies(type(vit), [host.table]).of(vit, fitting)[0], **options) | around
     return found | dict(_fitted_tables(found, vit, host))
 
 

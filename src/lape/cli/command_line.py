@@ -19,6 +19,7 @@ from lape.cli.commands import COMMANDS, Command, first_process
 from lape.cli.terminal import close_streams, open_streams, say
 from lape.errors import RunError, UsageError, lacking
 from lape.experiment import SECTIONS, Experiment
+from lape.extras import EXTRAS, require
 from lape.files import reading
 from lape.files.characters import LONE
 
@@ -84,6 +85,7 @@ def _status(words: list[str]) -> int:
 
 def _run(words: list[str]) -> int:
     command, arguments = parsed(words or ["--help"])
+    require(f"lape {words[0]}", *(package for extra in command.extras for package in EXTRAS[extra]))
     command.run(**arguments)
     return 0
 

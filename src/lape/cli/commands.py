@@ -418,6 +418,7 @@ class Command:
     example: str
     without: tuple[str, ...] = ()
     bare: tuple[str, ...] = ()  # the options that leading words without dashes are for; the last takes all the rest
+    extras: tuple[str, ...] = ("train",)  # whose packages it needs
 
     @property
     def does(self) -> str:
@@ -430,11 +431,13 @@ COMMANDS: Mapping[str, Command] = {
         compare,
         "lape compare --data digits --joins default,lape --pe learnable,sinusoidal-1d --seeds 3",
         without=("join", "seed"),
+        extras=("train", "report"),
     ),
     "report": Command(
         gather,
         "lape report runs --out report.html",
         bare=("runs",),
+        extras=("train", "report"),
     ),
     "train": Command(
         train,
@@ -459,6 +462,7 @@ COMMANDS: Mapping[str, Command] = {
         analyze,
         "lape analyze correlation runs/default runs/lape --grid 14 14",
         bare=("what", "checkpoints"),
+        extras=("train", "report"),
     ),
     "models": Command(
         models,

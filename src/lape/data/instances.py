@@ -19,6 +19,7 @@ from lape.data.pictures import open_picture, orientation, read_through, upright,
 from lape.data.sources import PictureSource, PictureSplit
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Augmentation, Dense
+from lape.extras import require
 from lape.files import reading
 
 LEAST_SIDE = 32  # of a training picture
@@ -169,12 +170,7 @@ def instances(root: Path) -> InstanceSource:
 def _source(root: Path, year: str) -> InstanceSource:
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    try:
-        import faster_coco_eval  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            "Masks are decoded by faster-coco-eval, which is not installed. Install it: pip install 'lape[dense]'"
-        ) from error
+    require("A set of COCO's", "faster_coco_eval")
     files = [_annotations(root / "annotations", f"instances_{part}{year}.json") for part in ("train", "val")]
     pictures = [_pictures(root, file) for file in files]
     validation_categories, validation = _read_annotations(files[1], pictures[1], training=False)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lape.data.instances import Instances, InstanceSource
 from lape.data.maps import CROPPED, MapSource
-from lape.errors import UsageError
 from lape.experiment import Augmentation, Dense
+from lape.extras import require
 
 Field = NDArray[np.float64]  # one number for every pixel
 Outline = Callable[[Field, Field], Field]  # below 0 inside the shape of radius 1, above 0 outside
@@ -242,13 +242,9 @@ def shapes_segmentation(data_dir: Path | None, download: bool = False) -> MapSou
 
 def _splits() -> tuple[Shapes, Shapes]:
     """Training and validation, whose backgrounds are different photographs."""
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise UsageError(
-            "Shapes are drawn on photographs of scikit-image, which is not installed. "
-            "Install it: pip install 'lape[dense]'"
-        ) from error
+    require("The set shapes", "skimage")
+    from skimage import data
+
     train = data.astronaut, data.coffee, data.brick, data.gravel, data.clock
     validation = data.chelsea, data.camera, data.grass
     train, validation = ([Image.fromarray(read()).convert("RGB") for read in part] for part in (train, validation))

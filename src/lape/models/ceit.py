@@ -72,10 +72,8 @@ class LocallyEnhancedFeedForward(nn.Module):
 class CeiTBlock(Block):
     """A ViT block whose MLP sees the grid of patches."""
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+    def forward(self, x: Tensor, grid: Grid, **mask: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), grid)))
 
 
@@ -151,15 +149,15 @@ class CeiT(VisionTransformer):
         """Return the names of tables and tokens."""
         return super().no_weight_decay() | {"pos_layer_embed"}
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward_features(self, x: Tensor, **mask: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Images (B, C, H, W) to tokens (B, 1 + patches, D); the class token is that of the last attention."""
         x = self.patch_embed(x)
         grid = (x.shape[1], x.shape[2])
         x = self.norm_pre(self._pos_embed(x))
         class_tokens = []
-        masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
+        masked = any(part is not None and part is not False for part in mask.values())
         for block in self.blocks:
-            x = checkpoint(block, x, grid) if self.grad_checkpointing and not masks else block(x, grid, **masks)
+            x = checkpoint(block, x, grid) if self.grad_checkpointing and not masked else block(x, grid, **mask)
             class_tokens.append(x[:, 0])
         summary = self.lca(torch.stack(class_tokens, dim=1) + self.pos_layer_embed)
         return self.norm(torch.cat([summary, x[:, 1:]], dim=1))

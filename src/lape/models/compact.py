@@ -25,8 +25,8 @@ BETWEEN = 64  # channels between two convolutions
 class CompactBlock(Block):
     """x ← x + MSA(LN(x)); x ← LN'(x); x ← x + MLP(x): the second norm stands on the residual stream itself."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **mask)))
         x = self.norm2(x)
         return x + self.drop_path2(self.ls2(self.mlp(x)))
 

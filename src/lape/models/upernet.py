@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.errors import UsageError
+from lape.extras import require
 from lape.models.vit_adapter import COARSEST, SEGMENTATION, ViTAdapter
 from lape.models.vit_adapter import VARIANTS as BACKBONES
 from lape.models.whole import Whole
@@ -40,12 +40,9 @@ def fcn_head(in_channels: int, channels: int, classes: int, level: int = 2) -> n
 
 
 def _theirs() -> Any:
-    try:
-        from transformers.models.upernet import modeling_upernet
-    except ImportError as error:
-        raise UsageError(
-            "UperNet's heads are those of transformers, which is not installed. Install it: pip install 'lape[dense]'."
-        ) from error
+    require("UperNet", "transformers")
+    from transformers.models.upernet import modeling_upernet
+
     return modeling_upernet
 
 

@@ -32,13 +32,11 @@ class AdapterBlock(Block):
 
     window: int | None = None
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, grid: Grid, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, **mask: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         tokens = self.norm1(x)
         if self.window is None:
-            attended = self.attn(tokens, attn_mask=attn_mask, is_causal=is_causal)
-        elif attn_mask is None and not is_causal:
+            attended = self.attn(tokens, **mask)
+        elif all(part is None or part is False for part in mask.values()):
             attended = self._windowed(tokens, grid, self.window)
         else:
             raise UsageError(

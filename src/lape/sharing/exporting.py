@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from lape import __version__
 from lape.errors import RunError, UsageError, first_line, lacking
+from lape.extras import require
 from lape.files import writing
 from lape.models.mask_rcnn import MaskRCNN
 from lape.sharing import hub
@@ -135,10 +135,7 @@ def export(
             "lape.save_pretrained."
         )
     form = FORMATS[path.suffix]
-    if missing := [name for name in form.needs if find_spec(name) is None]:
-        raise UsageError(
-            f"{path.suffix} needs {', '.join(missing)}, not installed here. Install it: pip install 'lape[export]'."
-        )
+    require(f"A file {path.suffix}", *form.needs)
     if isinstance(model, MaskRCNN):
         raise UsageError(
             "A detector is not exported: how many regions it looks at depends on the picture, which torch.export "

@@ -7,7 +7,7 @@ same configuration stands in its header. No pickle is written or read.
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -67,8 +67,9 @@ def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -
     The keywords are those that timm recorded when it made the model, and `model_args`. Raises UsageError for a model
     that timm did not make, and for a keyword that JSON cannot hold.
     """
-    from timm.models import filter_pretrained_cfg, get_model_args, get_model_input_config
+    from timm.models import filter_pretrained_cfg
 
+    get_model_args, get_model_input_config = _timms_records()
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if "architecture" not in cfg:
         raise UsageError(
@@ -108,6 +109,23 @@ def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -
                 f"in words: lape.save_pretrained(model, folder, {name}=...)."
             ) from error
     return json.loads(json.dumps(config))
+
+
+def _timms_records() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[str, Any]]]:
+    """Return what reads the keywords that timm made a model with, and its images' size; raises RunError without them.
+
+    Older versions record neither, and another model would be made of what is saved.
+    """
+    import timm
+
+    try:
+        from timm.models import get_model_args, get_model_input_config
+    except ImportError as error:
+        raise RunError(
+            f"timm {timm.__version__} does not record what a model was made with, so it cannot be made again. Install "
+            "timm 1.0.31 or newer (pip install --upgrade timm), or save model.state_dict()."
+        ) from error
+    return get_model_args, get_model_input_config
 
 
 def _joined(model: nn.Module) -> dict[str, str]:
@@ -411,10 +429,9 @@ def random_images(model: nn.Module, count: int, size: tuple[int, int, int] | Non
     """
     shape: Any = size
     if shape is None:
-        from timm.models import get_model_input_config
-
         if not getattr(model, "pretrained_cfg", None):
             raise UsageError(f"{type(model).__name__} does not tell the size of its images. Give input_size=(C, H, W).")
+        _, get_model_input_config = _timms_records()
         shape = get_model_input_config(model)["input_size"]
     some = next(model.parameters())
     images = torch.randn(count, *shape, generator=torch.Generator().manual_seed(count))

@@ -50,7 +50,7 @@ class TableMethod:
             as_map = not isinstance(image, fx.Proxy) and image.ndim == 4
             if as_map:  # where the host would resize its table, it has one of the right grid
                 inputs, options = (image.flatten(1, 2), *others), {}
-            replaced |= self._of_a_map(grid, as_map)
+            replaced.update(self._of_a_map(grid, as_map))
         proxy, read = self.proxies.of(holder, replaced)
         output = getattr(self.proxies.base, host.add_table)(proxy, *inputs, **options)
         self._check(read, grid)

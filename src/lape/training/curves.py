@@ -1,4 +1,4 @@
-"""The curve of a run, one row an epoch, as CSV and for TensorBoard."""
+"""The curve of a run, one row an epoch, as CSV and, where the extra `tensorboard` is installed, for TensorBoard."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ from pathlib import Path
 from time import time
 from typing import Any
 
+from lape.extras import installed
 from lape.files import writing
 
 CSV, TENSORBOARD = "curve.csv", "tensorboard"
@@ -23,14 +24,19 @@ class Curves:
 
     def __init__(self, folder: Path, rows: Sequence[CurveRow]) -> None:
         self.path, board = folder / CSV, folder / TENSORBOARD
+        self.board: Path | None = None
+        if installed("tensorboard"):
+            self._begin(board, folder)
+        for row in rows:
+            self._draw(row)
+        self._write(rows)
+
+    def _begin(self, board: Path, folder: Path) -> None:
         writing.make_folder(board, below=folder)
         writing.remove([*writing.unfinished(board), *board.glob("events.out.tfevents.*.lape")])
         self.board = board / f"events.out.tfevents.{int(time())}.lape"
         self.events = io.BytesIO()  # all that `board` holds
         self._append(file_version="brain.Event:2")
-        for row in rows:
-            self._draw(row)
-        self._write(rows)
 
     def add(self, rows: Sequence[CurveRow]) -> None:
         """Write both with one more row, the last."""
@@ -43,6 +49,8 @@ class Curves:
         self._append(step=int(row["step"]), summary={"value": values})
 
     def _append(self, **what: Any) -> None:
+        if self.board is None:
+            return
         from tensorboard.compat.proto import event_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -56,4 +64,5 @@ class Curves:
             table.writeheader()
             table.writerows(rows)
         writing.write_text(self.path, text.getvalue())
-        writing.write(self.board, lambda file: file.write(self.events.getvalue()))
+        if self.board is not None:
+            writing.write(self.board, lambda file: file.write(self.events.getvalue()))
