@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lape.models.registry import create_model
     from lape.sharing.exporting import export
     from lape.sharing.hub import Known, from_pretrained, push_to_hub, save_pretrained
+    from lape.sharing.positions import load_positions, save_positions
     from lape.surgery.operation import apply, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
@@ -34,9 +35,11 @@ _ROOMS = {
     "from_pretrained": "sharing.hub",
     "ladder": "surgery.operation",
     "load_backbone": "weights",
+    "load_positions": "sharing.positions",
     "load_weights": "weights",
     "push_to_hub": "sharing.hub",
     "remove": "surgery.operation",
+    "save_positions": "sharing.positions",
     "save_pretrained": "sharing.hub",
 }
 
@@ -53,9 +56,11 @@ __all__ = [
     "from_pretrained",
     "ladder",
     "load_backbone",
+    "load_positions",
     "load_weights",
     "push_to_hub",
     "remove",
+    "save_positions",
     "save_pretrained",
 ]
 

@@ -281,17 +281,26 @@ def _config(path: Path) -> Any:
     try:
         if path.suffix != ".safetensors":
             return reading.values(path, reading.RECORD)
-        from safetensors import safe_open
-
-        with reading.opened(path), safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        if HEADER in header:
-            return json.loads(header[HEADER])
+        if HEADER in (told := header(path)):
+            return json.loads(told[HEADER])
     except RunError:
         raise
     except Exception as error:  # of the disk, of JSON, of safetensors
         raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
     raise RunError(f"{path} holds weights and no configuration. Create the model, then lape.load_weights(model, path).")
+
+
+def header(path: Path) -> Mapping[str, str]:
+    """Return what stands in the header of a .safetensors file; raise RunError, naming it, where it cannot be read."""
+    from safetensors import safe_open
+
+    try:
+        with reading.opened(path), safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except RunError:
+        raise
+    except Exception as error:  # of the disk, of safetensors
+        raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
 
 
 def push_to_hub(
