@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lape.sharing.exporting import export
     from lape.sharing.hub import Known, from_pretrained, push_to_hub, save_pretrained
     from lape.sharing.positions import load_positions, save_positions
+    from lape.sharing.transformers import joined
     from lape.surgery.operation import apply, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
@@ -33,6 +34,7 @@ _ROOMS = {
     "export": "sharing.exporting",
     "fold": "surgery.operation",
     "from_pretrained": "sharing.hub",
+    "joined": "sharing.transformers",
     "ladder": "surgery.operation",
     "load_backbone": "weights",
     "load_positions": "sharing.positions",
@@ -54,6 +56,7 @@ __all__ = [
     "export",
     "fold",
     "from_pretrained",
+    "joined",
     "ladder",
     "load_backbone",
     "load_positions",

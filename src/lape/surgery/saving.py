@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lape import __version__
-from lape.errors import RunError
+from lape.errors import RunError, UsageError
 from lape.hosts.registry import RECORD
 from lape.method import Grid
 from lape.names import SchemeNames
@@ -97,7 +97,11 @@ class _SavePretrained:
 
     def __call__(self, *inputs: Any, **options: Any) -> Any:
         """Save the model as its class does."""
-        model: Any = self.model()
+        model: Any = self.model.reference()
+        if model is None:
+            raise UsageError(
+                "The model that is to be saved is gone. Keep it: model = ..., then model.save_pretrained(...)."
+            )
         kind: Any = type(model)
         if self.record.model.__dict__.get(RECORD) is not self.record:  # removed by way of a part of the model
             return kind.save_pretrained(model, *inputs, **options)
