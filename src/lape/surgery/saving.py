@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -105,6 +106,10 @@ class _SavePretrained:
         kind: Any = type(model)
         if self.record.model.__dict__.get(RECORD) is not self.record:  # removed by way of a part of the model
             return kind.save_pretrained(model, *inputs, **options)
+        if "save_original_format" in signature(kind.save_pretrained).parameters:
+            # Names of an older version's files are for those who read them without lape, and nobody may; and Trainer
+            # resumes by load_state_dict, which passes over what is named otherwise.
+            options.setdefault("save_original_format", False)
         plain = model.config  # it may be another model's too
         telling = copy.copy(plain)
         telling.__class__ = _telling(type(plain), Applied.of(self.record), kind.__name__)
