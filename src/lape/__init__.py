@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lape.models.registry import create_model
     from lape.sharing.exporting import export
     from lape.sharing.hub import Known, from_pretrained, push_to_hub, save_pretrained
+    from lape.sharing.positions import load_positions, save_positions
+    from lape.sharing.transformers import joined
     from lape.surgery.operation import apply, fold, ladder, remove
     from lape.weights import load_backbone, load_weights
 
@@ -32,11 +34,14 @@ _ROOMS = {
     "export": "sharing.exporting",
     "fold": "surgery.operation",
     "from_pretrained": "sharing.hub",
+    "joined": "sharing.transformers",
     "ladder": "surgery.operation",
     "load_backbone": "weights",
+    "load_positions": "sharing.positions",
     "load_weights": "weights",
     "push_to_hub": "sharing.hub",
     "remove": "surgery.operation",
+    "save_positions": "sharing.positions",
     "save_pretrained": "sharing.hub",
 }
 
@@ -51,11 +56,14 @@ __all__ = [
     "export",
     "fold",
     "from_pretrained",
+    "joined",
     "ladder",
     "load_backbone",
+    "load_positions",
     "load_weights",
     "push_to_hub",
     "remove",
+    "save_positions",
     "save_pretrained",
 ]
 

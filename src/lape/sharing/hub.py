@@ -21,17 +21,22 @@ from lape import __version__
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
 from lape.files import reading, writing
-from lape.files.characters import as_code, in_markdown
+from lape.files.characters import as_code, in_markdown, visible
 from lape.hosts.registry import RECORD
 from lape.models.rebuilding import Build, LikeItsFile, as_asked
 from lape.models.registry import create_model
 from lape.names import SchemeNames
+from lape.surgery.operation import apply, positions
+from lape.surgery.positions import Positions
+from lape.surgery.saving import Applied, is_of_transformers
 from lape.weights import fill, opened
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+BUILT_BY = "built_by"  # in a configuration: which code of its user made the model
 HEADER = "lape"  # the key of the configuration in the header of a weight file
 # What timm's description of a model says of where weights can be downloaded: a configuration chooses none of it.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+Make = Callable[[], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,21 @@ def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -
     get_model_args, get_model_input_config = _timms_records()
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     if "architecture" not in cfg:
+        kind = type(model).__name__
+        if is_of_transformers(type(model)):
+            raise UsageError(
+                f"A {kind} is saved as all models of transformers, join and all: model.save_pretrained(folder), then "
+                f"lape.joined(transformers.{kind}).from_pretrained(folder)."
+            )
         raise UsageError(
-            f"A saved model is made again by its name, and this {type(model).__name__} was not made by one. Create it "
-            "with lape.create_model or timm.create_model, then load its weights."
+            f"A saved model is made again by its name, and this {kind} was not made by one. Create it with "
+            "lape.create_model or timm.create_model, then load its weights; or give what makes it, and a batch to try "
+            "it with: lape.save_pretrained(model, folder, build=make, example=images)."
         )
+    classes = {"num_classes": model_args.pop("num_classes")} if "num_classes" in model_args else {}
     try:
-        args = get_model_args(model, model_args)
+        # timm reads them from an attribute, which a head that was put in the place of another leaves as it is.
+        args = get_model_args(model, model_args) | classes
     except ValueError as error:
         raise UsageError(f"{error} Give the keywords that the model was made with, or leave them out.") from error
     left_out = SchemeNames._fields  # what is applied now says them
@@ -100,7 +114,33 @@ def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -
     config[writing.MARK] = __version__
     if known.metrics:
         config["metrics"] = {"on": known.data, **known.metrics}
-    for name, value in args.items():
+    return _in_words(config)
+
+
+def _built_configuration(model: nn.Module, build: Make, known: Known) -> dict[str, Any]:
+    """Return the configuration of a model that its user's own code makes; which code that is stands in it for people.
+
+    Nothing in it is handed to that code: a stranger's could have it fetch or open what it names. Raises UsageError for
+    a folded model.
+    """
+    shown = {name: list(value) for name in ("mean", "std") if (value := getattr(known, name)) is not None}
+    record = _record(model)
+    config = {
+        BUILT_BY: f"{getattr(build, '__module__', '?')}.{getattr(build, '__qualname__', type(build).__name__)}",
+        "join": None if record is None else Applied.of(record).values,
+        "pretrained_cfg": shown,
+        writing.MARK: __version__,
+    }
+    if known.classes:
+        config["label_names"] = list(known.classes)
+    if known.metrics:
+        config["metrics"] = {"on": known.data, **known.metrics}
+    return _in_words(config)
+
+
+def _in_words(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as JSON holds it; raise UsageError for a keyword of the model that it cannot hold."""
+    for name, value in config.get("model_args", {}).items():
         try:
             json.dumps(value)
         except TypeError as error:
@@ -130,16 +170,22 @@ def _timms_records() -> tuple[Callable[..., dict[str, Any]], Callable[..., dict[
 
 def _joined(model: nn.Module) -> dict[str, str]:
     """Return the join that is applied to a model, by name; nothing where none is."""
+    record = _record(model)
+    return {} if record is None else record.scheme.names._asdict()
+
+
+def _record(model: nn.Module) -> Positions | None:
+    """Return the record of the join that is applied to a model, if one is; raise UsageError where it is folded."""
     records = [part.__dict__[RECORD] for part in model.modules() if RECORD in part.__dict__]
     if not records:
-        return {}
+        return None
     (record,) = records
     if record.folded_for:
         raise UsageError(
             "A folded model is for inference and has no table any more. Save it as it was before, and fold what is "
             "loaded: lape.fold(lape.from_pretrained(...)); or export it to .onnx or .pt2."
         )
-    return record.scheme.names._asdict()
+    return record
 
 
 def build_model(config: Mapping[str, Any], where: str, build: Build = as_asked, **model_args: Any) -> nn.Module:
@@ -167,20 +213,65 @@ def build_model(config: Mapping[str, Any], where: str, build: Build = as_asked, 
         raise RunError(f"{where} describes a model that cannot be made here: {reason}") from error
 
 
+def _build_own(config: Mapping[str, Any], where: str, own: Make, build: Build) -> nn.Module:
+    """Make a model by its user's own code, with the join that a configuration tells of.
+
+    The user's code may apply the join itself, as for a class with a row of its own. Raises RunError where the join is
+    another, or cannot be applied.
+    """
+    join = config.get("join")
+    expected = None if join is None else Applied.read(join, where)
+
+    def make() -> nn.Module:
+        model = own()
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"build= makes a model, and it returned a {type(model).__name__}. Have it return a model.")
+        record = _record(model)
+        if record is None and expected is not None:
+            try:
+                record = positions(apply(model, *expected.names, grid=expected.grid))
+            except UsageError as error:
+                raise RunError(f"{where} tells of a join that build= makes no model for: {error}") from error
+        applied = None if record is None else Applied.of(record)
+        if applied != expected:
+            raise RunError(
+                f"{where} tells of a model with {expected or 'no join'}, and build= makes one with "
+                f"{applied or 'no join'}."
+            )
+        return model
+
+    return build(make, {})
+
+
 # --- Saving and loading
 
 
-def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), **model_args: Any) -> Path:
+def save_pretrained(
+    model: nn.Module,
+    path: str | Path,
+    known: Known = Known(),
+    *,
+    build: Make | None = None,
+    example: Tensor | tuple[Any, ...] | None = None,
+    **model_args: Any,
+) -> Path:
     """Write a model as a folder (config.json, model.safetensors, README.md), or as one .safetensors file.
 
     Before the files are put in their place they are loaded again, and must give the same outputs for random images, to
     the last bit. No pickle is written.
 
+    A model that no name makes, as torchvision's, one of a class of your own, or one with another head, is saved with
+    what makes it: `build`. It is called again when the model is loaded, `lape.from_pretrained(path, build=...)`; the
+    files tell no more of it than its name, and never choose what is called.
+
     Args:
-        model: A model that was created by its name (`lape.create_model`, `timm.create_model`), not folded.
+        model: A model that was created by its name (`lape.create_model`, `timm.create_model`) or by `build`, and is
+            not folded.
         path: A folder, or a file that ends in .safetensors.
         known: Classes, normalisation and measured results, for the configuration and the README.md.
-        model_args: Keywords that the model was created with, where timm did not record them.
+        build: A function without arguments that makes such a model, with the join or without.
+        example: Inputs that both are tried with, a batch or a tuple of all inputs; with `build` alone.
+        model_args: Keywords that the model was created with, where timm did not record them; not with `build`.
 
     Returns:
         The path.
@@ -202,16 +293,30 @@ def save_pretrained(model: nn.Module, path: str | Path, known: Known = Known(), 
     places = {WEIGHTS: path} if single else {name: path / name for name in (CONFIG, WEIGHTS, CARD)}
     writing.refuse_others(places.values())
     with TemporaryDirectory() as room:
-        _written(model, Path(room), f"USER/{path.name}", known, model_args)
+        _written(model, Path(room), f"USER/{path.name}", known, build, example, model_args)
         writing.write_marked({place: (Path(room) / name).read_bytes() for name, place in places.items()})
     return path
 
 
-def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: Mapping[str, Any]) -> None:
+def _written(
+    model: nn.Module,
+    folder: Path,
+    repo_id: str,
+    known: Known,
+    build: Make | None,
+    example: Tensor | tuple[Any, ...] | None,
+    args: Mapping[str, Any],
+) -> None:
     """Write a model into an empty folder, load it from there and compare."""
     from safetensors.torch import save
 
-    config = configuration(model, known, **args)
+    if (build is None) != (example is None):
+        raise UsageError(
+            "A model that build= makes is tried with inputs before it is saved, and any other with random images. Give "
+            "both or neither: lape.save_pretrained(model, folder, build=make, example=images)."
+        )
+    _refuse_keywords(build, args)
+    config = configuration(model, known, **args) if build is None else _built_configuration(model, build, known)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     text = json.dumps(config, indent=1)
     weights = save(tensors, {"format": "pt", HEADER: text})
@@ -219,38 +324,62 @@ def _written(model: nn.Module, folder: Path, repo_id: str, known: Known, args: M
         {folder / CONFIG: text + "\n", folder / WEIGHTS: weights, folder / CARD: card(config, repo_id)}
     )
     try:
-        again = from_pretrained(folder)
+        again = from_pretrained(folder, build=build)
     except RunError as error:
-        reason = str(error).replace(f"{folder / WEIGHTS}", "What was to be saved")
-        raise UsageError(
-            f"This model cannot be made again from its name and keywords: {reason} If it was made with keywords that "
-            "are not recorded, give them: lape.save_pretrained(model, folder, depth=...)."
-        ) from error
+        reason = str(error).replace(f"{folder / WEIGHTS}", "What was to be saved").replace(f"{folder / CONFIG}", "It")
+        raise UsageError(f"This model cannot be made again {_edit(model, build, config, reason)}") from error
     original = copy.deepcopy(model).cpu().eval()
-    images = random_images(original, 2)
+    images = random_images(original, 2) if example is None else example
     for ours, theirs in zip(outputs(original, images), outputs(again, images), strict=True):
         if not torch.equal(ours, theirs):
             raise UsageError(
                 "This model has the parameters that its name and keywords say, and computes something else with them "
                 "than they do. Something was changed after it was made; give the keyword that does it: "
                 "lape.save_pretrained(model, folder, act_layer=...)."
+                if build is None
+                else "This model has the parameters of what build= makes, and computes something else with them. "
+                "Something was changed after it was made; have build= change it too."
             )
 
 
-def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
+def _edit(model: nn.Module, build: Make | None, config: Mapping[str, Any], reason: str) -> str:
+    """Return how a model is saved that is another than what makes it."""
+    if build is not None:
+        return f"by build=: {reason} Have it make the model as it is now."
+    named = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    parts = dict(model.named_modules())
+    heads = [parts.get(name) for name in ([named] if isinstance(named, str) else named)]
+    classes = {head.out_features if isinstance(head, nn.Linear) else None for head in heads}
+    if len(classes) == 1 and classes.isdisjoint({None, config["num_classes"]}):
+        (count,) = classes
+        return (
+            f"from its name and keywords: {reason} Its classifier was replaced by one of {count} classes; say so: "
+            f"lape.save_pretrained(model, folder, num_classes={count})."
+        )
+    return (
+        f"from its name and keywords: {reason} If it was made with keywords that are not recorded, give them: "
+        "lape.save_pretrained(model, folder, depth=...). If a part of it was replaced, give a function that makes it, "
+        "and a batch to try it with: lape.save_pretrained(model, folder, build=make, example=images)."
+    )
+
+
+def from_pretrained(source: str | Path, *, build: Make | None = None, **model_args: Any) -> nn.Module:
     """Return the model of a folder, of a .safetensors file or of a Hub repository, with its join and its weights.
 
-    No code in the files is run.
+    No code in the files is run. A folder of transformers' own is loaded by `lape.joined`.
 
     Args:
         source: A path, or "user/name" or "user/name@revision" on the Hub.
+        build: What makes the model, for one that was saved with `build`.
         model_args: More keywords for the model, as dynamic_img_size=True.
 
     Returns:
         The model, in evaluation mode and in the number format of its weights.
 
     Raises:
-        RunError: For a source that does not exist, is incomplete, or holds another model than it says.
+        RunError: For a source that does not exist, is incomplete, or holds another model than it says, or than `build`
+            makes.
+        UsageError: Where `build` is missing, or is given for a model that was made by its name.
 
     Example:
         >>> import tempfile
@@ -263,12 +392,47 @@ def from_pretrained(source: str | Path, **model_args: Any) -> nn.Module:
     config, weights = _files(source)
     if weights.suffix != ".safetensors":
         raise RunError(f"{weights} is no .safetensors file. For weights alone there is lape.load_weights.")
+    _refuse_keywords(build, model_args)
+    told = _config(config)
+    _refuse_maker(told, config, build)
     tensors = opened(weights)
-    model = build_model(_config(config), str(config), LikeItsFile(tensors, weights), **model_args)
+    like = LikeItsFile(tensors, weights)
+    if build is None:
+        model = build_model(told, str(config), like, **model_args)
+    else:
+        model = _build_own(told, str(config), build, like)
     floating = (tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     model = model.to(next(floating, torch.float32))
     fill(model, tensors, weights)
     return model.eval()
+
+
+def _refuse_keywords(build: Make | None, keywords: Mapping[str, Any]) -> None:
+    if build is not None and keywords:
+        raise UsageError(
+            f"build= is called without arguments; received {', '.join(keywords)}. Put them into it: build=lambda: make("
+            f"{next(iter(keywords))}=...)."
+        )
+
+
+def _refuse_maker(config: Any, path: Path, build: Make | None) -> None:
+    """Raise where a configuration is of another kind than what is to make its model."""
+    if not isinstance(config, dict):
+        raise RunError(f"{path} describes no model. Is it complete?")
+    if BUILT_BY in config and build is None:
+        raise UsageError(
+            f"{path} was saved with the code that made its model, {visible(str(config[BUILT_BY]))}. Give that: "
+            "lape.from_pretrained(path, build=...)."
+        )
+    if BUILT_BY not in config and build is not None:
+        raise UsageError(f"{path} was not saved with build=: its model is made by its name. Leave build out.")
+    if "model_type" in config and "architecture" not in config:
+        kinds = config.get("architectures")
+        kind = visible(str(kinds[0])) if isinstance(kinds, list) and kinds else "ViTModel"
+        raise RunError(
+            f"{path} is of transformers. Load it by the class that saved it: "
+            f"lape.joined(transformers.{kind}).from_pretrained(folder)."
+        )
 
 
 def _files(source: str | Path) -> tuple[Path, Path]:
@@ -299,17 +463,26 @@ def _config(path: Path) -> Any:
     try:
         if path.suffix != ".safetensors":
             return reading.values(path, reading.RECORD)
-        from safetensors import safe_open
-
-        with reading.opened(path), safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        if HEADER in header:
-            return json.loads(header[HEADER])
+        if HEADER in (told := header(path)):
+            return json.loads(told[HEADER])
     except RunError:
         raise
     except Exception as error:  # of the disk, of JSON, of safetensors
         raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
     raise RunError(f"{path} holds weights and no configuration. Create the model, then lape.load_weights(model, path).")
+
+
+def header(path: Path) -> Mapping[str, str]:
+    """Return what stands in the header of a .safetensors file; raise RunError, naming it, where it cannot be read."""
+    from safetensors import safe_open
+
+    try:
+        with reading.opened(path), safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except RunError:
+        raise
+    except Exception as error:  # of the disk, of safetensors
+        raise RunError(f"{path} cannot be read ({first_line(error)}). Is it complete?") from error
 
 
 def push_to_hub(
@@ -319,6 +492,9 @@ def push_to_hub(
     private: bool = False,
     token: str | None = None,
     message: str = "Add model",
+    *,
+    build: Make | None = None,
+    example: Tensor | tuple[Any, ...] | None = None,
     **model_args: Any,
 ) -> str:
     """Upload a model, or a folder that `lape.save_pretrained` wrote, to a repository of the Hugging Face Hub.
@@ -332,6 +508,8 @@ def push_to_hub(
         private: Create the repository as a private one.
         token: Of the account; None stands for the one of `hf auth login` or of HF_TOKEN.
         message: Of the commit.
+        build: As `lape.save_pretrained` takes it.
+        example: As `lape.save_pretrained` takes it.
         model_args: As `lape.save_pretrained` takes them.
 
     Returns:
@@ -354,9 +532,10 @@ def push_to_hub(
     with TemporaryDirectory() as room:
         folder = Path(room)
         if isinstance(model, nn.Module):
-            _written(model, folder, repo_id if "/" in repo_id else f"USER/{repo_id}", known, model_args)
+            name = repo_id if "/" in repo_id else f"USER/{repo_id}"
+            _written(model, folder, name, known, build, example, model_args)
         else:
-            from_pretrained(folder := Path(model))  # refuses what would not come back
+            from_pretrained(folder := Path(model), build=build)  # refuses what would not come back
         api = hub.HfApi(token=token, library_name="lape")
         try:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -378,15 +557,17 @@ def push_to_hub(
 
 def card(config: Mapping[str, Any], repo_id: str) -> str:
     """Return the README.md of a saved model: what it is, what it reaches, how to load it from its repository."""
-    args, cfg = config["model_args"], config["pretrained_cfg"]
-    facts = {
-        "architecture": as_code(config["architecture"]),
-        "position embedding": " · ".join(f"{name}={args[name]}" for name in SchemeNames._fields if name in args)
-        or "the model's own",
-        "images": f"{'×'.join(map(str, cfg['input_size']))}, mean {cfg.get('mean')}, deviation {cfg.get('std')}",
-        "classes": str(config["num_classes"]),
-    }
+    cfg, built = config["pretrained_cfg"], BUILT_BY in config
+    join = (config["join"] or {}) if built else config["model_args"]
+    size = f"{'×'.join(map(str, cfg['input_size']))}, " if "input_size" in cfg else ""
     names = config.get("label_names", [])
+    facts = {
+        "architecture": as_code(config[BUILT_BY if built else "architecture"]),
+        "position embedding": " · ".join(f"{name}={join[name]}" for name in SchemeNames._fields if name in join)
+        or "the model's own",
+        "images": f"{size}mean {cfg.get('mean')}, deviation {cfg.get('std')}",
+        "classes": str(config.get("num_classes", len(names) or "")),
+    }
     if names:
         facts["classes"] += in_markdown(f": {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
     metrics = dict(config.get("metrics", {}))
@@ -395,7 +576,17 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     facts |= {in_markdown(name): f"{value:.2f} {where}".strip() for name, value in metrics.items()}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     hub: Any = import_module("huggingface_hub")
-    data = hub.ModelCardData(library_name="timm", tags=["timm", "lape", "vision-transformer"])
+    library = "pytorch" if built else "timm"
+    data = hub.ModelCardData(library_name=library, tags=[library, "lape", "vision-transformer"])
+    more = ", build=...)  # what makes the model, as above; or this folder" if built else ")  # or this folder"
+    timms = (
+        ""
+        if built
+        else f"""
+After `import lape` timm knows the names that `lape models` lists, and loads them too:
+`timm.create_model("hf-hub:{repo_id}", pretrained=True)`.
+"""
+    )
     return f"""---
 {data.to_yaml()}
 ---
@@ -411,12 +602,9 @@ embedding ([Yu et al., ICCV 2023](https://doi.org/10.1109/ICCV51070.2023.00541))
 ```python
 import lape
 
-model = lape.from_pretrained("{repo_id}")  # or this folder
+model = lape.from_pretrained("{repo_id}"{more}
 ```
-
-After `import lape` timm knows the names that `lape models` lists, and loads them too:
-`timm.create_model("hf-hub:{repo_id}", pretrained=True)`.
-{writing.COMMENT}"""
+{timms}{writing.COMMENT}"""
 
 
 # --- Asking a model
@@ -438,11 +626,13 @@ def random_images(model: nn.Module, count: int, size: tuple[int, int, int] | Non
     return images.to(some.device, some.dtype)
 
 
-def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Return every tensor of a model's output for images (B, C, H, W)."""
+def outputs(model: nn.Module, images: Tensor | tuple[Any, ...]) -> list[Tensor]:
+    """Return every tensor of a model's output for images (B, C, H, W), or for a tuple of other inputs."""
     from lape.models.mask_rcnn import MaskRCNN
 
     with torch.no_grad():
+        if isinstance(images, tuple):
+            return list(_tensors(model(*images)))
         return list(_tensors(model(list(images) if isinstance(model, MaskRCNN) else images)))
 
 

@@ -25,6 +25,7 @@ from lape.surgery.hooks import BlockHooks, hooks_of, owner, unhook
 from lape.surgery.initialisation import initialisers, keep_fixed, release_fixed
 from lape.surgery.layers import grid_text
 from lape.surgery.positions import FoldedRung, Positions
+from lape.surgery.saving import say_no_more, say_when_saved
 from lape.surgery.standins import StandIns, swap_parameter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -91,9 +92,12 @@ def apply(
             chosen = replace(chosen, start=PRESERVE_WITHOUT_TABLE)
     record = Positions(vit, host, chosen, _grid(vit, host, grid))
     refuse_embedding(record)
+    before = vit.state_dict().keys()
     build(record, table)
+    record.added = frozenset(vit.state_dict().keys() - before)
     keep_fixed(record)
     vit.__dict__[RECORD] = record
+    say_when_saved(record, model)
     _hang_on_the_model(record)
     for part, name, method in _replaced(record):
         part.__dict__[name] = method
@@ -254,6 +258,7 @@ def remove(model: Model) -> Model:
     for part, name, _ in _replaced(record):
         part.__dict__.pop(name, None)  # of a part that came into the model after the join, nothing
     del vit.__dict__[RECORD]
+    say_no_more(model)
     forget_graphs()
     return model
 

@@ -31,6 +31,7 @@ class Positions:
         self.had_table = hasattr(self.holder, host.table_name)
         self.has_batch_axis = table is None or table.ndim == 3  # else the table is stored as (rows, D)
         self.put_aside: dict[str, nn.Parameter | None] = {}  # of the host, where another or nothing took their place
+        self.added: frozenset[str] = frozenset()  # names of the model's state that it did not have before
         self.folded_for: tuple[Grid, ...] = ()
         self.forwards = Forwards()
         crossings = self.crossings
