@@ -9,7 +9,7 @@ Imports method and errors alone.
 
 from lape.hosts import timm, torch, torchvision, transformers
 from lape.hosts.registry import find, register, registered
-from lape.hosts.resizing import cut, resize_as_timm, resize_bicubic, resize_by_count
+from lape.hosts.resizing import cut, resize_as_timm, resize_bicubic, resize_bilinear, resize_by_count
 from lape.hosts.row import (
     Block,
     Embedding,
@@ -53,6 +53,7 @@ __all__ = [
     "registered",
     "resize_as_timm",
     "resize_bicubic",
+    "resize_bilinear",
     "resize_by_count",
     "table_of",
     "value_at",

@@ -46,6 +46,8 @@ def registered() -> list[Host]:
 def find(model: nn.Module) -> tuple[nn.Module, Host]:
     """Return the transformer that `model` is, or the only one inside, and its row.
 
+    Of one for images and one for text, as in CLIP, it is the one for images.
+
     Raises UsageError, saying why, where there is none or more than one.
     """
     transformers, misfits = [], []
@@ -58,6 +60,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
             transformers.append((part, row))
         else:
             misfits += [(part, row) for row in rows]
+    transformers = [(part, row) for part, row in transformers if not row.sequence] or transformers
     if len(transformers) == 1:
         return transformers[0]
     kind = type(model).__name__

@@ -147,8 +147,9 @@ class Host:
 
     # --- Tokens and their grid
 
-    grid: str | tuple[str, str] | None = "grid_size"
-    """Path to the (rows, columns) of patches that the table is for; or the paths to the sizes of image and patch, each
+    grid: str | tuple[str, str] | Callable[[Any], Grid] | None = "grid_size"
+    """Path to the (rows, columns) of patches that the table is for, of a sequence to its length; or a function of the
+    model that returns them; or the paths to the sizes of image and patch, each
     a number or a pair, where the input is images; None where only the user knows: `lape.apply(model, grid=...)`."""
 
     prefix: str | int = 0
@@ -165,6 +166,10 @@ class Host:
 
     gives_map: bool = False
     """`add_table` is given patches as (B, H, W, D) where they may be of another grid than the host's own."""
+
+    kept: Callable[..., Tensor | None] | None = None
+    """Where `add_table` drops or shuffles patches: a function of what it returned and of all that it was given, which
+    returns the numbers of those that are left of each image, (B, K); None: all, in their order."""
 
     patch_dropout: str | None = None
     """Path of the module that drops patches in training."""
@@ -202,7 +207,9 @@ class Host:
 
 
 def value_at(model: nn.Module, entry: Any) -> Any:
-    """Return what an entry says: the value at a path from the model, or the value itself."""
+    """Return what an entry says: the value at a path from the model, what a function returns, or the value itself."""
+    if callable(entry):
+        return entry(model)
     return attrgetter(entry)(model) if isinstance(entry, str) else entry
 
 
@@ -225,7 +232,10 @@ def grid_of(model: nn.Module, host: Host) -> Grid | None:
     if isinstance(host.grid, tuple):
         (height, width), (patch_height, patch_width) = (pair(value_at(model, path)) for path in host.grid)
         return height // patch_height, width // patch_width
-    return None if host.grid is None else pair(value_at(model, host.grid))
+    size = value_at(model, host.grid)
+    if host.sequence and isinstance(size, int):
+        return 1, size
+    return None if size is None else pair(size)
 
 
 def parts(module: nn.Module, path: str) -> list[nn.Module]:

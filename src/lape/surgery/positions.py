@@ -1,5 +1,6 @@
 """The positions of an operated model: where its tables, biases and norms are, and what each layer is told by them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,10 @@ class Positions:
     def layers(self, grid: Grid) -> list[Layer]:
         """Return the layers for a grid of (rows, columns) patches."""
         return layers_of(self.model, self.host, grid)
+
+    def whole_grid(self) -> Grid:
+        """Return the grid of all rows that there are: of the stored table, or of the longest that is folded."""
+        return max(self.folded_for or (self.grid,), key=math.prod)
 
     def own_grid(self) -> Grid:
         """Return the grid of (rows, columns) that the model is set to."""
@@ -202,14 +207,14 @@ class Positions:
         return None if position is None else Rung(residual=position).padded(self.prefix - self.prefix_rows).residual
 
     def for_the_block(self, forward: Forward, layer: int, again: bool = False) -> Rung:
-        """Return the rung of a layer without what has joined the tokens, and the rows that patch dropout took.
+        """Return the rung of a layer without what has joined the tokens.
 
         `again` says that a part of the block is computed again in a backward pass, and the block itself is not.
         """
         rung = forward.rung_again(layer) if again else forward.rung(layer)
         if layer == 0 and self.scheme.with_tokens:
             rung = rung._replace(residual=None)
-        return rung if forward.kept is None else rung.kept(_rows(forward.kept, self.prefix))
+        return rung
 
     def _number_blocks(self, layers: list[Layer]) -> int:
         """Tell each block its number, which changes where blocks are cut; return the last that takes something.
@@ -267,10 +272,12 @@ class FoldedRung(nn.Module):
         return ", ".join(self._buffers)
 
 
-def _rows(kept: Tensor, prefix: int) -> Tensor:
-    """Return the numbers of the tokens (B, prefix + K): of the prefix tokens, and of the kept patches (B, K)."""
-    leading = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
-    return torch.cat([leading, kept + prefix], dim=1)
+def rows_behind(prefix: int, rows: Tensor) -> Tensor:
+    """Return the numbers of the tokens (B, prefix + K): of that many before the others, and of those (B, K)."""
+    if not prefix:
+        return rows
+    leading = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
+    return torch.cat([leading, rows + prefix], dim=1)
 
 
 def resized_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:
