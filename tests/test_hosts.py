@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.models
 import torch
 import torch.nn.functional as F
 import transformers
@@ -34,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lape
 from lape.errors import UsageError
-from lape.hosts import class_name, find, register, registered, registry
+from lape.hosts import as_rows, class_name, find, register, registered, registry
 from lape.hosts.timm import VISION_TRANSFORMER
 from lape.surgery.operation import positions
 
@@ -44,8 +45,7 @@ LAYERS = 3
 
 
 def own_table(name: str, model: nn.Module) -> Tensor:
-    table = model.get_parameter(FOREIGN[name].table or "pos_embed")
-    return table if table.ndim == 3 else table[None]
+    return as_rows(model.get_parameter(FOREIGN[name].table or "pos_embed"))
 
 
 def by_hand(name: str, model: nn.Module) -> list[Tensor]:
@@ -67,8 +67,13 @@ def told(name: str, model: nn.Module, chain: list[Tensor], start: str = "fresh")
     for layer, position in enumerate(chain):
         laid = position if FOREIGN[name].tokens_at == 1 else position.transpose(0, 1)
         norm = model.get_submodule(FOREIGN[name].norms.format(layer))
-        norm.register_forward_hook(lambda module, given, output, laid=laid: output + laid)
+        norm.register_forward_hook(lambda module, given, output, laid=laid: output + as_tokens(laid, output))
     return model
+
+
+def as_tokens(position: Tensor, tokens: Tensor) -> Tensor:
+    """A position (1, N, D) beside tokens that may be a map (B, H, W, D)."""
+    return position if tokens.ndim == 3 else position.unflatten(1, tokens.shape[1:-1])
 
 
 # --- What changes and what does not
@@ -151,7 +156,12 @@ def test_joins_by_the_stream_add_the_table_before_their_blocks(name: str) -> Non
         laid = table if tiny.tokens_at == 1 else table.transpose(0, 1)
         for layer in range(given):
             block = expected.get_submodule(tiny.norms.format(layer).rpartition(".")[0])
-            block.register_forward_pre_hook(lambda module, given, laid=laid: (given[0] + laid, *given[1:]))
+
+            def before(module: nn.Module, given: Any, laid: Tensor = laid) -> Any:
+                at = tiny.tokens_argument
+                return *given[:at], given[at] + as_tokens(laid, given[at]), *given[at + 1 :]
+
+            block.register_forward_pre_hook(before)
         torch.testing.assert_close(tokens(model, x), tokens(expected, x), rtol=1e-5, atol=1e-5)
 
 
@@ -252,13 +262,18 @@ def test_compiles_without_a_graph_break(name: str, join: str) -> None:
 @EVERY_FOREIGN
 @pytest.mark.parametrize("names", [{"join": "shared"}, {"join": "unshared"}, {}, {"start": "preserve"}], ids=str)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "re-entrant"])
-def test_checkpointing_changes_no_gradient(name: str, names: dict[str, str], reentrant: bool) -> None:
+def test_checkpointing_changes_no_gradient(
+    name: str, names: dict[str, str], reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = shaken(applied(name, **names)).train(), inputs(name)
     x = x.requires_grad_() if x.is_floating_point() else x  # re-entrant checkpoints ask for an input with a gradient
     tokens(model, x).square().sum().backward()
     expected = gradients(model)
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    elif FOREIGN[name].tokens_argument:  # attention is given what the block makes of them: checkpointed with it alone
+        model.set_grad_checkpointing()
+        monkeypatch.setattr(timm.models._manipulate, "use_reentrant_ckpt", lambda: reentrant)
     else:
         for block in positions(model).blocks:
             block.forward = partial(_checkpointed, block.forward, reentrant)
@@ -462,7 +477,10 @@ def test_towers_are_found_inside_what_wraps_them() -> None:
         names = [name for name, _ in both.named_parameters() if "pe_norm" in name]
         assert len(names) == 2 * LAYERS
         assert all(name.startswith("vision_model.") for name in names)
-    with pytest.raises(UsageError, match="CLIPTextModel cannot carry a join: it is not of a known family"):
+    with pytest.raises(
+        UsageError,
+        match=r"CLIPTextModel cannot carry a join: it has a table \(embeddings\.position_emb",
+    ):
         lape.apply(transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)))
 
 
@@ -697,7 +715,7 @@ def test_a_text_encoder_of_ones_own_follows_the_length_of_each_input() -> None:
 
 @pytest.mark.parametrize("name", [name for name in FOREIGN if not name.startswith("rope")])
 def test_parts_of_files_are_the_business_of_the_hosts_library(name: str) -> None:
-    with pytest.raises(UsageError, match=r"models of timm and of this project.*Load the whole: lape\.load_weights"):
+    with pytest.raises(UsageError, match=r"timm's VisionTransformer, Eva.*Load the whole: lape\.load_weights"):
         lape.load_backbone(applied(name), untouched(name).state_dict())
 
 
