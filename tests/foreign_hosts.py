@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import timm
+import timm.layers
 import torch
 import transformers
 from timm.models.eva import Eva
@@ -121,6 +122,15 @@ def _rotary(mixed: bool, **options: Any) -> Eva:
     return timm.create_model(name, img_size=64, embed_dim=D, depth=3, num_heads=2, num_classes=0, **options)
 
 
+def _naflex(**options: Any) -> nn.Module:
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    shape = {"patch_size": 8, "embed_dim": D, "depth": 3, "num_heads": 2, "class_token": True, "reg_tokens": 1}
+    return NaFlexVit(
+        NaFlexVitCfg(**shape | {"pos_embed_grid_size": (4, 4), "global_pool": "", **options}), num_classes=0
+    )
+
+
 def _images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32)
 
@@ -132,9 +142,11 @@ class Tiny:
     table: str | None  # where the untouched model keeps its own
     inputs: Callable[[int], Tensor] = _images
     tokens_at: int = 1  # the axis of tokens
+    tokens_argument: int = 0  # of a block
     options: dict[str, Any] = field(default_factory=dict)  # of lape.apply
     prefix_without_rows: int = 0
     unused: int = 0  # rows at the beginning of the table that no token has
+    registers: int = 0  # tokens behind the first, which has a row, that have none
     resizes: dict[str, Any] | None = None  # what asks the untouched model to resize its table; None: it cannot
 
 
@@ -164,13 +176,30 @@ def _transformers(
     inputs: Callable[[int], Tensor] = _images,
     resizes: dict[str, Any] | None = None,
     unused: int = 0,
+    registers: int = 0,
     wrap: Callable[[nn.Module], nn.Module] = lambda made: made,
     **options: Any,
 ) -> Tiny:
     def make(**more: Any) -> nn.Module:
         return wrap(of_transformers(model, family)(getattr(transformers, config)(**{**SMALL, **options, **more})))
 
-    return Tiny(make, norms, table, inputs, resizes=resizes, unused=unused)
+    return Tiny(make, norms, table, inputs, resizes=resizes, unused=unused, registers=registers)
+
+
+def _timms(
+    module: str, model: str, norms: str = "blocks.{}.norm1", table: str | None = "pos_embed", **options: Any
+) -> Tiny:
+    shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 3, "num_heads": 2}
+    shape |= {"num_classes": 0, "global_pool": ""}
+    of_tiny = {name: options.pop(name) for name in ("tokens_argument", "prefix_without_rows") if name in options}
+    of_tiny["options"] = {} if table else {"pe": "learnable"}
+
+    def make(**more: Any) -> nn.Module:
+        kind = getattr(importlib.import_module(f"timm.models.{module}"), model)
+        given = {**shape, **options, **more}
+        return kind(**{name: value for name, value in given.items() if value is not ...})
+
+    return Tiny(make, norms, table, **of_tiny)
 
 
 _V5 = int(transformers.__version__.partition(".")[0]) >= 5
@@ -259,6 +288,23 @@ FOREIGN: dict[str, Tiny] = {
         )
         for name, kind in (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
     },
+    "registers": _transformers(
+        *("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "encoder.layer.{}.norm1", _PARAMETER),
+        resizes={},
+        registers=3,
+        num_register_tokens=3,
+    ),
+    **{
+        name: _transformers(
+            *(f"{kind}VisionEncoder", f"{kind}VisionConfig", "layers.{}.layer_norm1", "pos_embed", family),
+            **{"window_size": 3, "global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 48},
+        )
+        for name, kind, family in (
+            ("sam-of-transformers", "Sam", "sam"),
+            ("sam-hq", "SamHQ", "sam_hq"),
+            ("got-ocr2", "GotOcr2", "got_ocr2"),
+        )
+    },
     "ast": _transformers(
         *("ASTModel", "ASTConfig", _NORM, _PARAMETER),
         inputs=lambda count: torch.randn(count, 24, 16),
@@ -338,6 +384,32 @@ FOREIGN: dict[str, Tiny] = {
         prefix_without_rows=1,
     ),
 }
+FOREIGN |= {
+    "timm-beit": _timms("beit", "Beit", use_rel_pos_bias=True, init_values=0.1),
+    "timm-beit-without": _timms("beit", "Beit", table=None, use_abs_pos_emb=False, use_shared_rel_pos_bias=True),
+    "cait": _timms("cait", "Cait"),
+    "tnt": _timms(
+        "tnt", "TNT", "blocks.{}.norm_out", "patch_pos", num_heads=..., num_heads_inner=2, num_heads_outer=2,
+        inner_dim=8, first_stride=4, tokens_argument=1,
+    ),
+    "sam": _timms(
+        "vision_transformer_sam", "VisionTransformerSAM", use_rel_pos=True, window_size=3, global_attn_indexes=(1,),
+        neck_chans=16,
+    ),
+    "volo": _timms(
+        "volo", "VOLO", "network.2.{}.norm1", layers=[1, 3], embed_dims=[16, D], num_heads=[2, 2], depth=...,
+        embed_dim=...,
+        mlp_ratio=2.0, stem_hidden_dim=8, patch_size=4, downsamples=(True, False), outlook_attention=(True, False),
+        use_aux_head=False,
+    ),
+    "relpos": _timms(
+        "vision_transformer_relpos", "VisionTransformerRelPos", table=None, rel_pos_type="bias", class_token=True,
+        prefix_without_rows=1,
+    ),
+    "naflex": Tiny(
+        lambda **more: _naflex(**more), "blocks.{}.norm1", "embeds.pos_embed", prefix_without_rows=2,
+    ),
+}  # fmt: skip
 EVERY_FOREIGN = pytest.mark.parametrize("name", FOREIGN)
 SCHEMES: list[dict[str, str]] = [
     {"join": "default", "pe": "sinusoidal-1d"},

@@ -242,7 +242,7 @@ def test_gradients_are_bounded_at_initialisation(pe: str, join: str, depth: int,
     [
         ("vit_base_patch16_rpn_224", "ResPostBlock cannot carry a join"),
         ("vit_small_patch16_dinov3", "RoPE"),
-        ("resnet18", "it has no attention"),
+        ("resnet18", "no part of it is called an attention"),
     ],
 )
 def test_what_cannot_carry_a_join_is_refused_with_the_reason(name: str, says: str) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lape.hosts.resizing import cut, resize_bicubic, resize_bilinear
-from lape.hosts.row import Block, Host, pair
+from lape.hosts.resizing import cut, resize_as_timm, resize_bicubic, resize_bilinear
+from lape.hosts.row import Block, Host, Refusal, pair
 from lape.method import Grid
 
 
@@ -61,9 +61,21 @@ _VITS = (  # blocks at `layers.*` in version 5, at `encoder.layer.*` in version 
     _like(VIT, "Pixio", "pixio", "PixioModel", "PixioLayer", prefix="config.n_cls_tokens"),
 )
 DINOV2 = _like(VIT, "DINOv2", "dinov2", "Dinov2Model", "Dinov2Layer", "norm1", blocks="encoder.layer.*")
+
+
+def _with_registers(model: Any) -> int:
+    return 1 + model.config.num_register_tokens
+
+
+_WITH_REGISTERS = _like(
+    replace(DINOV2, prefix=_with_registers, registers="config.num_register_tokens", resize=resize_as_timm),
+    *("DINOv2 with registers", "dinov2_with_registers", "Dinov2WithRegistersModel", "Dinov2WithRegistersLayer"),
+)
 _WITH_ENCODER = (  # blocks at `encoder.layer.*` in both versions
     DINOV2,
     replace(DINOV2, model=f"{_module('dinov2')}.Dinov2Backbone"),
+    _WITH_REGISTERS,
+    replace(_WITH_REGISTERS, model=f"{_module('dinov2_with_registers')}.Dinov2WithRegistersBackbone"),
     _like(
         replace(VIT, blocks="encoder.layer.*"),
         *("Data2Vec", "data2vec.data2vec_vision", "Data2VecVisionModel", "Data2VecVisionLayer"),
@@ -122,6 +134,18 @@ _CLIPS_OF_BOTH_VERSIONS = (
             ("SmolVLM", "smolvlm", "SmolVLM"),
         )
     ),
+)
+
+_SAMS = tuple(  # whose table is a map
+    _like(
+        replace(VIT, table="pos_embed", resize_table=None, prefix=0),
+        *(name, family, f"{kind}VisionEncoder", f"{kind}VisionLayer", "layer_norm1"),
+    )
+    for name, family, kind in (
+        ("SAM", "sam", "Sam"),
+        ("SAM-HQ", "sam_hq", "SamHQ"),
+        ("GOT-OCR2", "got_ocr2", "GotOcr2"),
+    )
 )
 
 # --- Sound and video: a grid of frequencies and times, and one of frames and the patches of a frame
@@ -195,7 +219,36 @@ _TEXTS = (
 )
 
 ROWS = (
-    *(*_VITS, *_WITH_ENCODER, *_CLIPS, *_CLIPS_OF_BOTH_VERSIONS, *_OTHERS, *_CLIP_TEXTS, *_TEXTS),
+    *(*_VITS, *_WITH_ENCODER, *_CLIPS, *_CLIPS_OF_BOTH_VERSIONS, *_SAMS, *_OTHERS, *_CLIP_TEXTS, *_TEXTS),
     *(replace(row, blocks="encoder.layer.*") for row in (*_VITS, *_OTHERS)),
     *(_in_version_4(row) for row in (*_CLIPS, *_CLIP_TEXTS)),
+)
+
+# --- What carries no join
+
+_POST_NORM = "its blocks normalise behind attention, and LaPE adds the position to what a norm hands to attention."
+_OF_FRAMES = (
+    "its table is for the patches of a frame, and its blocks take those of all frames and tell these by another."
+)
+_NO_GRADIENT = "its method cuts the table off from gradients before it adds it, so that no table could learn there."
+_BEHIND = "its detection tokens stand behind the patches and have rows there, so the table is not a prefix and a grid."
+_BY_IMAGE = (
+    "it resizes its table for each image of a batch by itself, so that the images of a batch share no positions."
+)
+_MESSAGE = "each of its blocks adds a token of its own to those that attention is given, and that one has no position."
+REFUSALS = tuple(
+    Refusal(f"{_module(family)}.{model}", reason)
+    for family, model, reason in (
+        ("altclip", "AltRobertaModel", _POST_NORM),
+        ("bert", "BertModel", _POST_NORM),
+        ("chinese_clip", "ChineseCLIPTextModel", _POST_NORM),
+        ("roberta", "RobertaModel", _POST_NORM),
+        ("siglip2", "Siglip2VisionModel", _BY_IMAGE),
+        ("siglip2", "Siglip2VisionTransformer", _BY_IMAGE),
+        ("timesformer", "TimesformerModel", _OF_FRAMES),
+        ("videomae", "VideoMAEModel", _NO_GRADIENT),
+        ("x_clip", "XCLIPVisionModel", _MESSAGE),
+        ("x_clip", "XCLIPVisionTransformer", _MESSAGE),
+        ("yolos", "YolosModel", _BEHIND),
+    )
 )

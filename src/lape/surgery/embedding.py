@@ -21,14 +21,14 @@ RESIZES_BY_ITSELF = "dynamic_img_size"  # timm's flag of a model that resizes it
 
 
 class TableMethod:
-    """Stands in for the method of the host that adds its table.
+    """Stands in for a method of the host that adds its table.
 
     The host's method runs unchanged on a proxy whose table is what joins the tokens: ω, or zeros.
     """
 
-    def __init__(self, positions: Positions) -> None:
+    def __init__(self, positions: Positions, method: str) -> None:
         host, holder = positions.host, positions.holder
-        self.positions = positions
+        self.positions, self.method = positions, method
         names = [host.table_name, host.resize_table]
         names += [RESIZES_BY_ITSELF, host.rotary] if host.gives_map else []
         self.proxies = Proxies(type(holder), [name for name in names if name is not None])
@@ -45,9 +45,8 @@ class TableMethod:
         whole = self.lookups is not None and host.resize_table is None and not isinstance(image, fx.Proxy)
         grid = positions.whole_grid() if whole else grid_of_input(positions, image)
         forward, position = positions.begin(grid)
-        rows = slice(positions.prefix - positions.prefix_rows, None)  # those of tokens that have one
-        table = self._zeros(grid, image) if position is None else position[:, rows]
-        replaced: dict[str, Any] = {host.table_name: table if positions.has_batch_axis else table[0]}
+        table = self._zeros(grid, image) if position is None else positions.with_rows(position)
+        replaced: dict[str, Any] = {host.table_name: positions.laid_as_stored(table, grid)}
         if self.lookups is not None:
             replaced[host.table_name] = self._looked_up(forward, table[0])
         if host.resize_table is not None:
@@ -58,7 +57,7 @@ class TableMethod:
                 inputs, options = (image.flatten(1, 2), *values[1:]), {}
             replaced |= self._of_a_map(grid, as_map)
         proxy, read = self.proxies.of(holder, replaced)
-        output = getattr(self.proxies.base, host.add_table)(proxy, *inputs, **options)
+        output = getattr(self.proxies.base, self.method)(proxy, *inputs, **options)
         self._check(read, grid)
         kept = None if host.kept is None else host.kept(output, *inputs, **options)
         if kept is not None:
@@ -84,7 +83,10 @@ class TableMethod:
                     "from 0. Give a shorter input, or apply to a model with a longer table."
                 )
             rows = ids.flatten(1) if ids.ndim > 1 else ids[None]
-            forward.rows = rows_behind(positions.prefix - positions.prefix_rows, rows)
+            at, prefix = positions.prefix_rows, positions.prefix  # between them are the tokens without a row
+            if at != prefix:
+                rows = torch.cat([rows[:, :at], rows_behind(prefix - at, rows[:, at:] - at) + at], dim=1)
+            forward.rows = rows
 
         embedding = positions.holder.get_submodule(positions.host.table_name)
         return self.lookups.of(embedding, {"weight": table, "note": note})[0]
@@ -108,7 +110,7 @@ class TableMethod:
 
     def _check(self, read: set[str], grid: Grid) -> None:
         positions, host = self.positions, self.positions.host
-        method = f"{self.proxies.base.__name__}.{host.add_table}"
+        method = f"{self.proxies.base.__name__}.{self.method}"
         if not read & {host.table_name, host.resize_table}:
             raise UsageError(
                 f"{method} does not read {host.table_name!r} itself: the table would be added elsewhere, in spite of "
@@ -151,16 +153,19 @@ class Lookups(Proxies):
 
 @dataclass
 class BehindEmbedding:
-    """A hook that adds the table to the output (B, H, W, D) of the host's patch embedding."""
+    """A hook that adds the table to the output of the host's patch embedding, (B, H, W, D) or (B, N, D)."""
 
     positions: Positions
 
     def __call__(self, embedding: nn.Module, inputs: tuple[Tensor, ...], patches: Tensor) -> Tensor:
         symbolic = isinstance(patches, fx.Proxy)
-        grid = symbolic_grid(self.positions) if symbolic else (patches.shape[1], patches.shape[2])
+        if symbolic:
+            grid = symbolic_grid(self.positions)
+        else:
+            grid = (patches.shape[1], patches.shape[2]) if patches.ndim == 4 else self.positions.own_grid()
         forward, position = self.positions.begin(grid)
         if position is not None:
-            patches = patches + self.positions.laid_out(position, patches)
+            patches = patches + self.positions.laid_out(position[:, self.positions.prefix :], patches)
         self.positions.forwards.hand(forward, patches)
         return patches
 
@@ -221,6 +226,15 @@ def grid_of_input(positions: Positions, inputs: Tensor | fx.Proxy) -> Grid:
         return rows, tokens // rows
     if inputs.ndim == 4 and host.gives_map:
         return inputs.shape[1], inputs.shape[2]
+    if host.grid_of_image is not None:
+        if inputs.ndim != 4:
+            raise UsageError(
+                f"The positions of a {host.name} are those of images (B, C, H, W), all of one size; this input has the "
+                f"shape {tuple(inputs.shape)}. Patches of images of several sizes in one batch have no common grid: "
+                "give images, those of each size in a batch of their own."
+            )
+        rows, columns = value_at(positions.model, host.grid_of_image)((inputs.shape[2], inputs.shape[3]))
+        return rows, columns
     if inputs.ndim == 4 and isinstance(host.grid, tuple):
         height, width = pair(value_at(positions.model, host.grid[1]))
         return inputs.shape[2] // height, inputs.shape[3] // width

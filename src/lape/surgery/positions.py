@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.errors import UsageError
-from lape.hosts import Host, block_row, grid_of, table_of, value_at
+from lape.hosts import Host, as_rows, block_row, grid_of, table_of, value_at
 from lape.method import Grid, Rung, Scheme
 from lape.surgery.forwards import Forward, Forwards
 from lape.surgery.hooks import hooks_of, owner
@@ -30,7 +30,9 @@ class Positions:
         self.grid = grid  # that of the stored tables
         table = table_of(model, host)
         self.had_table = hasattr(self.holder, host.table_name)
-        self.has_batch_axis = table is None or table.ndim == 3  # else the table is stored as (rows, D)
+        # It says None there, and no parameter is registered.
+        self.without_table = vars(self.holder).get(host.table_name, ...) is None
+        self.axes = 3 if table is None else table.ndim  # of the stored table: (1, rows, D), (rows, D), (1, H, W, D)
         self.put_aside: dict[str, nn.Parameter | None] = {}  # of the host, where another or nothing took their place
         self.folded_for: tuple[Grid, ...] = ()
         self.forwards = Forwards()
@@ -60,7 +62,9 @@ class Positions:
     @property
     def prefix_rows(self) -> int:
         """The number of those that have a row in the table."""
-        return 0 if value_at(self.model, self.host.prefix_has_no_rows) else self.prefix
+        if value_at(self.model, self.host.prefix_has_no_rows):
+            return 0
+        return self.prefix - value_at(self.model, self.host.registers)
 
     @property
     def width(self) -> int:
@@ -86,20 +90,29 @@ class Positions:
 
     # --- The table, as it is stored
 
-    def stored(self, table: nn.Parameter | None) -> nn.Parameter | None:
-        """Return a table (1, rows, D) as the model stores its own."""
-        if table is None or self.has_batch_axis:
-            return table
-        return nn.Parameter(table.detach()[0], requires_grad=table.requires_grad)
+    def laid_as_stored(self, table: Tensor, grid: Grid) -> Tensor:
+        """Return a table (1, rows, D) for a grid with the axes that the model's own has."""
+        if self.axes == 4:
+            return table.unflatten(1, grid)
+        return table[0] if self.axes == 2 else table
 
-    def batched(self, table: nn.Parameter) -> nn.Parameter:
-        """Return the model's own table as (1, rows, D)."""
-        return table if self.has_batch_axis else nn.Parameter(table.detach()[None], requires_grad=table.requires_grad)
+    def stored(self, table: nn.Parameter | None, grid: Grid) -> nn.Parameter | None:
+        """Return a table (1, rows, D) for a grid as the model stores its own."""
+        if table is None or self.axes == 3:
+            return table
+        return nn.Parameter(self.laid_as_stored(table.detach(), grid), requires_grad=table.requires_grad)
 
     def table(self) -> Tensor | None:
         """Return the model's table, (1, rows, D)."""
         table = table_of(self.model, self.host)
-        return table if table is None or self.has_batch_axis else table[None]
+        return None if table is None else as_rows(table)
+
+    def with_rows(self, part: Tensor) -> Tensor:
+        """Return of a part (1, N, D) what the tokens take that have a row in the table."""
+        prefix, rows = self.prefix, self.prefix_rows
+        if prefix == rows:
+            return part
+        return torch.cat([part[:, :rows], part[:, prefix:]], dim=1) if rows else part[:, prefix:]
 
     def resized(self, table: Tensor, grid: Grid, old: Grid) -> Tensor:
         """Return a learnt table (1, rows, D) of one grid for another, by the host's rule."""
@@ -141,7 +154,7 @@ class Positions:
             position = cross_stage(layer.crossing, position, forward.layers[number - 1].grid, self.crossing_proxies)
         norm = self._norm(number, layer) if position is not None and self.scheme.join.normed else None
         rung, following = self.scheme.step(number, position, norm)
-        rung = rung.padded(self.prefix - self.prefix_rows)
+        rung = self._for_all_tokens(rung)
         if self.scheme.embedding.bias is not None and self.host.window_bias is None:
             rung = rung._replace(bias=self._bias(layer, forward.grid))
         return rung, following
@@ -204,7 +217,10 @@ class Positions:
         if self.folded_for:
             return self._folded(forward.layers[0].block, forward.grid).residual
         position = forward.handed[0]
-        return None if position is None else Rung(residual=position).padded(self.prefix - self.prefix_rows).residual
+        return None if position is None else self._for_all_tokens(Rung(residual=position)).residual
+
+    def _for_all_tokens(self, rung: Rung) -> Rung:
+        return rung.padded(self.prefix - self.prefix_rows, self.prefix_rows)
 
     def for_the_block(self, forward: Forward, layer: int, again: bool = False) -> Rung:
         """Return the rung of a layer without what has joined the tokens.
