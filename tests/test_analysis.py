@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_hosts import EVERY_FOREIGN, FOREIGN, applied, inputs
+from foreign_hosts import EVERY_KIND, FOREIGN, applied, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -349,7 +349,7 @@ def by_hand(name, model, given):
 
 
 @pytest.mark.parametrize("join", ["default", "shared", "unshared"])
-@EVERY_FOREIGN
+@EVERY_KIND
 def test_equation_6_holds_in_every_library(name, join) -> None:
     model, given = applied(name, join=join), inputs(name, 3)
     if join == "default" and joint_norm(positions(model)) is not None:

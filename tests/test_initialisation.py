@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
-from foreign_hosts import FOREIGN, SMALL, applied, inputs, tokens, untouched
+from foreign_hosts import EVERY_KIND, SMALL, applied, inputs, tokens, untouched
 from tiny_hosts import EVERY_SCHEME, TINY, host
 from torch import nn
 
@@ -85,7 +85,7 @@ def test_swin_begins_anew_also_without_its_relative_bias(pe: str) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@EVERY_KIND
 def test_a_sinusoid_is_made_anew_in_every_library(name: str) -> None:
     model = applied(name, **SINUSOID)
     table = positions(model).host.table
