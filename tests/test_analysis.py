@@ -341,7 +341,7 @@ def by_hand(name, model, given):
         model(given.double() if given.is_floating_point() else given)
     stream, found = 0, []
     for rung, (norm, x) in zip(lape.ladder(model), entered, strict=True):
-        x = x.transpose(0, 1) if FOREIGN[name].tokens_at == 0 else x
+        x = x.transpose(0, 1) if FOREIGN[name].tokens_at == 0 else x.flatten(1, -2)
         stream = stream if rung.residual is None else stream + rung.residual[:, FOREIGN[name].unused :]
         sigma = [(part.var(-1, correction=0) + norm.eps).sqrt() for part in (stream + 0 * x, x)]
         found.append(sigma[0] / sigma[1])

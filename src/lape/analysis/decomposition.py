@@ -165,7 +165,7 @@ def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> t
 
 
 def _batched(record: Positions, tokens: Tensor) -> Tensor:
-    """Return tokens (B, N, D), (N, B, D) or (N, D) as (B, N, D)."""
+    """Return tokens (B, N, D), (B, H, W, D), (N, B, D) or (N, D) as (B, N, D)."""
     if tokens.ndim == 2:
         return tokens[None]
-    return tokens if record.tokens_axis(tokens) else tokens.transpose(0, 1)
+    return tokens.flatten(1, -2) if record.tokens_axis(tokens) else tokens.transpose(0, 1)
