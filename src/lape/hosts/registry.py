@@ -98,11 +98,12 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
 
 
 _TAKEN = "Which models can, and how to describe one of your own: docs/hosts.md."
-_TABLE = re.compile(r"(^|[._])(abs(olute)?_)?pos(ition)?(_?emb\w*|_?enc\w*)?(ing)?(_\w+)?(\.weight)?$")
+# What a parameter is called that is a table of positions, and not of differences between them.
+TABLE = re.compile(r"(?<![a-z])(?<!rel_)(?<!relative_)pos(ition(al)?)?(_?emb\w*|_?enc\w*)?(_\w+)?(\.weight)?$")
 
 
 def _reason(model: nn.Module) -> str:
-    table = next((name for name, value in model.named_parameters() if value.ndim > 1 and _TABLE.search(name)), None)
+    table = next((name for name, value in model.named_parameters() if value.ndim > 1 and TABLE.search(name)), None)
     parts = [f"{name.rpartition('.')[2]} {type(part).__name__}".lower() for name, part in model.named_modules()]
     if table is not None:
         return f"it has a table ({table}), and lape does not know how its class adds it."
