@@ -36,11 +36,14 @@ def in_turns(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[s
     return found
 
 
-def file(out: Path | None, rows: Sequence[Sequence[str]], said: str, **content: Any) -> None:
-    """Print a table, whose first row is its heading, and write it and what it was made from into a folder."""
+def file(out: Path | None, rows: Sequence[Sequence[str]], said: str, words: int = 1, **content: Any) -> None:
+    """Print a table, whose first row is its heading, and write it and what it was made from into a folder.
+
+    The first columns, `words` of them, hold words, and the others numbers.
+    """
     record = provenance()
     heading, *lines = [f"| {' | '.join(row)} |" for row in rows]
-    rule = f"| --- |{' ---: |' * (len(rows[0]) - 1)}"
+    rule = f"|{' --- |' * words}{' ---: |' * (len(rows[0]) - words)}"
     told = f"{said} `{record['command']}` at commit {record['commit']}, {record['machine']}"
     text = "\n".join([heading, rule, *lines, "", told.strip()]) + "\n"
     print(text, end="")

@@ -1,11 +1,13 @@
 """Small models of every library that keeps its own forward, what they are given, and where their parts are."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import timm
+import timm.layers
 import torch
 import transformers
 from timm.models.eva import Eva
@@ -120,6 +122,15 @@ def _rotary(mixed: bool, **options: Any) -> Eva:
     return timm.create_model(name, img_size=64, embed_dim=D, depth=3, num_heads=2, num_classes=0, **options)
 
 
+def _naflex(**options: Any) -> nn.Module:
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    shape = {"patch_size": 8, "embed_dim": D, "depth": 3, "num_heads": 2, "class_token": True, "reg_tokens": 1}
+    return NaFlexVit(
+        NaFlexVitCfg(**shape | {"pos_embed_grid_size": (4, 4), "global_pool": "", **options}), num_classes=0
+    )
+
+
 def _images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32)
 
@@ -131,44 +142,209 @@ class Tiny:
     table: str | None  # where the untouched model keeps its own
     inputs: Callable[[int], Tensor] = _images
     tokens_at: int = 1  # the axis of tokens
+    tokens_argument: int = 0  # of a block
     options: dict[str, Any] = field(default_factory=dict)  # of lape.apply
     prefix_without_rows: int = 0
+    unused: int = 0  # rows at the beginning of the table that no token has
+    registers: int = 0  # tokens behind the first, which has a row, that have none
+    resizes: dict[str, Any] | None = None  # what asks the untouched model to resize its table; None: it cannot
 
 
-def _transformers(model: str, config: str, norms: str, table: str, **options: Any) -> Tiny:
-    return Tiny(
-        lambda **more: getattr(transformers, model)(getattr(transformers, config)(**{**SMALL, **options, **more})),
-        norms,
-        table,
-    )
+class Unshuffled(nn.Module):
+    """ViT-MAE with all patches in their order."""
+
+    def __init__(self, mae: nn.Module) -> None:
+        super().__init__()
+        self.mae = mae
+
+    def forward(self, images: Tensor) -> Any:
+        return self.mae(images, noise=torch.arange(16.0).expand(len(images), -1))
+
+
+def of_transformers(name: str, family: str) -> Any:
+    """Return a class of transformers, which does not hand out all of them at its top."""
+    found = getattr(transformers, name, None)
+    return found or getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
+
+
+def _transformers(
+    model: str,
+    config: str,
+    norms: str,
+    table: str,
+    family: str = "",
+    inputs: Callable[[int], Tensor] = _images,
+    resizes: dict[str, Any] | None = None,
+    unused: int = 0,
+    registers: int = 0,
+    wrap: Callable[[nn.Module], nn.Module] = lambda made: made,
+    **options: Any,
+) -> Tiny:
+    def make(**more: Any) -> nn.Module:
+        return wrap(of_transformers(model, family)(getattr(transformers, config)(**{**SMALL, **options, **more})))
+
+    return Tiny(make, norms, table, inputs, resizes=resizes, unused=unused, registers=registers)
+
+
+def _timms(
+    module: str, model: str, norms: str = "blocks.{}.norm1", table: str | None = "pos_embed", **options: Any
+) -> Tiny:
+    shape: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 3, "num_heads": 2}
+    shape |= {"num_classes": 0, "global_pool": ""}
+    of_tiny = {name: options.pop(name) for name in ("tokens_argument", "prefix_without_rows") if name in options}
+    of_tiny["options"] = {} if table else {"pe": "learnable"}
+
+    def make(**more: Any) -> nn.Module:
+        kind = getattr(importlib.import_module(f"timm.models.{module}"), model)
+        given = {**shape, **options, **more}
+        return kind(**{name: value for name, value in given.items() if value is not ...})
+
+    return Tiny(make, norms, table, **of_tiny)
 
 
 _V5 = int(transformers.__version__.partition(".")[0]) >= 5
 _LAYERS, _TOWER = ("layers", "") if _V5 else ("encoder.layer", "vision_model.")
 _PARAMETER, _EMBEDDING = "embeddings.position_embeddings", f"{_TOWER}embeddings.position_embedding.weight"
+_NORM, _OF_CLIP = f"{_LAYERS}.{{}}.layernorm_before", f"{_TOWER}encoder.layers.{{}}.layer_norm1"
+_ASKED = {"interpolate_pos_encoding": True}
+_BEITS = {"use_absolute_position_embeddings": True, "drop_path_rate": 0.0}
+
+
+def _words(count: int) -> Tensor:
+    return torch.randint(3, 50, (count, 12))
+
+
+_NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_TEXT: dict[str, Any] = {"inputs": _words, "vocab_size": 50, "max_position_embeddings": 12}
 FOREIGN: dict[str, Tiny] = {
     "torchvision": Tiny(
         lambda **more: VisionTransformer(32, 8, 3, 2, D, 48, num_classes=5, **more),
         "encoder.layers.encoder_layer_{}.ln_1",
         "encoder.pos_embedding",
     ),
-    "vit": _transformers("ViTModel", "ViTConfig", f"{_LAYERS}.{{}}.layernorm_before", _PARAMETER),
-    "deit": _transformers("DeiTModel", "DeiTConfig", f"{_LAYERS}.{{}}.layernorm_before", _PARAMETER),
-    "dinov2": _transformers("Dinov2Model", "Dinov2Config", "encoder.layer.{}.norm1", _PARAMETER),
-    "clip": _transformers(
-        "CLIPVisionModel", "CLIPVisionConfig", f"{_TOWER}encoder.layers.{{}}.layer_norm1", _EMBEDDING
-    ),
-    "siglip": _transformers(
-        "SiglipVisionModel", "SiglipVisionConfig", f"{_TOWER}encoder.layers.{{}}.layer_norm1", _EMBEDDING
-    ),
+    "vit": _transformers("ViTModel", "ViTConfig", _NORM, _PARAMETER, resizes=_ASKED),
+    "deit": _transformers("DeiTModel", "DeiTConfig", _NORM, _PARAMETER, resizes=_ASKED),
+    "dinov2": _transformers("Dinov2Model", "Dinov2Config", "encoder.layer.{}.norm1", _PARAMETER, resizes={}),
+    "clip": _transformers("CLIPVisionModel", "CLIPVisionConfig", _OF_CLIP, _EMBEDDING, resizes=_ASKED),
+    "siglip": _transformers("SiglipVisionModel", "SiglipVisionConfig", _OF_CLIP, _EMBEDDING, resizes=_ASKED),
     "beit": _transformers(
         "BeitModel",
         "BeitConfig",
-        f"{_LAYERS}.{{}}.layernorm_before",
+        _NORM,
         _PARAMETER,
+        resizes={},
         drop_path_rate=0.0,
         use_absolute_position_embeddings=True,
         use_relative_position_bias=True,
+    ),
+    "vit-msn": _transformers("ViTMSNModel", "ViTMSNConfig", _NORM, _PARAMETER, resizes=_ASKED),
+    "vit-mae": _transformers(
+        "ViTMAEModel", "ViTMAEConfig", f"mae.{_NORM}", f"mae.{_PARAMETER}", wrap=Unshuffled, mask_ratio=0.0
+    ),
+    "ijepa": _transformers("IJepaModel", "IJepaConfig", _NORM, _PARAMETER, resizes=_ASKED),
+    "pixio": _transformers(
+        "PixioModel", "PixioConfig", _NORM, _PARAMETER, resizes={}, n_cls_tokens=3, mlp_ratio=2, drop_path_rate=0.0
+    ),
+    "data2vec": _transformers(
+        *("Data2VecVisionModel", "Data2VecVisionConfig", "encoder.layer.{}.layernorm_before", _PARAMETER),
+        resizes={},
+        use_relative_position_bias=True,
+        **_BEITS,
+    ),
+    "internvl": _transformers(
+        *("InternVLVisionModel", "InternVLVisionConfig", "encoder.layer.{}.layernorm_before", _PARAMETER),
+        resizes={},
+        **{**_BEITS, "image_size": (32, 32), "patch_size": (8, 8)},
+    ),
+    "dpt": _transformers(
+        "DPTModel", "DPTConfig", "encoder.layer.{}.layernorm_before", _PARAMETER, resizes={}, is_hybrid=False
+    ),
+    **{
+        name: _transformers(
+            *(f"{kind}VisionModel", f"{kind}VisionConfig", f"{tower}encoder.layers.{{}}.layer_norm1"),
+            f"{tower}embeddings.position_embedding{suffix}",
+            family,
+            resizes={} if name == "clipseg" else _ASKED,
+        )
+        for name, kind, family, tower, suffix in (
+            ("altclip", "AltCLIP", "altclip", _TOWER, ".weight"),
+            ("chinese-clip", "ChineseCLIP", "chinese_clip", _TOWER, ".weight"),
+            ("clipseg", "CLIPSeg", "clipseg", _TOWER, ".weight"),
+            ("metaclip-2", "MetaClip2", "metaclip_2", _TOWER, ".weight"),
+            ("git", "Git", "git", "vision_model.", ".weight"),
+            ("kosmos-2", "Kosmos2", "kosmos2", "model.", ".weight"),
+            ("owlvit", "OwlViT", "owlvit", "vision_model.", ".weight"),
+            ("owlv2", "Owlv2", "owlv2", "vision_model.", ".weight"),
+            ("janus", "Janus", "janus", "", ".weight"),
+            ("blip", "Blip", "blip", "", ""),
+            ("blip-2", "Blip2", "blip_2", "", ""),
+            ("instructblip", "InstructBlip", "instructblip", "", ""),
+        )
+    },
+    **{
+        name: _transformers(
+            *(f"{kind}VisionTransformer", f"{kind}VisionConfig", "encoder.layers.{}.layer_norm1"),
+            *("embeddings.position_embedding.weight", name),
+        )
+        for name, kind in (("idefics2", "Idefics2"), ("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
+    },
+    "registers": _transformers(
+        *("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "encoder.layer.{}.norm1", _PARAMETER),
+        resizes={},
+        registers=3,
+        num_register_tokens=3,
+    ),
+    **{
+        name: _transformers(
+            *(f"{kind}VisionEncoder", f"{kind}VisionConfig", "layers.{}.layer_norm1", "pos_embed", family),
+            **{"window_size": 3, "global_attn_indexes": [1], "output_channels": 16, "mlp_dim": 48},
+        )
+        for name, kind, family in (
+            ("sam-of-transformers", "Sam", "sam"),
+            ("sam-hq", "SamHQ", "sam_hq"),
+            ("got-ocr2", "GotOcr2", "got_ocr2"),
+        )
+    },
+    "ast": _transformers(
+        *("ASTModel", "ASTConfig", _NORM, _PARAMETER),
+        inputs=lambda count: torch.randn(count, 24, 16),
+        **{"num_mel_bins": 16, "max_length": 24, "frequency_stride": 4, "time_stride": 4},
+    ),
+    "vivit": _transformers(
+        *("VivitModel", "VivitConfig", _NORM, _PARAMETER),
+        inputs=lambda count: torch.randn(count, 4, 3, 32, 32),
+        **{"num_frames": 4, "tubelet_size": (2, 8, 8)},
+    ),
+    **{
+        f"{name}-text": _transformers(
+            *(f"{kind}TextModel", f"{kind}TextConfig", f"{tower}encoder.layers.{{}}.layer_norm1"),
+            *(f"{tower}embeddings.position_embedding.weight", family),
+            **_TEXT,
+        )
+        for name, kind, family, tower in (
+            ("clip", "CLIP", "clip", "" if _V5 else "text_model."),
+            ("siglip", "Siglip", "siglip", "" if _V5 else "text_model."),
+            ("siglip2", "Siglip2", "siglip2", "" if _V5 else "text_model."),
+            ("clipseg", "CLIPSeg", "clipseg", "" if _V5 else "text_model."),
+            ("x-clip", "XCLIP", "x_clip", "" if _V5 else "text_model."),
+            ("metaclip-2", "MetaClip2", "metaclip_2", "" if _V5 else "text_model."),
+            ("owlvit", "OwlViT", "owlvit", "text_model."),
+            ("owlv2", "Owlv2", "owlv2", "text_model."),
+        )
+    },
+    "gpt2": _transformers("GPT2Model", "GPT2Config", "h.{}.ln_1", "wpe.weight", n_inner=48, **_TEXT, **_NO_DROPOUT),
+    "opt": _transformers(
+        *("OPTModel", "OPTConfig", "decoder.layers.{}.self_attn_layer_norm", "decoder.embed_positions.weight"),
+        unused=2,
+        **{"ffn_dim": 48, "word_embed_proj_dim": D, "dropout": 0.0},
+        **_TEXT,
+    ),
+    "whisper": _transformers(
+        *("WhisperEncoder", "WhisperConfig", "layers.{}.self_attn_layer_norm", "embed_positions.weight", "whisper"),
+        inputs=lambda count: torch.randn(count, 8, 24),
+        **{"d_model": D, "encoder_layers": 3, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "dropout": 0.0},
+        **{"vocab_size": 50, "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 12},
+        **{"pad_token_id": 0, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 48},
     ),
     "sequences": Tiny(
         lambda: _sequences(True),
@@ -208,7 +384,39 @@ FOREIGN: dict[str, Tiny] = {
         prefix_without_rows=1,
     ),
 }
+FOREIGN |= {
+    "timm-beit": _timms("beit", "Beit", use_rel_pos_bias=True, init_values=0.1),
+    "timm-beit-without": _timms("beit", "Beit", table=None, use_abs_pos_emb=False, use_shared_rel_pos_bias=True),
+    "cait": _timms("cait", "Cait"),
+    "tnt": _timms(
+        "tnt", "TNT", "blocks.{}.norm_out", "patch_pos", num_heads=..., num_heads_inner=2, num_heads_outer=2,
+        inner_dim=8, first_stride=4, tokens_argument=1,
+    ),
+    "sam": _timms(
+        "vision_transformer_sam", "VisionTransformerSAM", use_rel_pos=True, window_size=3, global_attn_indexes=(1,),
+        neck_chans=16,
+    ),
+    "volo": _timms(
+        "volo", "VOLO", "network.2.{}.norm1", layers=[1, 3], embed_dims=[16, D], num_heads=[2, 2], depth=...,
+        embed_dim=...,
+        mlp_ratio=2.0, stem_hidden_dim=8, patch_size=4, downsamples=(True, False), outlook_attention=(True, False),
+        use_aux_head=False,
+    ),
+    "relpos": _timms(
+        "vision_transformer_relpos", "VisionTransformerRelPos", table=None, rel_pos_type="bias", class_token=True,
+        prefix_without_rows=1,
+    ),
+    "naflex": Tiny(
+        lambda **more: _naflex(**more), "blocks.{}.norm1", "embeds.pos_embed", prefix_without_rows=2,
+    ),
+}  # fmt: skip
 EVERY_FOREIGN = pytest.mark.parametrize("name", FOREIGN)
+# Classes whose row is that of another, by name: the laws of hosts hold for each, those of what uses hosts for one.
+KIN = {"ijepa", "vit-msn", "clipseg", "altclip", "chinese-clip", "metaclip-2", "git", "kosmos-2", "owlvit", "owlv2"}
+KIN |= {"janus", "blip-2", "instructblip", "idefics2", "smolvlm", "sam-hq", "got-ocr2", "data2vec", "internvl"}
+KIN |= {f"{kind}-text" for kind in ("siglip", "siglip2", "clipseg", "x-clip", "metaclip-2", "owlvit", "owlv2")}
+KINDS = [name for name in FOREIGN if name not in KIN]
+EVERY_KIND = pytest.mark.parametrize("name", KINDS)
 SCHEMES: list[dict[str, str]] = [
     {"join": "default", "pe": "sinusoidal-1d"},
     {"join": "shared"},

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import foreign_hosts
@@ -231,6 +232,25 @@ def test_two_grids_in_one_backward_pass_under_checkpointing(join, reentrant):
     _with_checkpoints(model, reentrant)
     (model(wide).square().sum() + model(tall).square().sum()).backward()
     for parameter, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
+
+
+@JOINS
+def test_dropped_patches_under_checkpoints_within_blocks(join):
+    """The block itself is not run again, and its rung is made once."""
+    model = shaken(lape.apply(host(patch_drop_rate=0.5), join)).train()
+    x = images(model)
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.manual_seed(7)
+        model.forward_features(x).square().sum().backward()
+        return gradients(model)
+
+    expected = run()
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for parameter, gradient in run().items():
         torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-5, msg=parameter)
 
 

@@ -67,7 +67,7 @@ def _changes_with_each_part(model: Any, x: Tensor, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("join", [*JOINS, *OWN_JOINS])
-@pytest.mark.parametrize("name", foreign_hosts.FOREIGN)
+@foreign_hosts.EVERY_KIND
 def test_each_part_of_each_rung_changes_the_output_of_every_host(join, name, monkeypatch):
     for own, step in OWN_JOINS.items():
         monkeypatch.setitem(JOINS, own, step)

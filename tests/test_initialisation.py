@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
-from foreign_hosts import FOREIGN, SMALL, applied, inputs, tokens, untouched
+from foreign_hosts import EVERY_KIND, SMALL, applied, inputs, tokens, untouched
 from tiny_hosts import EVERY_SCHEME, TINY, host
 from torch import nn
 
@@ -85,16 +85,17 @@ def test_swin_begins_anew_also_without_its_relative_bias(pe: str) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@EVERY_KIND
 def test_a_sinusoid_is_made_anew_in_every_library(name: str) -> None:
     model = applied(name, **SINUSOID)
-    first, after = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
+    table = positions(model).host.table
+    vit, after = positions(model).model, copy.deepcopy(model)
+    first = vit.get_parameter(table).detach().clone()
     reset(spoilt(after))
     assert_at_start(after)
-    table = positions(after).host.table
-    assert torch.equal(after.get_parameter(table), first[table])
+    assert torch.equal(positions(after).model.get_parameter(table), first)
     reset(spoilt(pickle.loads(pickle.dumps(model))))  # pyright: ignore
-    assert torch.equal(model.get_parameter(table), first[table])  # a copy begins by itself
+    assert torch.equal(vit.get_parameter(table), first)  # a copy begins by itself
     lape.remove(model)
     assert "reset_parameters" not in {name for part in model.modules() for name in part.__dict__}
 

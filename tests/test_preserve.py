@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from foreign_hosts import EVERY_FOREIGN, applied, inputs, tokens, untouched
+from foreign_hosts import EVERY_KIND, applied, inputs, tokens, untouched
 from tiny_hosts import EVERY_HOST, TINY, gradients, host, images, shaken
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ def test_at_the_start_nothing_changes_bit_for_bit(name: str, join: str) -> None:
     assert torch.equal(lape.remove(model)(x), before)
 
 
-@EVERY_FOREIGN
+@EVERY_KIND
 @JOINS
 def test_at_the_start_no_host_of_another_library_changes_bit_for_bit(name: str, join: str) -> None:
     model, x = untouched(name), inputs(name)
@@ -48,7 +48,7 @@ def test_at_the_start_no_host_of_another_library_changes_bit_for_bit(name: str, 
     assert torch.equal(tokens(model, x), before)
 
 
-@EVERY_FOREIGN
+@EVERY_KIND
 def test_in_every_library_the_amounts_learn_at_once(name: str) -> None:
     model, plain, x = applied(name, start="preserve").train(), untouched(name).train(), inputs(name)
     for part in (model, plain):

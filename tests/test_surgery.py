@@ -146,11 +146,11 @@ def test_dropped_patches_take_their_positions_with_them(names: dict[str, str]) -
     model = shaken(lape.apply(host(patch_drop_rate=0.5), **names)).train()
     x = images(model, count=3)
     seen = []
-    model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(positions(model).forwards.latest.kept))
-    dropped, kept = model.forward_features(x), seen[0]
-    assert kept.shape == (3, 4)
-    assert not torch.equal(kept[0].sort().values, kept[1].sort().values)  # sample by sample
-    rows = torch.cat([torch.zeros(3, 1, dtype=torch.long), kept + 1], dim=1)
+    model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(positions(model).forwards.latest.rows))
+    dropped, rows = model.forward_features(x), seen[0]
+    assert rows.shape == (3, 5)
+    assert not rows[:, 0].any()  # the class token's
+    assert not torch.equal(rows[0].sort().values, rows[1].sort().values)  # sample by sample
     mask = torch.zeros(3, 1, 1, 9, dtype=torch.bool).scatter(-1, rows[:, None, None], True)
     model.eval()
     whole = model.forward_features(x, attn_mask=mask.expand(-1, -1, 9, -1))
@@ -242,7 +242,7 @@ def test_gradients_are_bounded_at_initialisation(pe: str, join: str, depth: int,
     [
         ("vit_base_patch16_rpn_224", "ResPostBlock cannot carry a join"),
         ("vit_small_patch16_dinov3", "RoPE"),
-        ("resnet18", "it has no attention"),
+        ("resnet18", "no part of it is called an attention"),
     ],
 )
 def test_what_cannot_carry_a_join_is_refused_with_the_reason(name: str, says: str) -> None:

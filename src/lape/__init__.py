@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lape.errors import RunError, UsageError
     from lape.hosts import Block, Host
     from lape.models.registry import create_model
+    from lape.report.doctor import check
     from lape.sharing.exporting import export
     from lape.sharing.hub import Known, from_pretrained, push_to_hub, save_pretrained
     from lape.sharing.positions import load_positions, save_positions
@@ -30,6 +31,7 @@ _ROOMS = {
     "RunError": "errors",
     "UsageError": "errors",
     "apply": "surgery.operation",
+    "check": "report.doctor",
     "create_model": "models.registry",
     "export": "sharing.exporting",
     "fold": "surgery.operation",
@@ -52,6 +54,7 @@ __all__ = [
     "RunError",
     "UsageError",
     "apply",
+    "check",
     "create_model",
     "export",
     "fold",

@@ -51,9 +51,16 @@ class Rung(NamedTuple):
         residual, attention = (part if part is None else change(part) for part in (self.residual, self.attention))
         return self._replace(residual=residual, attention=attention)
 
-    def padded(self, prefix: int) -> "Rung":
-        """Return the rung with zeros for that many more tokens before its first; a bias has all of them already."""
-        return self.of_tokens(lambda part: F.pad(part, (0, 0, prefix, 0))) if prefix else self  # padding would copy
+    def padded(self, more: int, behind: int = 0) -> "Rung":
+        """Return the rung with zeros for that many more tokens, behind some of its first; a bias has all already."""
+        if not more:
+            return self  # padding would copy
+
+        def with_more(part: Tensor) -> Tensor:
+            parts = part[:, :behind], part.new_zeros(len(part), more, part.shape[-1]), part[:, behind:]
+            return torch.cat(parts, dim=1) if behind else F.pad(part, (0, 0, more, 0))
+
+        return self.of_tokens(with_more)
 
     def first(self, count: int) -> "Rung":
         """Return the rung of the first tokens."""

@@ -25,7 +25,7 @@ from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
 from lape.files import reading
 from lape.files.characters import plural
-from lape.hosts import Host, blocks_path, class_names, find, grid_of, value_at
+from lape.hosts import Host, as_rows, blocks_path, class_names, find, grid_of, value_at
 from lape.hosts.registry import RECORD
 from lape.method import POSITION_EMBEDDINGS, TABLES, Grid, Table
 from lape.names import SchemeNames
@@ -267,7 +267,8 @@ def _of_timm(model: nn.Module) -> tuple[nn.Module, Host]:
     vit, host = find(model)
     if host.files is None:
         raise UsageError(
-            f"Parts of files go into models of timm and of this project, and this is a {host.name}. Load the whole: "
+            f"Parts of files go into timm's VisionTransformer, Eva and SwinTransformer and models of this project, and "
+            f"this is a {host.name}. Load the whole: "
             "lape.load_weights(model, path), or its own library's loader before lape.apply."
         )
     return vit, host
@@ -534,7 +535,7 @@ def _converted(weights: Weights, target: nn.Module, vit: nn.Module, host: Host, 
         values = weights.get(table)
         if kind is None or record is None or own is None or values is None or not _alike(own, values):
             return weights
-        if not kind.holds(values, record.grid, record.prefix_rows):
+        if not kind.holds(as_rows(values), record.grid, record.prefix_rows):
             raise _learnt(record.scheme.embedding.name)
         return weights
     except RunError as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lape.analysis.comparable import EXACT, comparable, joint_norm, norm_before_attention
 from lape.errors import RunError, UsageError
 from lape.method import Grid, decompose
+from lape.surgery.forwards import Forward
 from lape.surgery.layers import grid_text
 from lape.surgery.operation import positions
 from lape.surgery.positions import Positions
@@ -106,33 +107,49 @@ def decomposition(model: nn.Module, batches: Iterable[Tensor]) -> Decomposition:
         if not isinstance(norm, nn.LayerNorm):
             raise UsageError(f"Equation 6 is about LayerNorm, and this model has {type(norm).__name__} in its place.")
     passed: list[tuple[Tensor, Tensor]] = []  # what enters each norm and what comes out
-    grids: list[Grid] = []
+    running: list[Forward] = []  # that of each
 
     def note(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert record.forwards.latest is not None
-        grids.append(record.forwards.latest.grid)
+        running.append(record.forwards.latest)
         passed.append((inputs[0], output))
 
     for norm in norms:
         norm.register_forward_hook(note)
-    weights, error = [], 0.0
+    weights, grids, error = [], set[Grid](), 0.0
     for batch in batches:
         passed.clear()
+        running.clear()
         model(batch.to(device, torch.float64 if batch.is_floating_point() else None))
         stream, layers = torch.zeros((), dtype=torch.float64, device=device), []
-        for rung, norm, tensors in zip(record.ladder(grids[-1]), norms, passed, strict=True):
+        for layer, (norm, tensors) in enumerate(zip(norms, passed, strict=True)):
+            rung = running[layer].rung(layer)
             whole, normed = (_batched(record, tokens) for tokens in tensors)  # (B, N, D) each
             stream = stream if rung.residual is None else stream + rung.residual
             parts_of, missed = _decomposed(norm, whole, stream.expand_as(whole), normed)
             layers.append(parts_of.cpu())
             error = max(error, missed)
+        grids.add(_grid_of(record, running[0], layers[0].shape[-1]))
         weights.append(torch.stack(layers, dim=1))
-    if len(set(grids)) != 1:
-        received = ", ".join(grid_text(grid) for grid in sorted(set(grids))) or "no image at all"
+    if len(grids) != 1:
+        received = ", ".join(grid_text(grid) for grid in sorted(grids)) or "no image at all"
         raise UsageError(f"Weights are compared on one grid of patches; received {received}. Give images of one size.")
     if not error <= EXACT:
         raise RunError(f"Equation 6 is missed by {error:.1e} of its largest number in float64; it holds to {EXACT:g}.")
-    return Decomposition(torch.cat(weights, dim=2), grids[0], error)
+    return Decomposition(torch.cat(weights, dim=2), grids.pop(), error)
+
+
+def _grid_of(record: Positions, forward: Forward, count: int) -> Grid:
+    """Return the grid of so many tokens; raise UsageError where patches are not in its order."""
+    rows = forward.rows
+    if record.host.kept is not None and rows is not None:
+        in_order = torch.arange(count, device=rows.device).expand(len(rows), -1)
+        if rows.shape != in_order.shape or not torch.equal(rows, in_order):
+            raise UsageError(
+                f"Weights are those of each place of an image, and this {record.host.name} shuffles its patches or "
+                "drops some. Take a model of the same weights that leaves them as they are: a ViT."
+            )
+    return (1, count - record.prefix) if record.host.sequence and forward.grid[0] == 1 else forward.grid
 
 
 def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> tuple[Tensor, float]:
@@ -148,7 +165,7 @@ def _decomposed(norm: Any, whole: Tensor, position: Tensor, normed: Tensor) -> t
 
 
 def _batched(record: Positions, tokens: Tensor) -> Tensor:
-    """Return tokens (B, N, D), (N, B, D) or (N, D) as (B, N, D)."""
+    """Return tokens (B, N, D), (B, H, W, D), (N, B, D) or (N, D) as (B, N, D)."""
     if tokens.ndim == 2:
         return tokens[None]
-    return tokens if record.tokens_axis(tokens) else tokens.transpose(0, 1)
+    return tokens.flatten(1, -2) if record.tokens_axis(tokens) else tokens.transpose(0, 1)

@@ -318,6 +318,26 @@ def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
     console().print(models(counted))
 
 
+def check(name: str, pe: str | None = None, model_args: dict[str, Any] = {}, pretrained: bool = False) -> None:  # noqa: B006 (only read)
+    """Examine whether a join holds on a model of timm's: its row, every layer, fold, remove, files, sizes, compile.
+
+    Args:
+        name: A model that lape models lists, or one of timm's.
+        pe: The position embedding; default: the model's own, or a learnt table where it has none.
+        model_args: More keywords of the model, as {"depth": 2}.
+        pretrained: Take the model's published weights; default: random ones.
+    """
+    from lape.models.registry import build
+    from lape.report.doctor import FAILED
+    from lape.report.doctor import check as examine
+
+    found = examine(build(name, pretrained=pretrained, **model_args), pe=pe)
+    console().print(found.table.terminal())
+    if not found.passed:
+        failed = sum(finding.result == FAILED for finding in found.findings)
+        raise RunError(f"{failed} of {plural(len(found.findings), 'check')} failed for {name}. The table says why.")
+
+
 def recipes(name: str | None = None) -> None:
     """List the paper's experiments, or show one: command, expected number, open choices, settings.
 
@@ -467,6 +487,11 @@ COMMANDS: Mapping[str, Command] = {
     "models": Command(
         models,
         "lape models cct",
+        bare=("name",),
+    ),
+    "check": Command(
+        check,
+        "lape check cait_xxs24_224",
         bare=("name",),
     ),
     "recipes": Command(

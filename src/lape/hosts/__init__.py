@@ -8,15 +8,17 @@ Imports method and errors alone.
 """
 
 from lape.hosts import timm, torch, torchvision, transformers
-from lape.hosts.registry import find, register, registered
-from lape.hosts.resizing import cut, resize_as_timm, resize_bicubic, resize_by_count
+from lape.hosts.registry import find, refuse, register, registered
+from lape.hosts.resizing import cut, resize_as_timm, resize_bicubic, resize_bilinear, resize_by_count
 from lape.hosts.row import (
     Block,
     Embedding,
     Files,
     Host,
+    Refusal,
     Stages,
     WindowBias,
+    as_rows,
     block_row,
     blocks_path,
     class_name,
@@ -31,14 +33,18 @@ from lape.hosts.row import (
 
 for _row in (*timm.ROWS, *torchvision.ROWS, *transformers.ROWS, *torch.ROWS):
     register(_row)
+for _refusal in (*timm.REFUSALS, *transformers.REFUSALS):
+    refuse(_refusal)
 
 __all__ = [
     "Block",
     "Embedding",
     "Files",
     "Host",
+    "Refusal",
     "Stages",
     "WindowBias",
+    "as_rows",
     "block_row",
     "blocks_path",
     "class_name",
@@ -49,10 +55,12 @@ __all__ = [
     "lacks",
     "pair",
     "parts",
+    "refuse",
     "register",
     "registered",
     "resize_as_timm",
     "resize_bicubic",
+    "resize_bilinear",
     "resize_by_count",
     "table_of",
     "value_at",

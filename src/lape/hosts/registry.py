@@ -1,13 +1,16 @@
 """The rows that are known, by class, and which of them a model is."""
 
+import re
+
 from torch import nn
 
 from lape.errors import UsageError
-from lape.hosts.row import Host, class_names, lacks
+from lape.hosts.row import Host, Refusal, class_names, lacks
 
 RECORD = "lape_positions"  # where an operated model keeps its Positions
 
 _ROWS: dict[str, list[Host]] = {}  # by class: a class may have other paths in another version of its library
+_REFUSALS: dict[str, list[Refusal]] = {}  # by class
 
 
 def register(row: Host) -> Host:
@@ -32,10 +35,16 @@ def register(row: Host) -> Host:
     """
     if row.model is None:
         raise UsageError(f"A row is registered for a class, and that of {row.name!r} names none: Host(model=...).")
+    _REFUSALS.pop(row.model, None)  # a row of the user's says how it is done
     rows = _ROWS.setdefault(row.model, [])
     if row not in rows:
         rows.append(row)
     return row
+
+
+def refuse(refusal: Refusal) -> None:
+    """Have `lape.apply` say of a class, and of all that inherit from it, why it carries no join."""
+    _REFUSALS.setdefault(refusal.model, []).append(refusal)
 
 
 def registered() -> list[Host]:
@@ -46,11 +55,17 @@ def registered() -> list[Host]:
 def find(model: nn.Module) -> tuple[nn.Module, Host]:
     """Return the transformer that `model` is, or the only one inside, and its row.
 
+    Of one for images and one for text, as in CLIP, it is the one for images.
+
     Raises UsageError, saying why, where there is none or more than one.
     """
-    transformers, misfits = [], []
+    transformers, misfits, reasons, kind = [], [], [], type(model).__name__
     for part in model.modules():
         rows = [row for name in class_names(part) for row in _ROWS.get(name, ())]
+        refusals = [refusal for name in class_names(part) for refusal in _REFUSALS.get(name, ())]
+        if reason := next((refusal.reason for refusal in refusals if refusal.concerns(part)), None):
+            reasons.append(reason)
+            continue
         fitting = (row for row in rows if lacks(part, row) is None)
         if RECORD in part.__dict__:
             transformers.append((part, part.__dict__[RECORD].host))
@@ -58,9 +73,12 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
             transformers.append((part, row))
         else:
             misfits += [(part, row) for row in rows]
+    of_images = [(part, row) for part, row in transformers if not row.sequence]
+    if reasons and not of_images:
+        raise UsageError(f"{kind} cannot carry a join: {reasons[0]} {_TAKEN}")
+    transformers = of_images or transformers
     if len(transformers) == 1:
         return transformers[0]
-    kind = type(model).__name__
     if transformers:
         raise UsageError(
             f"A join is applied to one vision transformer at a time; {kind} holds {len(transformers)}. "
@@ -79,10 +97,18 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
     )
 
 
+_TAKEN = "Which models can, and how to describe one of your own: docs/hosts.md."
+# What a parameter is called that is a table of positions, and not of differences between them.
+TABLE = re.compile(r"(?<![a-z])(?<!rel_)(?<!relative_)pos(ition(al)?)?(_?emb\w*|_?enc\w*)?(_\w+)?(\.weight)?$")
+
+
 def _reason(model: nn.Module) -> str:
-    kinds = [type(part).__name__.lower() for part in model.modules()]
-    if any("rotary" in kind or "rope" in kind for kind in kinds) and getattr(model, "pos_embed", None) is None:
+    table = next((name for name, value in model.named_parameters() if value.ndim > 1 and TABLE.search(name)), None)
+    parts = [f"{name.rpartition('.')[2]} {type(part).__name__}".lower() for name, part in model.named_modules()]
+    if table is not None:
+        return f"it has a table ({table}), and lape does not know how its class adds it."
+    if any("rotary" in part or "rope" in part for part in parts):
         return "its positions are rotations inside attention (RoPE), and it has no table to join."
-    if not any("attention" in kind or "attn" in kind for kind in kinds):
-        return "it has no attention, and so no positions to be told."
+    if not any("attention" in part or "attn" in part for part in parts):
+        return "no part of it is called an attention, so there is nothing that could be told of positions."
     return "it is not of a known family."

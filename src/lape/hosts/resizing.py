@@ -26,6 +26,11 @@ def resize_bicubic(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
     return table if new == old else _interpolated(table, new, old, prefix, "bicubic")
 
 
+def resize_bilinear(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
+    """Bilinear without antialiasing (DPT)."""
+    return table if new == old else _interpolated(table, new, old, prefix, "bilinear")
+
+
 def resize_by_count(table: Tensor, new: Grid, old: Grid, prefix: int) -> Tensor:
     """Bilinear without antialiasing, and not at all where another grid has as many patches (Segmenter)."""
     same = new[0] * new[1] == old[0] * old[1]

@@ -21,15 +21,20 @@ class Block:
     Example:
         >>> import lape
         >>> lape.Block("norm1")  # most ViTs: the output of block.norm1 enters attention, and nothing else
-        Block(norms='norm1', projection=None, pre_norm=None)
+        Block(norms='norm1', projection=None, tokens=0, pre_norm=None)
     """
 
     norms: str
-    """Path from the block to the norm whose output enters attention; `*` stands for every child."""
+    """Path from the block to the norm whose output enters attention; `*` stands for every child, `2:` for every child
+    from number 2 on."""
 
     projection: str | None = None
     """Where the MLP reads that output too: path of the linear layer that serves both. Its last 3·D outputs are queries,
     keys and values, as in timm's ParallelScalingBlock ("in_proj")."""
+
+    tokens: int = 0
+    """Which argument of the block its tokens are, from 0 on, and which part of what it returns, where that is several:
+    timm's TNT hands pixels on before them."""
 
     pre_norm: str | None = None
     """The attribute by which a class that can be pre-norm or post-norm says that it is pre-norm ("norm_first")."""
@@ -82,6 +87,24 @@ class Files:
     """Before that: patterns of parameter names in the files, and what stands for them here."""
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a known class carries no join."""
+
+    model: str
+    """The class, as "package.module.Class"."""
+
+    reason: str
+    """The end of a sentence on "It cannot carry a join"."""
+
+    where: tuple[str, Any] | None = None
+    """A path from the model and the value there, where models of this class are refused with that value alone."""
+
+    def concerns(self, model: nn.Module) -> bool:
+        """Whether a model of the class is refused."""
+        return self.where is None or value_at(model, self.where[0]) == self.where[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """One family of transformers, as paths from the model to what a join is hung on.
@@ -105,19 +128,21 @@ class Host:
     # --- The table, and how it joins the tokens
 
     table: str
-    """Path of the parameter, (1, rows, D) or (rows, D); of an nn.Embedding "path.weight". It need not be there."""
+    """Path of the parameter, (1, rows, D), (rows, D) or a map (1, H, W, D); of an nn.Embedding "path.weight". It need
+    not be there."""
 
     width: str = "embed_dim"
     """Path to D, the width of tokens (in the first stage)."""
 
-    add_table: str = "forward"
-    """The method, of the module that holds the table, that reads it and adds it to the tokens."""
+    add_table: str | tuple[str, ...] = "forward"
+    """The method, of the module that holds the table, that reads it and adds it to the tokens; or each of them."""
 
     resize_table: str | None = None
     """The method that `add_table` has the table from where the input has another size."""
 
     behind: str | None = None
-    """In place of `add_table`, where no method reads a table: the module to whose output (B, H, W, D) it is added."""
+    """In place of `add_table`, where no method reads a table: the module to whose output it is added, the patches as
+    (B, H, W, D) or (B, N, D)."""
 
     before: str | None = None
     """Likewise: the module to whose input, a sequence of tokens, it is added."""
@@ -147,15 +172,23 @@ class Host:
 
     # --- Tokens and their grid
 
-    grid: str | tuple[str, str] | None = "grid_size"
-    """Path to the (rows, columns) of patches that the table is for; or the paths to the sizes of image and patch, each
-    a number or a pair, where the input is images; None where only the user knows: `lape.apply(model, grid=...)`."""
+    grid: str | tuple[str, str] | Callable[[Any], Grid] | None = "grid_size"
+    """Path to the (rows, columns) of patches that the table is for, of a sequence to its length; or a function of the
+    model that returns them; or the paths to the sizes of image and patch, each a number or a pair, where the input is
+    images; None where the table, being a map, says it, or where only the user knows: `lape.apply(model, grid=...)`."""
 
-    prefix: str | int = 0
-    """How many tokens stand before the patches (class token and others): value or path."""
+    grid_of_image: str | None = None
+    """Path of the method from an image's (height, width) to its (rows, columns), where images may have other sizes than
+    the table's: "patch_embed.dynamic_feat_size"."""
+
+    prefix: str | int | Callable[[Any], int] = 0
+    """How many tokens stand before the patches (class token and others): value, path or function of the model."""
 
     prefix_has_no_rows: str | bool = False
     """Whether the table leaves those tokens out: value or path."""
+
+    registers: str | int = 0
+    """Where it leaves out only some of them: how many, the last before the patches (register tokens): value or path."""
 
     sequence: bool = False
     """N tokens in a row are of the grid (1, N)."""
@@ -165,6 +198,10 @@ class Host:
 
     gives_map: bool = False
     """`add_table` is given patches as (B, H, W, D) where they may be of another grid than the host's own."""
+
+    kept: Callable[..., Tensor | None] | None = None
+    """Where `add_table` drops or shuffles patches: a function of what it returned and of all that it was given, which
+    returns the numbers of those that are left of each image, (B, K); None: all, in their order."""
 
     patch_dropout: str | None = None
     """Path of the module that drops patches in training."""
@@ -200,9 +237,18 @@ class Host:
         """Whether a method of the host's adds the table."""
         return self.behind is None and self.before is None
 
+    @property
+    def adding_methods(self) -> tuple[str, ...]:
+        """The names of the methods that add the table."""
+        if not self.adds_by_method:
+            return ()
+        return (self.add_table,) if isinstance(self.add_table, str) else self.add_table
+
 
 def value_at(model: nn.Module, entry: Any) -> Any:
-    """Return what an entry says: the value at a path from the model, or the value itself."""
+    """Return what an entry says: the value at a path from the model, what a function returns, or the value itself."""
+    if callable(entry):
+        return entry(model)
     return attrgetter(entry)(model) if isinstance(entry, str) else entry
 
 
@@ -212,6 +258,15 @@ def table_of(model: nn.Module, host: Host) -> nn.Parameter | None:
         return attrgetter(host.table)(model)
     except AttributeError:
         return None
+
+
+def as_rows(table: Tensor) -> Tensor:
+    """Return a table (rows, D), (1, rows, D) or (1, H, W, D) as (1, rows, D).
+
+    >>> as_rows(torch.zeros(1, 2, 3, 8)).shape
+    torch.Size([1, 6, 8])
+    """
+    return table[None] if table.ndim == 2 else table.flatten(1, -2)
 
 
 def pair(size: Any) -> Grid:
@@ -225,15 +280,19 @@ def grid_of(model: nn.Module, host: Host) -> Grid | None:
     if isinstance(host.grid, tuple):
         (height, width), (patch_height, patch_width) = (pair(value_at(model, path)) for path in host.grid)
         return height // patch_height, width // patch_width
-    return None if host.grid is None else pair(value_at(model, host.grid))
+    size = value_at(model, host.grid)
+    if host.sequence and isinstance(size, int):
+        return 1, size
+    return None if size is None else pair(size)
 
 
 def parts(module: nn.Module, path: str) -> list[nn.Module]:
-    """Return the submodules at a dotted path, in which `*` stands for every child."""
+    """Return the submodules at a dotted path, in which `*` stands for every child, `2:` for those from number 2 on."""
     if not path:
         return [module]
     head, _, rest = path.partition(".")
-    children = list(module.children()) if head == "*" else [module.get_submodule(head)]
+    every = "0:" if head == "*" else head
+    children = list(module.children())[int(every[:-1]) :] if every.endswith(":") else [module.get_submodule(head)]
     return [part for child in children for part in parts(child, rest)]
 
 
@@ -251,10 +310,11 @@ def lacks(model: nn.Module, host: Host) -> str | None:
             there = False
         if not there:
             return path
-    paths = [host.width, host.prefix, host.prefix_has_no_rows, host.batch_first, host.rotary, host.patch_dropout]
+    paths = [host.width, host.prefix, host.prefix_has_no_rows, host.registers, host.batch_first, host.rotary]
+    paths += [host.patch_dropout, host.grid_of_image]
     paths += host.grid if isinstance(host.grid, tuple) else (host.grid,)
     if host.adds_by_method:
-        methods = (host.add_table, host.resize_table)
+        methods = (*host.adding_methods, host.resize_table)
         paths += [f"{host.holder}.{method}".strip(".") for method in methods if method is not None]
         paths.append(host.table.removesuffix(".weight"))
     for path in paths:

@@ -229,12 +229,18 @@ def create_model(
         >>> model(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
-    known = name.partition(".")[0]
-    if "/" not in name and ":" not in name:
-        choose(dict.fromkeys(timm.list_models()), known, "a model that timm knows")
     asked = SchemeNames(join, pe, pe_norm, start)
+    joins_itself = name.partition(".")[0] in MODELS
+    model = build(name, **options | asked._asdict() if joins_itself else options)
+    return model if joins_itself else apply(model, *asked)
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """Create a model by its name in timm's registry; raises what `create_model` does, but what `lape.apply` raises."""
+    if "/" not in name and ":" not in name:
+        choose(dict.fromkeys(timm.list_models()), name.partition(".")[0], "a model that timm knows")
     try:
-        model = timm.create_model(name, **options | asked._asdict() if known in MODELS else options)
+        return timm.create_model(name, **options)
     except (UsageError, RunError):
         raise
     except OSError as error:  # of the disk, of the network
@@ -245,4 +251,3 @@ def create_model(
         raise UsageError(
             f"{name} does not take these options: {first_line(error)}. Leave them out, or name a ViT."
         ) from error
-    return model if known in MODELS else apply(model, *asked)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lape.errors import UsageError
-from lape.hosts import block_row, parts, table_of
+from lape.hosts import as_rows, block_row, parts, table_of
 from lape.method import POSITION_EMBEDDINGS, TABLES, Grid, PositionNorm
 from lape.surgery.hooks import owner
 from lape.surgery.layers import Layer, grid_text
@@ -33,7 +33,8 @@ def refuse_embedding(record: Positions) -> None:
         )
     table = table_of(record.model, host)
     rows = record.prefix_rows + record.grid[0] * record.grid[1]
-    if table is not None and table.shape[-2:] != (rows, record.width):
+    other_map = table is not None and table.ndim == 4 and table.shape[1:3] != record.grid
+    if table is not None and (other_map or as_rows(table).shape[1:] != (rows, record.width)):
         raise UsageError(
             f"The table of a {host.name} is {tuple(table.shape)}; {record.prefix_rows} prefix tokens and "
             f"{grid_text(record.grid)} patches of width {record.width} would have ({rows}, {record.width}). Mend "
@@ -69,14 +70,12 @@ def _build_tables(record: Positions, table_before: nn.Parameter | None, layers: 
         return
     record.put_aside[host.table] = table_before
     swap_parameter(
-        vit, host.table, None if join.table_per_layer else record.stored(new_table(record.grid, record.width))
+        vit,
+        host.table,
+        None if join.table_per_layer else record.stored(new_table(record.grid, record.width), record.grid),
     )
     for number, (layer, width) in enumerate(zip(layers, widths, strict=True) if join.table_per_layer else ()):
-        fresh = (
-            new_table(layer.grid, width)
-            if number or kept is None
-            else record.batched(nn.Parameter(kept.detach().clone()))
-        )
+        fresh = new_table(layer.grid, width) if number or kept is None else nn.Parameter(as_rows(kept.detach()).clone())
         setattr(layer.block, host.table_name, fresh)
 
 

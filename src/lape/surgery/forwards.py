@@ -31,7 +31,7 @@ class Forward:
     layers: list[Layer]
     step: Step
     start: Callable[[Grid], Tensor | None]
-    kept: Tensor | None = None  # (B, K), the patches that patch dropout left to each image
+    rows: Tensor | None = None  # (B, N) or (1, N): which rows the tokens have, where not all in their order
     next: int = 0  # the number of the block that has not run yet
     last: int = -1  # the number of the last block that takes something
     tokens: Tensor | None = None  # what was handed to the next block
@@ -49,7 +49,7 @@ class Forward:
         self.handed = [self.start(self.grid)]
 
     def rung(self, layer: int) -> Rung:
-        """Return the rung of a layer."""
+        """Return the rung of a layer, of the rows that the tokens have."""
         if torch.is_grad_enabled() and self.without_gradient:
             # Re-entrant checkpointing runs a block first without gradients, then on a graph of its own. That one must
             # start at the parameters: a graph that the layers share can be walked back only once.
@@ -67,13 +67,14 @@ class Forward:
     def _take(self, layer: int) -> Rung:
         self.without_gradient |= not torch.is_grad_enabled()
         rung, following = self.step(self, layer, self.handed[layer])
+        rung = rung if self.rows is None else rung.kept(self.rows)
         if len(self.handed) == layer + 1:  # else the block runs once more
             self.handed.append(following)
             self.made[layer] = rung
         return rung
 
     def _anew(self) -> "Forward":
-        return Forward(self.grid, self.layers, self.step, self.start, kept=self.kept)
+        return Forward(self.grid, self.layers, self.step, self.start, rows=self.rows)
 
 
 class _OfThread(threading.local):

@@ -157,7 +157,9 @@ class BlockHooks:
         self, unit: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Begin a run: add residual and bias to what the block is called with."""
-        tokens, inputs, options = _tokens(inputs, options)
+        at = self.row.tokens
+        place = at if at < len(inputs) else list(options)[at - len(inputs)]
+        tokens = inputs[place] if isinstance(place, int) else options[place]
         if torch.compiler.is_compiling():
             forward = self.positions.forwards.find(self.layer, tokens)
             self.traced = rung = self.positions.for_the_block(forward, self.layer)
@@ -168,7 +170,9 @@ class BlockHooks:
             tokens = tokens + self._laid_out(rung.residual, tokens)
         if rung.bias is not None:
             options = self._biased(rung.bias, tokens, options)
-        return (tokens, *inputs), options
+        if isinstance(place, int):
+            return (*inputs[:place], tokens, *inputs[place + 1 :]), options
+        return inputs, options | {place: tokens}
 
     def _begin(self, tokens: Tensor) -> Rung:
         """Note that the block runs, and in which forward; return its rung."""
@@ -257,7 +261,7 @@ class BlockHooks:
         if self.layer == run.forward.last:
             forwards.close(run.forward)
         else:
-            forwards.hand(run.forward, output[0] if isinstance(output, tuple) else output)
+            forwards.hand(run.forward, output[self.row.tokens] if isinstance(output, tuple) else output)
         if run.rung.attention is None or not run.due:
             return
         path, due = self.row.projection or self.row.norms, len(self.hooked)
@@ -288,14 +292,6 @@ class BlockHooks:
 def hooks_of(block: nn.Module) -> BlockHooks | None:
     """Return the hooks of a block, where it has some."""
     return block.__dict__.get(HOOKS)
-
-
-def _tokens(inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Take the tokens, the first argument, from what a block is called with."""
-    if inputs:
-        return inputs[0], inputs[1:], options
-    name = next(iter(options))
-    return options[name], (), {other: value for other, value in options.items() if other != name}
 
 
 def _of(hook: Any) -> Any:

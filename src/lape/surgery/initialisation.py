@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.errors import RunError
-from lape.hosts import table_of
+from lape.hosts import as_rows, table_of
 from lape.method import SPREAD, PositionNorm
 from lape.surgery.building import attentions
 from lape.surgery.positions import BIAS_TABLE, Positions
@@ -196,7 +196,7 @@ class _Fixed:
             or type(values) not in (Tensor, nn.Parameter)
         ):
             return  # a table that lies on several machines is in parts, which the same model saved
-        if values.shape == stored.shape and not table.holds(values, record.grid, record.prefix_rows):
+        if values.shape == stored.shape and not table.holds(as_rows(values), record.grid, record.prefix_rows):
             raise RunError(
                 f"The position table to be loaded was learnt, and this model's is fixed "
                 f"(pe={record.scheme.embedding.name!r}). Leave it out of the state dict, or use pe='learnable'."

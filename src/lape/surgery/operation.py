@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lape.errors import UsageError
-from lape.hosts import Host, block_row, blocks_path, find, grid_of, lacks, parts, table_of, value_at
+from lape.hosts import Host, block_row, blocks_path, find, grid_of, lacks, pair, parts, table_of, value_at
 from lape.hosts.registry import RECORD
 from lape.method import JOINS, POSITION_EMBEDDINGS, PRESERVE_WITHOUT_TABLE, Grid, Rung, scheme
 from lape.surgery.building import attentions, build, dtype_and_device, refuse_embedding, take_out
@@ -25,6 +25,7 @@ from lape.surgery.hooks import BlockHooks, hooks_of, owner, unhook
 from lape.surgery.initialisation import initialisers, keep_fixed, release_fixed
 from lape.surgery.layers import grid_text
 from lape.surgery.positions import FoldedRung, Positions
+from lape.surgery.probing import PatchGrid, cut_by, refuse_norms
 from lape.surgery.saving import say_no_more, say_when_saved
 from lape.surgery.standins import StandIns, swap_parameter
 
@@ -74,6 +75,7 @@ def apply(
         >>> model.blocks[1].pe_norm
         PositionNorm(192, eps=1e-06, g⊙Norm(ω) + b)
     """
+    described = host is not None
     vit, host = find(model) if host is None else _described(model, host)
     if RECORD in vit.__dict__:
         before = positions(vit).scheme.join.name
@@ -92,6 +94,8 @@ def apply(
             chosen = replace(chosen, start=PRESERVE_WITHOUT_TABLE)
     record = Positions(vit, host, chosen, _grid(vit, host, grid))
     refuse_embedding(record)
+    if described:
+        refuse_norms(record)
     before = vit.state_dict().keys()
     build(record, table)
     record.added = frozenset(vit.state_dict().keys() - before)
@@ -99,6 +103,8 @@ def apply(
     vit.__dict__[RECORD] = record
     say_when_saved(record, model)
     _hang_on_the_model(record)
+    if described and (patches := cut_by(record)) is not None:
+        patches.register_forward_hook(PatchGrid(record))
     for part, name, method in _replaced(record):
         part.__dict__[name] = method
     try:
@@ -136,8 +142,7 @@ def _replaced(record: Positions) -> list[tuple[nn.Module, str, Any]]:
     """What stands in an operated model for methods of its class."""
     vit, host, answers = record.model, record.host, StandIns(record)
     replaced: list[tuple[nn.Module, str, Any]] = [(vit, "no_weight_decay", answers.no_weight_decay)]
-    if host.adds_by_method:
-        replaced.append((record.holder, host.add_table, TableMethod(record)))
+    replaced += [(record.holder, method, TableMethod(record, method)) for method in host.adding_methods]
     if hasattr(type(vit), "set_input_size"):
         replaced.append((vit, "set_input_size", answers.set_input_size))
     dropout = value_at(vit, host.patch_dropout)
@@ -169,7 +174,9 @@ def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
 
 def _grid(vit: nn.Module, host: Host, grid: Grid | None) -> Grid:
     """Return the grid of a model's table."""
-    set_to = grid_of(vit, host)
+    table = table_of(vit, host)
+    of_map = pair(tuple(table.shape[1:3])) if table is not None and table.ndim == 4 else None
+    set_to = grid_of(vit, host) or of_map
     if set_to is not None and grid is not None and set_to != tuple(grid):
         raise UsageError(
             f"This model says that its grid is {grid_text(set_to)}, and grid={grid} is another. Leave grid out."
@@ -245,12 +252,16 @@ def remove(model: Model) -> Model:
         if parameter is not None:
             parameter = nn.Parameter(parameter.to(**kind), requires_grad=parameter.requires_grad)
         swap_parameter(vit, name, parameter)
-    if not record.had_table:
+    if not record.had_table or record.without_table:
         delattr(record.holder, host.table_name)
+    if record.without_table:
+        setattr(record.holder, host.table_name, None)
     release_fixed(record)
     for path in ("", host.joint_norm, host.behind, host.before):
         if path is not None:
             unhook(vit.get_submodule(path), record)
+    if (patches := cut_by(record)) is not None:
+        unhook(patches, record)
     for block in record.blocks:
         hooks = hooks_of(block)
         if hooks is not None:

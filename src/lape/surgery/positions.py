@@ -1,5 +1,6 @@
 """The positions of an operated model: where its tables, biases and norms are, and what each layer is told by them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape.errors import UsageError
-from lape.hosts import Host, block_row, grid_of, table_of, value_at
+from lape.hosts import Host, as_rows, block_row, grid_of, table_of, value_at
 from lape.method import Grid, Rung, Scheme
 from lape.surgery.forwards import Forward, Forwards
 from lape.surgery.hooks import hooks_of, owner
@@ -29,7 +30,9 @@ class Positions:
         self.grid = grid  # that of the stored tables
         table = table_of(model, host)
         self.had_table = hasattr(self.holder, host.table_name)
-        self.has_batch_axis = table is None or table.ndim == 3  # else the table is stored as (rows, D)
+        # It says None there, and no parameter is registered.
+        self.without_table = vars(self.holder).get(host.table_name, ...) is None
+        self.axes = 3 if table is None else table.ndim  # of the stored table: (1, rows, D), (rows, D), (1, H, W, D)
         self.put_aside: dict[str, nn.Parameter | None] = {}  # of the host, where another or nothing took their place
         self.added: frozenset[str] = frozenset()  # names of the model's state that it did not have before
         self.folded_for: tuple[Grid, ...] = ()
@@ -60,7 +63,9 @@ class Positions:
     @property
     def prefix_rows(self) -> int:
         """The number of those that have a row in the table."""
-        return 0 if value_at(self.model, self.host.prefix_has_no_rows) else self.prefix
+        if value_at(self.model, self.host.prefix_has_no_rows):
+            return 0
+        return self.prefix - value_at(self.model, self.host.registers)
 
     @property
     def width(self) -> int:
@@ -76,26 +81,39 @@ class Positions:
         """Return the layers for a grid of (rows, columns) patches."""
         return layers_of(self.model, self.host, grid)
 
+    def whole_grid(self) -> Grid:
+        """Return the grid of all rows that there are: of the stored table, or of the longest that is folded."""
+        return max(self.folded_for or (self.grid,), key=math.prod)
+
     def own_grid(self) -> Grid:
         """Return the grid of (rows, columns) that the model is set to."""
         return grid_of(self.model, self.host) or self.grid
 
     # --- The table, as it is stored
 
-    def stored(self, table: nn.Parameter | None) -> nn.Parameter | None:
-        """Return a table (1, rows, D) as the model stores its own."""
-        if table is None or self.has_batch_axis:
-            return table
-        return nn.Parameter(table.detach()[0], requires_grad=table.requires_grad)
+    def laid_as_stored(self, table: Tensor, grid: Grid) -> Tensor:
+        """Return a table (1, rows, D) for a grid with the axes that the model's own has."""
+        if self.axes == 4:
+            return table.unflatten(1, grid)
+        return table[0] if self.axes == 2 else table
 
-    def batched(self, table: nn.Parameter) -> nn.Parameter:
-        """Return the model's own table as (1, rows, D)."""
-        return table if self.has_batch_axis else nn.Parameter(table.detach()[None], requires_grad=table.requires_grad)
+    def stored(self, table: nn.Parameter | None, grid: Grid) -> nn.Parameter | None:
+        """Return a table (1, rows, D) for a grid as the model stores its own."""
+        if table is None or self.axes == 3:
+            return table
+        return nn.Parameter(self.laid_as_stored(table.detach(), grid), requires_grad=table.requires_grad)
 
     def table(self) -> Tensor | None:
         """Return the model's table, (1, rows, D)."""
         table = table_of(self.model, self.host)
-        return table if table is None or self.has_batch_axis else table[None]
+        return None if table is None else as_rows(table)
+
+    def with_rows(self, part: Tensor) -> Tensor:
+        """Return of a part (1, N, D) what the tokens take that have a row in the table."""
+        prefix, rows = self.prefix, self.prefix_rows
+        if prefix == rows:
+            return part
+        return torch.cat([part[:, :rows], part[:, prefix:]], dim=1) if rows else part[:, prefix:]
 
     def resized(self, table: Tensor, grid: Grid, old: Grid) -> Tensor:
         """Return a learnt table (1, rows, D) of one grid for another, by the host's rule."""
@@ -137,7 +155,7 @@ class Positions:
             position = cross_stage(layer.crossing, position, forward.layers[number - 1].grid, self.crossing_proxies)
         norm = self._norm(number, layer) if position is not None and self.scheme.join.normed else None
         rung, following = self.scheme.step(number, position, norm)
-        rung = rung.padded(self.prefix - self.prefix_rows)
+        rung = self._for_all_tokens(rung)
         if self.scheme.embedding.bias is not None and self.host.window_bias is None:
             rung = rung._replace(bias=self._bias(layer, forward.grid))
         return rung, following
@@ -200,17 +218,20 @@ class Positions:
         if self.folded_for:
             return self._folded(forward.layers[0].block, forward.grid).residual
         position = forward.handed[0]
-        return None if position is None else Rung(residual=position).padded(self.prefix - self.prefix_rows).residual
+        return None if position is None else self._for_all_tokens(Rung(residual=position)).residual
+
+    def _for_all_tokens(self, rung: Rung) -> Rung:
+        return rung.padded(self.prefix - self.prefix_rows, self.prefix_rows)
 
     def for_the_block(self, forward: Forward, layer: int, again: bool = False) -> Rung:
-        """Return the rung of a layer without what has joined the tokens, and the rows that patch dropout took.
+        """Return the rung of a layer without what has joined the tokens.
 
         `again` says that a part of the block is computed again in a backward pass, and the block itself is not.
         """
         rung = forward.rung_again(layer) if again else forward.rung(layer)
         if layer == 0 and self.scheme.with_tokens:
             rung = rung._replace(residual=None)
-        return rung if forward.kept is None else rung.kept(_rows(forward.kept, self.prefix))
+        return rung
 
     def _number_blocks(self, layers: list[Layer]) -> int:
         """Tell each block its number, which changes where blocks are cut; return the last that takes something.
@@ -268,10 +289,12 @@ class FoldedRung(nn.Module):
         return ", ".join(self._buffers)
 
 
-def _rows(kept: Tensor, prefix: int) -> Tensor:
-    """Return the numbers of the tokens (B, prefix + K): of the prefix tokens, and of the kept patches (B, K)."""
-    leading = torch.arange(prefix, device=kept.device).expand(len(kept), -1)
-    return torch.cat([leading, kept + prefix], dim=1)
+def rows_behind(prefix: int, rows: Tensor) -> Tensor:
+    """Return the numbers of the tokens (B, prefix + K): of that many before the others, and of those (B, K)."""
+    if not prefix:
+        return rows
+    leading = torch.arange(prefix, device=rows.device).expand(len(rows), -1)
+    return torch.cat([leading, rows + prefix], dim=1)
 
 
 def resized_bias_table(table: Tensor, old: Grid, new: Grid) -> Tensor:

@@ -25,7 +25,9 @@ class Proxies:
 
     def __init__(self, kind: type[nn.Module], names: Iterable[str]) -> None:
         self.base, self.names = kind, tuple(names)
-        attributes = {name: _Replaced(name) for name in self.names}
+        attributes: dict[str, Any] = {name: _Replaced(name) for name in self.names}
+        # transformers keeps what a class can record by how the class prints.
+        attributes |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
         self.kind: Any = type(kind.__name__, (kind,), {"__slots__": ("lape_replaced",), **attributes})
 
     def __reduce__(self) -> tuple[Any, ...]:

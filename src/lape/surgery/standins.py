@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lape.errors import UsageError
+from lape.hosts import as_rows
 from lape.surgery.layers import grid_text
 from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
 
@@ -67,10 +68,10 @@ class StandIns:
             kind = scheme.embedding.table
             if table is not None and kind is not None and not kind.learns:
                 fresh = kind.make(grid, positions.prefix_rows, table.shape[-1]).to(table)
-                swap_parameter(model, host.table, positions.stored(nn.Parameter(fresh, requires_grad=False)))
+                swap_parameter(model, host.table, positions.stored(nn.Parameter(fresh, requires_grad=False), grid))
             elif table is not None and host.behind is not None:  # the host does not know of it
                 resized = positions.resized(table, grid, positions.grid)
-                swap_parameter(model, host.table, positions.stored(nn.Parameter(resized)))
+                swap_parameter(model, host.table, positions.stored(nn.Parameter(resized), grid))
             for before, layer in zip(stored, positions.layers(grid), strict=True):
                 if scheme.join.table_per_layer:
                     stored_table = before.block.get_parameter(host.table_name)
@@ -82,8 +83,9 @@ class StandIns:
                     swap_parameter(layer.block, BIAS_TABLE, nn.Parameter(resized))
             aside = positions.put_aside.get(host.table)
             if aside is not None:
-                resized = positions.resized(aside, grid, positions.grid)
-                positions.put_aside[host.table] = nn.Parameter(resized, requires_grad=aside.requires_grad)
+                resized = positions.resized(as_rows(aside), grid, positions.grid)
+                learns = aside.requires_grad
+                positions.put_aside[host.table] = positions.stored(nn.Parameter(resized, requires_grad=learns), grid)
         positions.grid = grid
 
 
