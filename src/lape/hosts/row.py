@@ -274,7 +274,8 @@ def grid_of(model: nn.Module, host: Host) -> Grid | None:
     if isinstance(host.grid, tuple):
         (height, width), (patch_height, patch_width) = (pair(value_at(model, path)) for path in host.grid)
         return height // patch_height, width // patch_width
-    return None if host.grid is None else pair(value_at(model, host.grid))
+    grid = value_at(model, host.grid)
+    return None if grid is None else pair(grid)
 
 
 def parts(module: nn.Module, path: str) -> list[nn.Module]:
