@@ -1,8 +1,10 @@
 """Small models of every library that keeps its own forward, what they are given, and where their parts are."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -88,6 +90,72 @@ class Reader(nn.Module):
             x = block(x)
         return x
 
+
+class ResidualAttentionBlock(nn.Module):
+    """What open_clip's block is called with, and the names of its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.attn = nn.MultiheadAttention(D, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(D, 48), nn.GELU(), nn.Linear(48, D))
+
+    def forward(self, q_x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        told = self.ln_1(q_x)
+        x = q_x + self.attn(told, told, told, need_weights=False, attn_mask=attn_mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class OpenClipVision(nn.Module):
+    """The interface of open_clip's VisionTransformer, which is not installed: paths, methods, and who calls whom."""
+
+    class Transformer(nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            self.width = D
+            if batch_first:  # older versions neither have it nor say so
+                self.batch_first = True
+            self.resblocks = nn.ModuleList(ResidualAttentionBlock() for _ in range(3))
+            for block in self.resblocks:
+                block.attn.batch_first = batch_first
+
+        def forward(self, x: Tensor) -> Tensor:
+            swapped = not hasattr(self, "batch_first")
+            x = x.transpose(0, 1).contiguous() if swapped else x
+            for block in self.resblocks:
+                x = block(x, attn_mask=None)
+            return x.transpose(0, 1) if swapped else x
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.image_size, self.patch_size, self.grid_size = (32, 32), (8, 8), (4, 4)
+        self.conv1 = nn.Conv2d(3, D, 8, 8, bias=False)
+        self.class_embedding, self.positional_embedding = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(17, D))
+        self.patch_dropout, self.ln_pre, self.ln_post = nn.Identity(), nn.LayerNorm(D), nn.LayerNorm(D)
+        self.transformer = OpenClipVision.Transformer(batch_first)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).flatten(2).mT
+        x = torch.cat([self.class_embedding.view(1, 1, -1).expand(len(x), -1, -1), x], dim=1)
+        return self.ln_pre(self.patch_dropout(x + self.positional_embedding.to(x.dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ln_post(self.transformer(self._embeds(x) if hasattr(self, "_embeds") else self.embedded(x)))
+
+
+class NewerOpenClipVision(OpenClipVision):
+    """In later versions one method embeds, and the blocks are batch first."""
+
+    def _embeds(self, x: Tensor) -> Tensor:
+        return self.embedded(x)
+
+
+# Rows know a class by its name, and pickles look for it there.
+sys.modules["open_clip"], _OPEN_CLIP = ModuleType("open_clip"), ModuleType("open_clip.transformer")
+sys.modules[_OPEN_CLIP.__name__] = _OPEN_CLIP
+for _class, _name in ((ResidualAttentionBlock, "ResidualAttentionBlock"), (OpenClipVision, "VisionTransformer")):
+    _class.__module__, _class.__qualname__ = _OPEN_CLIP.__name__, _name
+    setattr(_OPEN_CLIP, _name, _class)
 
 SCRATCH = lape.Host(
     name="ViT from scratch",
@@ -405,6 +473,10 @@ FOREIGN |= {
     "relpos": _timms(
         "vision_transformer_relpos", "VisionTransformerRelPos", table=None, rel_pos_type="bias", class_token=True,
         prefix_without_rows=1,
+    ),
+    "open_clip": Tiny(NewerOpenClipVision, "transformer.resblocks.{}.ln_1", "positional_embedding"),
+    "open_clip-older": Tiny(
+        lambda: OpenClipVision(batch_first=False), "transformer.resblocks.{}.ln_1", "positional_embedding", tokens_at=0
     ),
     "naflex": Tiny(
         lambda **more: _naflex(**more), "blocks.{}.norm1", "embeds.pos_embed", prefix_without_rows=2,

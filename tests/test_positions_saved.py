@@ -25,8 +25,9 @@ FILE = "positions.safetensors"
 
 def learnt(model: nn.Module) -> nn.Module:
     """Move all that is of a join, the table too."""
-    before = lape.remove(copy.deepcopy(model)).state_dict().keys()
     record = positions(model)
+    (path,) = (name for name, part in model.named_modules() if part is record.model)
+    before = lape.remove(copy.deepcopy(model)).get_submodule(path).state_dict().keys()
     for name, parameter in record.model.named_parameters():
         if parameter.requires_grad and (name not in before or name == record.host.table):
             nn.init.normal_(parameter)

@@ -42,6 +42,13 @@ def test_intermediates_of_blocks_take_the_same_positions(name: str) -> None:
         assert not torch.allclose(one, before, atol=1e-3)
 
 
+def test_a_version_without_a_second_method_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = untouched("cait"), inputs("cait")
+    expected = tokens(shaken(applied("cait", copy.deepcopy(model))), x)
+    monkeypatch.delattr(type(model), "forward_intermediates")
+    assert torch.equal(tokens(shaken(applied("cait", model)), x), expected)
+
+
 @pytest.mark.parametrize("name", ["sam", "naflex"])
 def test_images_of_another_size_get_the_map_as_timm_resizes_it(name: str) -> None:
     model, x = untouched(name), torch.randn(2, 3, 40, 56)
@@ -289,6 +296,11 @@ def test_a_class_that_carries_no_join_says_why(name: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         lape.apply(model)
     assert set(vars(model)) == before
+
+
+def test_a_naflex_vit_without_a_table_adds_none() -> None:
+    with pytest.raises(UsageError, match="made without a table, and its class then adds none"):
+        lape.apply(untouched("naflex", pos_embed="none"), pe="learnable")
 
 
 def test_a_table_that_is_there_is_not_denied() -> None:

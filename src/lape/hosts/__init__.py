@@ -1,13 +1,13 @@
 """Which models carry a join: a row of paths for each family of transformers, and how the row of a model is found.
 
-`row` says what a row is; `timm`, `torchvision`, `transformers` and `torch` hold the rows of their library, but
-import none of these libraries: a model is recognised by the name of its class. A family of this project brings its row
-in its own file and registers it, as a user may for a class of theirs: `lape.hosts.register(row)`.
+`row` says what a row is; `timm`, `torchvision`, `transformers`, `open_clip` and `torch` hold the rows of their library,
+but import none of these libraries: a model is recognised by the name of its class. A family of this project brings its
+row in its own file and registers it, as a user may for a class of theirs: `lape.hosts.register(row)`.
 
 Imports method and errors alone.
 """
 
-from lape.hosts import timm, torch, torchvision, transformers
+from lape.hosts import open_clip, timm, torch, torchvision, transformers
 from lape.hosts.registry import find, refuse, register, registered
 from lape.hosts.resizing import cut, resize_as_timm, resize_bicubic, resize_bilinear, resize_by_count
 from lape.hosts.row import (
@@ -31,7 +31,7 @@ from lape.hosts.row import (
     value_at,
 )
 
-for _row in (*timm.ROWS, *torchvision.ROWS, *transformers.ROWS, *torch.ROWS):
+for _row in (*timm.ROWS, *torchvision.ROWS, *transformers.ROWS, *torch.ROWS, *open_clip.ROWS):
     register(_row)
 for _refusal in (*timm.REFUSALS, *transformers.REFUSALS):
     refuse(_refusal)

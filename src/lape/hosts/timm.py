@@ -145,7 +145,11 @@ NAFLEX = Host(
     joint_norm="norm_pre",
 )
 
-ROWS = (VISION_TRANSFORMER, EVA, SWIN_TRANSFORMER, BEIT, CAIT, TNT, SAM, VOLO, RELATIVE, NAFLEX)
+OLDER_VERSIONS = (  # of which some have no `forward_intermediates`
+    *(replace(row, add_table="forward_features") for row in (BEIT, CAIT, TNT, SAM)),
+    replace(VOLO, add_table="forward_tokens"),
+)
+ROWS = (VISION_TRANSFORMER, EVA, SWIN_TRANSFORMER, BEIT, CAIT, TNT, SAM, VOLO, RELATIVE, NAFLEX, *OLDER_VERSIONS)
 
 REFUSALS = (
     Refusal(
@@ -190,6 +194,11 @@ REFUSALS = (
         f"{_MODELS}.naflexvit.NaFlexVit",
         "its positions are the sum of a table for rows and one for columns (factorized).",
         where=("embeds.pos_embed_type", "factorized"),
+    ),
+    Refusal(
+        f"{_MODELS}.naflexvit.NaFlexVit",
+        "it was made without a table, and its class then adds none.",
+        where=("embeds.pos_embed_type", "none"),
     ),
     Refusal(
         f"{_MODELS}.naflexvit.NaFlexVit",

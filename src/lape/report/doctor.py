@@ -43,16 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """What `lape.check` found; printed, it is a table.
-
-    Example:
-        >>> import lape
-        >>> found = lape.check(lape.create_model("vit_nano_patch2_8", join="default", depth=2))
-        >>> found.passed
-        True
-        >>> found.findings[0].says
-        'timm VisionTransformer: 2 layers, 4x4 patches, 1 token before them with a row, width 48, table pos_embed'
-    """
+    """What `lape.check` found; printed, it is a table."""
 
     subject: str
     """The class of the model."""
@@ -108,6 +99,14 @@ def check(
 
     Raises:
         UsageError: For a folded model, and for one whose inputs cannot be guessed.
+
+    Example:
+        >>> import lape
+        >>> found = lape.check(lape.create_model("vit_nano_patch2_8", join="default", depth=2))
+        >>> found.passed
+        True
+        >>> found.findings[0].says
+        'timm VisionTransformer: 2 layers, 4x4 patches, 1 token before them with a row, width 48, table pos_embed'
     """
     subject = type(model).__name__
     devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda}
