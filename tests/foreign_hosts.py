@@ -208,6 +208,7 @@ FOREIGN: dict[str, Tiny] = {
         prefix_without_rows=1,
     ),
 }
+WITHOUT_FINAL_NORM = ("clip", "beit", "sequences", "sequences-first", "scratch", "reader")  # of all tokens
 EVERY_FOREIGN = pytest.mark.parametrize("name", FOREIGN)
 SCHEMES: list[dict[str, str]] = [
     {"join": "default", "pe": "sinusoidal-1d"},
