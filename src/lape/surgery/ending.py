@@ -21,8 +21,10 @@ class BehindFinalNorm:
         attention = positions.final(forward).attention
         if attention is None:
             return output
+        if isinstance(output, fx.Proxy):  # (B, N, D): others are not traced
+            return output + attention
         if torch.compiler.is_compiling():
             positions.forwards.close(forward)
-        elif not isinstance(output, fx.Proxy):
+        else:
             refuse_other_tokens(positions, "The last norm", attention, output)
         return output + positions.laid_out(attention, output)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lape.embeddings import MixedRotation, RelativeBias
 from lape.embeddings.rotations import cosine_and_sine
@@ -307,6 +307,8 @@ class Positions:
                 f"pe={self.scheme.embedding.name!r} looks at the neighbours of every patch, and patch dropout took "
                 "some away. Create the model without it (patch_drop_rate=0), or use another pe."
             )
+        if isinstance(tokens, fx.Proxy):  # (B, N, D): others are not traced
+            return generator(tokens, forward.layers[layer].grid, self.prefix)
         lying = tokens.shape
         if tokens.ndim == 2:
             tokens = tokens[None]
