@@ -19,11 +19,12 @@ ROOT = PAGE.parents[1]
 PUBLIC: Mapping[str, tuple[str, ...] | None] = {
     "lape": None,
     "lape.method": None,
+    "lape.embeddings": None,
     "lape.analysis": None,
     "lape.analysis.cost": ("measure", "Cost", "ratio", "Ratio"),
     "lape.studies.statistics": ("difference",),
     "lape.recipes": ("load", "names", "Recipe"),
-    "lape.hosts": ("cut", "register", "class_name", "Stages", "WindowBias", "Embedding", "Files"),
+    "lape.hosts": ("cut", "register", "class_name", "Rotated", "Stages", "WindowBias", "Embedding", "Files"),
 }
 
 HEAD = """# API

@@ -77,7 +77,7 @@ def test_too_few_rounds_and_an_unknown_model_are_refused() -> None:
 
 def test_a_model_with_a_fixed_table_is_measured_in_the_joins_that_mean_something_in_it() -> None:
     found = {cost.name: cost for cost in measure("t2t_vit_7", None, batch_size=1, rounds=2)}
-    assert list(found)[2:] == ["default", "shared", "lape-sharing", "lape", "lape, folded"]
+    assert list(found)[2:] == ["default", "shared", "lape-sharing", "lape", "pvg", "mpvg", "lape, folded"]
     assert found["lape"].parameters - found["untouched"].parameters == 2 * 256 * 7
     assert found["untouched"].training_bytes is not None
 

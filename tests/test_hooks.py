@@ -13,8 +13,9 @@ from torch import Tensor, nn
 import lape
 import lape.method
 import lape.surgery.operation
+from lape.embeddings import ROTATIONS
 from lape.errors import UsageError
-from lape.method import JOINS, POSITION_EMBEDDINGS, Join, Rung
+from lape.method import BIASES, JOINS, TABLES, Join, Rung
 
 
 def _like(one: Tensor, other: Tensor) -> bool:
@@ -71,6 +72,10 @@ def _changes_with_each_part(model: Any, x: Tensor, monkeypatch: pytest.MonkeyPat
 def test_each_part_of_each_rung_changes_the_output_of_every_host(join, name, monkeypatch):
     for own, step in OWN_JOINS.items():
         monkeypatch.setitem(JOINS, own, step)
+    if JOINS[join].final and name in foreign_hosts.WITHOUT_FINAL_NORM:
+        with pytest.raises(UsageError, match="what the last norm puts out"):
+            foreign_hosts.applied(name, join=join)
+        return
     model = foreign_hosts.shaken(foreign_hosts.applied(name, join=join)).eval()
     _changes_with_each_part(model, foreign_hosts.inputs(name), monkeypatch)
 
@@ -80,12 +85,16 @@ def test_each_part_of_each_rung_changes_the_output_of_every_host(join, name, mon
 def test_each_part_of_each_rung_changes_the_output_of_every_kind_of_timms(join, name, monkeypatch):
     for own, step in OWN_JOINS.items():
         monkeypatch.setitem(JOINS, own, step)
+    if JOINS[join].final and isinstance(host(name).norm, nn.Identity):
+        with pytest.raises(UsageError, match="fc_norm=False"):
+            lape.apply(host(name), join, "learnable")
+        return
     model = shaken(lape.apply(host(name), join, "learnable"))
     _changes_with_each_part(model, images(model), monkeypatch)
 
 
 @pytest.mark.parametrize("join", [*JOINS, *OWN_JOINS])
-@pytest.mark.parametrize("pe", [name for name in POSITION_EMBEDDINGS if name != "none"])
+@pytest.mark.parametrize("pe", [*TABLES, *BIASES, *ROTATIONS, "learnable+relative", "fourier+lookhere-90+rope-mixed"])
 def test_each_part_of_each_rung_changes_the_output_with_every_embedding(join, pe, monkeypatch):
     for own, step in OWN_JOINS.items():
         monkeypatch.setitem(JOINS, own, step)
@@ -93,7 +102,7 @@ def test_each_part_of_each_rung_changes_the_output_with_every_embedding(join, pe
         lape.method.scheme(join, pe)
     except UsageError:
         return  # means nothing, and is refused
-    model = shaken(lape.apply(host(), join, pe))
+    model = shaken(lape.apply(host(num_heads=4), join, pe))
     _changes_with_each_part(model, images(model), monkeypatch)
 
 

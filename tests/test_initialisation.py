@@ -20,6 +20,7 @@ from lape.method import POSITION_NORMS, PositionNorm, sinusoidal_1d
 from lape.surgery.operation import positions
 
 SINUSOID = {"pe": "sinusoidal-1d"}
+MANY_POSITIONS = {"join": "mpvg", "pe": "fourier+rope-mixed+peg"}
 
 
 def spoilt(model: nn.Module) -> nn.Module:
@@ -200,7 +201,7 @@ def test_it_does_so_from_the_librarys_own_file_with_its_old_names(name: str, tmp
     assert torch.equal(tokens(model, inputs(name)), tokens(saved, inputs(name)))
 
 
-@pytest.mark.parametrize("names", [{}, {"start": "preserve"}, SINUSOID, {"join": "unshared"}], ids=str)
+@pytest.mark.parametrize("names", [{}, {"start": "preserve"}, SINUSOID, {"join": "unshared"}, MANY_POSITIONS], ids=str)
 def test_what_such_a_class_saved_comes_back(names: dict[str, str], tmp_path: Path) -> None:
     joined = of_transformers("vit", **names)
     model = joined(transformers.ViTConfig(**SMALL)).eval()

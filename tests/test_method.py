@@ -1,6 +1,9 @@
 """Laws of the method itself: tables, PE norms, ladders, equations (6)-(7), and what is refused."""
 
 import math
+import pickle
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from lape.embeddings import CONVOLUTIONS, ROTATIONS, MixedRotation, position_embedding
+from lape.embeddings.rotations import cosine_and_sine
 from lape.errors import UsageError
 from lape.method import (
     BIASES,
@@ -224,16 +229,121 @@ def test_what_means_nothing_or_is_misspelt_is_refused_with_the_nearest_choice(
         scheme(join, pe, pe_norm)
 
 
+def sums() -> list[str]:
+    """Every sum of parts, and none."""
+    kinds = ([None, *TABLES], [None, *BIASES], [None, *ROTATIONS], [None, *CONVOLUTIONS])
+    return ["+".join(filter(None, parts)) or "none" for parts in product(*kinds)]
+
+
 def test_every_other_combination_of_names_is_sound() -> None:
-    sound = 0
-    for join in JOINS:
-        for pe in POSITION_EMBEDDINGS:
-            try:
-                scheme(join, pe)
-            except UsageError:
-                continue
-            sound += 1
-    tables, biases = len(TABLES), len(BIASES)
-    with_table = tables * (1 + biases)
-    unshared = 1 + biases  # of the learnable table alone
-    assert sound == 4 * with_table + unshared + 1 + biases  # the last ones: default with no table
+    sound, all_sums = dict.fromkeys(JOINS, 0), sums()
+    for join, pe in product(JOINS, all_sums):
+        try:
+            assert scheme(join, pe).names[:2] == (join, pe)
+        except UsageError:
+            continue
+        sound[join] += 1
+    beside = (1 + len(BIASES)) * (1 + len(ROTATIONS)) * (1 + len(CONVOLUTIONS))
+    learning = sum(table.learns for table in TABLES.values())
+    assert len(set(all_sums)) == (1 + len(TABLES)) * beside
+    for join, count in sound.items():
+        tables = {"default": 1 + len(TABLES), "unshared": learning}.get(join, len(TABLES))
+        assert count == tables * beside, join
+
+
+@pytest.mark.parametrize(
+    ("pe", "says"),
+    [
+        ("rope-axial+rope-mixed", "two rotations.*pe='rope-axial' or pe='rope-mixed'"),
+        ("learnable+relative+alibi-2d", "two biases.*pe='learnable\\+relative' or pe='learnable\\+alibi-2d'"),
+        ("learnable+fourier", "two tables"),
+        ("peg+peg-5", "two convolutions"),
+        ("rope-mixed+learnable", "Use pe='learnable\\+rope-mixed'"),
+        ("none+peg", "adds something to nothing. Use pe='peg'"),
+        ("learnable+rope-mixd", "Did you mean 'rope-mixed'"),
+        ("lookhere-90:slope=1", "Use pe='lookhere-90'"),
+        ("lookhere-90:slpe=2", "Its options: slope, rounded"),
+        ("lookhere-90:slope=2:slope=3", "written once"),
+        ("lookhere-90:rounded=yes", "true or false; received 'yes'"),
+        ("fourier:features=1.5", "a whole number; received '1.5'"),
+        ("fourier:features=15", "even number of features"),
+        ("rope-dinov3:rescale=0.5", "factors of 1 and more"),
+        ("peg:5", "It has no options"),
+    ],
+)
+def test_a_sum_that_means_nothing_or_is_misspelt_is_refused(pe: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        scheme("default", pe)
+    assert pe not in POSITION_EMBEDDINGS
+
+
+@pytest.mark.parametrize(
+    "pe", ["fourier:features=16:hidden=12", "learnable+lookhere-45:slope=2", "rope-dinov3:jitter=2"]
+)
+def test_an_embedding_with_options_is_pickled_by_its_name(pe: str) -> None:
+    embedding = position_embedding(pe)
+    assert pickle.loads(pickle.dumps(embedding)) == embedding == POSITION_EMBEDDINGS[pe]
+    assert embedding != position_embedding(pe.partition(":")[0])
+
+
+# --- Rotations and fixed biases
+
+
+@given(GRIDS, st.sampled_from(list(ROTATIONS)), st.integers(0, 2))
+def test_a_turned_query_and_key_know_the_offset_of_their_patches_alone(grid: Any, name: str, prefix: int) -> None:
+    rotation, heads, channels = ROTATIONS[name], 2, 8
+    torch.manual_seed(0)
+    angles = (
+        rotation.angles(rotation.start(heads, channels).double(), grid)
+        if isinstance(rotation, MixedRotation)
+        else rotation.angles(grid, channels, torch.device("cpu"))
+    )
+    turns = cosine_and_sine(angles, prefix)
+    query, key = torch.randn(2, 1, heads, 1, channels, dtype=torch.float64)
+    tokens = prefix + grid[0] * grid[1]
+    queries, keys = (rotation.turn(one.expand(-1, -1, tokens, -1), turns) for one in (query, key))
+    torch.testing.assert_close(queries.norm(dim=-1), query.norm(dim=-1).expand(-1, -1, tokens))
+    assert torch.equal(queries[:, :, :prefix], query.expand(-1, -1, prefix, -1))  # prefix tokens are not turned
+    products = (queries @ keys.mT)[0, :, prefix:, prefix:].unflatten(2, grid).unflatten(1, grid)
+    moved = products[:, 1:, 1:, 1:, 1:] - products[:, :-1, :-1, :-1, :-1]  # both patches, by a row and a column
+    assert moved.abs().max().item() < 1e-12 if moved.numel() else True
+
+
+def test_new_mixed_frequencies_are_two_directions_at_right_angles() -> None:
+    frequencies = MixedRotation().start(heads=3, head_dim=16).double()  # (2, heads, pairs)
+    first, second = frequencies.unflatten(2, (2, 4)).unbind(2)
+    lengths = torch.tensor([10 ** (-4 * k / 16) for k in range(4)], dtype=torch.float64)
+    for one in (first, second):
+        torch.testing.assert_close(one.norm(dim=0), lengths.expand(3, 4), rtol=1e-5, atol=0)
+    assert (first * second).sum(0).abs().max() < 1e-6
+    assert first[:, 0, 0].tolist() != first[:, 1, 0].tolist()  # a direction drawn for every head
+
+
+def test_dinov3s_coordinates_move_in_training_alone() -> None:
+    cpu, grid = torch.device("cpu"), (3, 5)
+    still = ROTATIONS["rope-dinov3"].angles(grid, 8, cpu)
+    for option in ("shift=0.5", "jitter=2", "rescale=2"):
+        kind = position_embedding(f"rope-dinov3:{option}").rotation
+        torch.manual_seed(0)
+        assert torch.equal(kind.angles(grid, 8, cpu), still)
+        moved = kind.angles(grid, 8, cpu, training=True)
+        drawn = [kind.angles(grid, 8, cpu, training=True) for _ in range(200)]
+        if option == "shift=0.5":
+            by = (moved - still)[0, :, 0] / (2 * math.pi)
+            torch.testing.assert_close(by, by[0].expand_as(by))
+            most = max((one - still).abs()[0, 0, 0].item() / (2 * math.pi) for one in drawn)
+            assert most == pytest.approx(0.5, abs=0.05)
+        else:
+            ratios = torch.stack([(one / still)[0, 0, [0, 2]] for one in drawn])  # of the row, of the column
+            assert ratios.min() == pytest.approx(0.5, abs=0.05)
+            assert ratios.max() == pytest.approx(2, abs=0.1)
+            assert torch.allclose(ratios[:, 0], ratios[:, 1]) == (option == "rescale=2")
+
+
+def test_a_head_of_lookhere_sees_itself_and_half_a_quarter_or_an_eighth_of_the_plane() -> None:
+    grid, cpu = (9, 9), torch.device("cpu")
+    middle = 4 * 9 + 4
+    for name, sees in (("lookhere-180", 45), ("lookhere-90", 25), ("lookhere-45", 15)):
+        seen = BIASES[name].make(grid, 0, 4, cpu)[0].isfinite()  # (heads, queries, keys)
+        assert seen[:, range(81), range(81)].all()
+        assert seen[:, middle].sum(-1).tolist() == [sees] * 4

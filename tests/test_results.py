@@ -123,9 +123,9 @@ def test_tables_fit_eighty_columns_with_nothing_cut(words, capsys, monkeypatch):
 def test_a_model_is_listed_with_all_that_one_chooses_by():
     cct, t2t = entries(["cct_7_3x1_32", "t2t_vit_7"])
     assert (cct.name, cct.paper, cct.parameters, cct.size, len(cct.joins)) == (
-        "cct_7_3x1_32", "CCT-7/3x1", 3_760_139, (32, 32), 5,
+        "cct_7_3x1_32", "CCT-7/3x1", 3_760_139, (32, 32), 7,
     )  # fmt: skip
-    assert t2t.joins == ("default", "shared", "lape-sharing", "lape")
+    assert t2t.joins == ("default", "shared", "lape-sharing", "lape", "pvg", "mpvg")
     assert names([]) == list(MODELS)
     with pytest.raises(UsageError, match="No model's name has resnet in it"):
         names(["resnet"])

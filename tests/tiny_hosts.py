@@ -40,6 +40,8 @@ SCHEMES: list[dict[str, str]] = [
     {"join": "lape", "pe_norm": "scalar-norm"},
     {"join": "lape", "pe": "learnable+relative"},
     {"join": "lape", "pe": "learnable+relative-layernorm"},
+    {"join": "lape", "pe": "fourier+alibi-2d+rope-mixed+peg"},  # one part of each kind
+    {"join": "pvg", "pe": "learnable+rope-dinov3"},
 ]
 EVERY_SCHEME = pytest.mark.parametrize("names", SCHEMES, ids=lambda names: "-".join(names.values()))
 

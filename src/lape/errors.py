@@ -22,7 +22,7 @@ class UsageError(ValueError):
         ...     lape.create_model("deit_tiny_patch16_224", join="lap")
         ... except lape.UsageError as error:
         ...     print(error)
-        'lap' is not a join. Did you mean 'lape'? Valid names: default, shared, unshared, lape-sharing, lape.
+        'lap' is not a join. Did you mean 'lape'? Valid names: default, shared, unshared, lape-sharing, lape, pvg, mpvg.
     """
 
 

@@ -287,9 +287,11 @@ class DataAndModel:
         model_args: More keywords for timm.create_model.
         weights: First weights of the vision transformer: a file of lape's, timm's or the authors', or a name of timm's;
             default: random ones.
-        join: default, shared, unshared, lape-sharing, lape.
-        pe: learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm, or a table with a bias, as
-            learnable+relative.
+        join: default, shared, unshared, lape-sharing, lape, pvg, mpvg.
+        pe: none; a table: learnable, sinusoidal-1d, sinusoidal-2d, fourier; a bias: relative, relative-layernorm,
+            alibi-2d, lookhere-180, lookhere-90, lookhere-45; a rotation: rope-axial, rope-mixed, rope-dinov3,
+            rope-dinov3-max, rope-dinov3-min; a convolution: peg, peg-5; or a sum in that order, as
+            learnable+rope-mixed.
         pe_norm: What normalises the position embedding of a layer: layernorm (LaPE's own), or what stands in
             its place in Table 8.
         start: fresh; or preserve: with weights of the default join the model first computes what it did with that join.

@@ -4,12 +4,12 @@ Every way of joining a position embedding ω with the tokens x of a pre-norm enc
 small record per layer, the `Rung`:
 
     x <- x + residual
-    x <- x + MSA(LN_x(x) + attention, logits + bias)
+    x <- x + MSA(LN_x(x) + attention, logits + bias, queries and keys turned by rotation)
     x <- x + MLP(LN(x))
 
-A join says what layer l is told of the ω_l that it is handed, its rung, and what it hands on as ω_{l+1}; the rungs of
-all layers are the ladder. B images, N tokens (prefix tokens such as the class token first, then H·W patches row by
-row), D channels.
+What a model can know of positions, ω among it, is in `lape.embeddings`. A join says what layer l is told of the ω_l
+that it is handed, its rung, and what it hands on as ω_{l+1}; the rungs of all layers are the ladder. B images, N tokens
+(prefix tokens such as the class token first, then H·W patches row by row), D channels, d of them a head's.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape.embeddings import BIASES as BIASES
+from lape.embeddings import POSITION_EMBEDDINGS as POSITION_EMBEDDINGS
+from lape.embeddings import SPREAD as SPREAD
+from lape.embeddings import TABLES as TABLES
+from lape.embeddings import Grid as Grid
+from lape.embeddings import PositionEmbedding as PositionEmbedding
+from lape.embeddings import RelativeBias as RelativeBias
+from lape.embeddings import Table as Table
+from lape.embeddings import learnable as learnable
+from lape.embeddings import position_embedding as position_embedding
+from lape.embeddings import sinusoidal_1d as sinusoidal_1d
+from lape.embeddings import sinusoidal_2d as sinusoidal_2d
 from lape.errors import UsageError, choose
 from lape.names import SchemeNames
-
-Grid = tuple[int, int]
 
 
 class Rung(NamedTuple):
@@ -40,6 +50,7 @@ class Rung(NamedTuple):
     residual: Tensor | None = None  # (1, N, D), joins the residual stream before the block
     attention: Tensor | None = None  # (1, N, D), joins the output of the norm before attention
     bias: Tensor | None = None  # (1, heads, N, N), joins the attention logits
+    rotation: Tensor | None = None  # (2, 1, 1 or heads, N, d/2), cosine and sine of what turns queries and keys
 
     @property
     def empty(self) -> bool:
@@ -52,7 +63,7 @@ class Rung(NamedTuple):
         return self._replace(residual=residual, attention=attention)
 
     def padded(self, more: int, behind: int = 0) -> "Rung":
-        """Return the rung with zeros for that many more tokens, behind some of its first; a bias has all already."""
+        """Return the rung with zeros for that many more tokens, behind some of its first, which a bias has already."""
         if not more:
             return self  # padding would copy
 
@@ -65,154 +76,14 @@ class Rung(NamedTuple):
     def first(self, count: int) -> "Rung":
         """Return the rung of the first tokens."""
         bias = None if self.bias is None else self.bias[..., :count, :count]
-        return self.of_tokens(lambda part: part[:, :count])._replace(bias=bias)
+        rotation = None if self.rotation is None else self.rotation[..., :count, :]
+        return self.of_tokens(lambda part: part[:, :count])._replace(bias=bias, rotation=rotation)
 
     def kept(self, rows: Tensor) -> "Rung":
         """Return the rung (B, K, ...) of the tokens (B, K) that each sample has kept."""
         bias = None if self.bias is None else self.bias[0][:, rows[:, :, None], rows[:, None, :]].movedim(1, 0)
-        return self.of_tokens(lambda part: part[0][rows])._replace(bias=bias)
-
-
-# --- Position tables ----------------------------------------------------------------------------------------------
-
-SPREAD = 0.02  # the standard deviation with which what is learnt of positions begins
-
-
-def learnable(grid: Grid, prefix: int, dim: int) -> Tensor:
-    """Return a new table (1, prefix + H·W, D), truncated normal with standard deviation 0.02.
-
-    Example:
-        >>> from lape.method import learnable
-        >>> learnable((2, 3), prefix=1, dim=8).shape
-        torch.Size([1, 7, 8])
-    """
-    return nn.init.trunc_normal_(torch.empty(1, prefix + grid[0] * grid[1], dim), std=SPREAD)
-
-
-def sinusoidal_1d(grid: Grid, prefix: int, dim: int) -> Tensor:
-    """Return the table (1, prefix + H·W, D) whose row p is sin (even i) or cos (odd i) of p / 10000^(2⌊i/2⌋/D).
-
-    Example:
-        >>> from lape.method import sinusoidal_1d
-        >>> sinusoidal_1d((1, 2), prefix=0, dim=2)
-        tensor([[[0.0000, 1.0000],
-                 [0.8415, 0.5403]]])
-    """
-    return _sinusoid(torch.arange(prefix + grid[0] * grid[1]), dim)[None]
-
-
-def sinusoidal_2d(grid: Grid, prefix: int, dim: int) -> Tensor:
-    """Return the table (1, prefix + H·W, D): half the channels for the column, half for the row; prefix rows are zero.
-
-    Raises:
-        UsageError: Where 4 does not divide D: each half interleaves a sine and a cosine.
-
-    Example:
-        >>> from lape.method import sinusoidal_2d
-        >>> sinusoidal_2d((2, 2), prefix=1, dim=4)[0, 0]
-        tensor([0., 0., 0., 0.])
-    """
-    if dim % 4:
-        raise UsageError(f"A 2-D sinusoid needs a width that 4 divides; this model's is {dim}. Use pe='sinusoidal-1d'.")
-    height, width = grid
-    column = _sinusoid(torch.arange(width), dim // 2).expand(height, width, dim // 2)
-    row = _sinusoid(torch.arange(height), dim // 2)[:, None].expand(height, width, dim // 2)
-    patches = torch.cat([column, row], dim=-1).reshape(1, height * width, dim)
-    return F.pad(patches, (0, 0, prefix, 0))
-
-
-def _sinusoid(positions: Tensor, dim: int) -> Tensor:  # (P,) -> (P, dim)
-    # The angle is rounded to float32 before its sine is taken, as the authors do.
-    channel = torch.arange(dim, dtype=torch.float64)
-    angle = (positions[:, None] / 10000 ** (2 * (channel // 2) / dim)).float()
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
-
-
-@dataclass(frozen=True)
-class Table:
-    """A kind of (1, N, D) table: how it is made, and whether it learns.
-
-    A learnable table is resized for a new grid, a fixed one is made anew.
-
-    Example:
-        >>> from lape.method import TABLES
-        >>> TABLES["sinusoidal-1d"].learns, TABLES["learnable"].make((2, 2), 0, 8).shape
-        (False, torch.Size([1, 4, 8]))
-    """
-
-    make: Callable[[Grid, int, int], Tensor]
-    learns: bool
-
-    def holds(self, values: Tensor, grid: Grid, prefix: int) -> bool:
-        """Return whether values (..., N, D) can be of this kind: a fixed table has its own, up to half precision."""
-        rows, dim = values.shape[-2:]
-        if self.learns or rows != prefix + grid[0] * grid[1]:
-            return self.learns
-        fixed = self.make(grid, prefix, dim).to(values.device).view_as(values)
-        return torch.allclose(values.float(), fixed, rtol=0, atol=5e-3)
-
-
-TABLES = {
-    "learnable": Table(learnable, learns=True),
-    "sinusoidal-1d": Table(sinusoidal_1d, learns=False),
-    "sinusoidal-2d": Table(sinusoidal_2d, learns=False),
-}
-
-
-@dataclass(frozen=True)
-class RelativeBias:
-    """A 2-D relative bias in every layer: a table ((2H-1)(2W-1), heads), with or without a LayerNorm of its own.
-
-    Example:
-        >>> import torch
-        >>> from lape.method import RelativeBias
-        >>> table = torch.randn(3 * 3, 2)  # 2×2 patches, two heads
-        >>> RelativeBias(normed=False)(table, grid=(2, 2), prefix=1).shape
-        torch.Size([1, 2, 5, 5])
-    """
-
-    normed: bool  # whether a LayerNorm over the keys follows the table
-
-    def __call__(self, table: Tensor, grid: Grid, prefix: int, norm: nn.Module | None = None) -> Tensor:
-        """Return the bias (1, heads, N, N), zero for prefix tokens.
-
-        Query i and key j read entry (Δrow + H - 1)(2W - 1) + Δcolumn + W - 1 of the table, Δ being i's minus j's.
-        """
-        height, width = grid
-        row = torch.arange(height, device=table.device).repeat_interleave(width)  # (H·W,)
-        column = torch.arange(width, device=table.device).repeat(height)
-        delta_row = row[:, None] - row + height - 1
-        delta_column = column[:, None] - column + width - 1
-        bias = table[delta_row * (2 * width - 1) + delta_column].movedim(-1, 0)[None]  # (1, heads, H·W, H·W)
-        if norm is not None:
-            bias = norm(bias)  # over the keys
-        return F.pad(bias, (prefix, 0, prefix, 0))
-
-
-BIASES = {"relative": RelativeBias(normed=False), "relative-layernorm": RelativeBias(normed=True)}
-
-
-@dataclass(frozen=True)
-class PositionEmbedding:
-    """What a model knows of positions: a table, a relative bias, both or neither.
-
-    Example:
-        >>> from lape.method import POSITION_EMBEDDINGS
-        >>> POSITION_EMBEDDINGS["learnable+relative"].bias
-        RelativeBias(normed=False)
-    """
-
-    name: str  # as `lape.apply(pe=...)` takes it
-    table: Table | None = None  # joined with the tokens
-    bias: RelativeBias | None = None  # added to the attention logits
-
-
-POSITION_EMBEDDINGS = {
-    "none": PositionEmbedding("none"),
-    **{name: PositionEmbedding(name, table) for name, table in TABLES.items()},
-    **{name: PositionEmbedding(name, None, bias) for name, bias in BIASES.items()},
-    **{f"{t}+{b}": PositionEmbedding(f"{t}+{b}", TABLES[t], BIASES[b]) for t in TABLES for b in BIASES},
-}
+        rotation = None if self.rotation is None else self.rotation[:, 0][:, :, rows].movedim(2, 1)
+        return self.of_tokens(lambda part: part[0][rows])._replace(bias=bias, rotation=rotation)
 
 
 # --- LN_ω and what may stand in for it (Table 8) ------------------------------------------------------------------
@@ -393,6 +264,23 @@ def normed_in_turn(position: Tensor, norm: PositionNorm | None) -> Step:
     return Rung(attention=normed), norm.hand_on(normed)
 
 
+def normed_behind_the_first(position: Tensor, norm: PositionNorm | None) -> Step:
+    """x_0 = α + ω, then MSA_l(LN_x|l(x_l) + ω_l) with ω_l = LN_ω|l(ω_{l-1}) from l = 1 on: PVG, the join `pvg`.
+
+    Lee, Ham, Kim (AAAI 2025, arXiv 2502.02919), as read from accounts of their text by others. Layer 0 has no norm.
+
+    Example:
+        >>> import torch
+        >>> from lape.method import PositionNorm, normed_behind_the_first
+        >>> table, norm = torch.randn(1, 5, 8), PositionNorm(8, eps=1e-6)
+        >>> first, following = normed_behind_the_first(table, None)
+        >>> second, _ = normed_behind_the_first(following, norm)
+        >>> first.residual is table, second.attention.equal(norm(table))
+        (True, True)
+    """
+    return (Rung(residual=position), position) if norm is None else normed_in_turn(position, norm)
+
+
 @dataclass(frozen=True)
 class Join:
     """A way of joining ω with the tokens: one layer's step, and what the steps are made from.
@@ -405,7 +293,9 @@ class Join:
 
     name: str  # as `lape.apply(join=...)` takes it
     step: Callable[[Tensor, PositionNorm | None], Step]  # from ω_l and LN_ω|l to the rung, and ω_{l+1}
-    normed: bool = False  # has a PositionNorm in every layer
+    normed: bool = False  # has a PositionNorm in every layer from `first` on
+    first: int = 0
+    final: bool = False  # has another, of ω_0, whose output joins that of the norm behind the last layer
     table_per_layer: bool = False  # layer l is handed a table of its own
     with_tokens: bool = False  # ω is part of x_0: it meets the tokens before their dropout
     hands_on: bool = False  # ω_{l+1} is made of ω_l, and so crosses from one stage of a model to the next
@@ -423,7 +313,8 @@ class Join:
         rungs, position = [], tables[0]
         for layer in range(max(len(tables), len(norms))):
             handed = tables[layer] if self.table_per_layer else position
-            rung, position = (Rung(), None) if handed is None else self.step(handed, norms[layer] if norms else None)
+            norm = norms[layer] if norms and layer >= self.first else None
+            rung, position = (Rung(), None) if handed is None else self.step(handed, norm)
             rungs.append(rung)
         return rungs
 
@@ -436,6 +327,8 @@ JOINS = {
         Join("unshared", into_the_stream, table_per_layer=True),
         Join("lape-sharing", normed_alike, normed=True, hands_on=True),
         Join("lape", normed_in_turn, normed=True, hands_on=True),
+        Join("pvg", normed_behind_the_first, normed=True, first=1, with_tokens=True, hands_on=True),
+        Join("mpvg", normed_behind_the_first, normed=True, first=1, final=True, with_tokens=True, hands_on=True),
     )
 }
 
@@ -516,12 +409,16 @@ class Scheme:
         if position is None:
             return Rung(), None
         rung, following = self.join.step(position, norm)
-        if self.start.preserves:
-            assert norm is not None
+        if self.start.preserves and norm is not None:
             rung = weighed(rung, norm)
         if self.start.table_stays and layer == 0:
             rung = rung._replace(residual=position)
         return rung, following
+
+    def last(self, position: Tensor, norm: PositionNorm) -> Rung:
+        """Return the rung of the norm behind the last layer, LN(x_L) + LN'(ω_0), of a join that has one."""
+        rung = Rung(attention=norm(position))
+        return weighed(rung, norm) if self.start.preserves else rung
 
 
 def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh") -> Scheme:
@@ -545,11 +442,16 @@ def scheme(join: str, pe: str, pe_norm: str = "layernorm", start: str = "fresh")
         lape.errors.UsageError: pe='none' has no table, so join='lape' has nothing to join. ...
     """
     chosen = choose(JOINS, join, "a join")
-    embedding = choose(POSITION_EMBEDDINGS, pe, "a position embedding (pe)")
+    embedding = position_embedding(pe)
     norm = choose(POSITION_NORMS, pe_norm, "a PE norm (pe_norm)")
-    if embedding.table is None and not chosen.with_tokens:
-        what = "has no table" if embedding.bias is None else "is added to attention logits, not to tokens"
-        edit = f"join='default', or pe={'learnable' if embedding.bias is None else f'learnable+{pe}'!r}"
+    if embedding.table is None and (chosen.normed or not chosen.with_tokens):
+        where = {
+            "is added to attention logits, not to tokens": embedding.bias,
+            "turns queries and keys": embedding.rotation,
+            "looks at the neighbours of a patch": embedding.convolution,
+        }
+        what = next((told for told, part in where.items() if part is not None), "has no table")
+        edit = f"join='default', or pe={embedding.beside('learnable')!r}"
         raise UsageError(f"pe={pe!r} {what}, so join={join!r} has nothing to join. Use {edit}.")
     if chosen.table_per_layer and embedding.table is not None and not embedding.table.learns:
         raise UsageError(

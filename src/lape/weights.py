@@ -29,8 +29,9 @@ from lape.hosts import Host, as_rows, blocks_path, class_names, find, grid_of, v
 from lape.hosts.registry import RECORD
 from lape.method import POSITION_EMBEDDINGS, TABLES, Grid, Table
 from lape.names import SchemeNames
+from lape.surgery.hooks import GENERATOR
 from lape.surgery.operation import apply
-from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
+from lape.surgery.positions import BIAS_TABLE, FOURIER, FREQUENCIES, Positions, resized_bias_table
 from lape.surgery.proxy import Proxies
 
 Weights = dict[str, Tensor]
@@ -44,7 +45,8 @@ _AVERAGES = ("state_dict_ema", "model_ema")
 _KEPT = (*_AVERAGES, "state_dict", "model")
 _OF_TRANSFORMERS = "transformers.modeling_utils.PreTrainedModel"
 # What a start may lack in patch embedding, blocks and tables; layer scales start where they change nothing, at 1.
-_MAY_BE_NEW = re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|absolute_pos_embed|ls\d\.gamma)$")
+_BROUGHT = rf"pe_norm\.\w+|{BIAS_TABLE}|{FREQUENCIES}|{GENERATOR}\.\w+|{FOURIER}\.[\w.]+"  # by a join, beside its table
+_MAY_BE_NEW = re.compile(rf"(^|\.)({_BROUGHT}|absolute_pos_embed|ls\d\.gamma)$")
 _PREFIX_TOKENS = ("cls_token", "dist_token", "reg_token")
 _PATCHES = "patch_embed.proj.weight"
 
@@ -246,6 +248,7 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
         converted = {f"{path}{name}": value for name, value in convert(inside, vit).items()}
         return converted | renamed(around, getattr(model, "names", ()))
     named = {name: value for name, value in renamed(weights, host.files.names).items() if not _RECOMPUTED.search(name)}
+    named = _frequencies_by_block(named, vit)
     # timm's filter would resample patches of another size, which are another model's, and tables by a rule of its own:
     # also relative ones that fit, where a window is no square.
     own = vit.state_dict()
@@ -257,6 +260,25 @@ def convert(weights: Mapping[str, Tensor], model: nn.Module) -> Weights:
     fitting = {host.table: named.get(host.table)}  # to the filter the model's table has the file's size
     found = given(named, Proxies(type(vit), [host.table]).of(vit, fitting)[0], **options) | around
     return found | dict(_fitted_tables(found, vit, host))
+
+
+def _frequencies_by_block(named: Weights, vit: nn.Module) -> Weights:
+    """Return weights with learnt rotations, one tensor (2, depth, ...) of rope-vit's or timm's, cut by block."""
+    record: Positions | None = vit.__dict__.get(RECORD)
+    whole = next((name for name in ("freqs", "rope.freqs") if name in named), None)
+    places = {part: name for name, part in vit.named_modules()}
+    own = {
+        f"{places[block]}.{FREQUENCIES}": block.get_parameter(FREQUENCIES)
+        for block in (record.blocks if record else ())
+        if FREQUENCIES in block._parameters
+    }
+    if whole is None or not own:
+        return named
+    values = named[whole]
+    if values.ndim < 3 or values.shape[1] != len(own) or values.numel() != sum(part.numel() for part in own.values()):
+        return named
+    cut = {name: values[:, layer].reshape(part.shape) for layer, (name, part) in enumerate(own.items())}
+    return {name: value for name, value in named.items() if name != whole} | cut
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -322,7 +344,7 @@ def _fitted(
     record: Positions | None = vit.__dict__.get(RECORD)
     embedding = host.embedding.own if record is None else record.scheme.embedding.name
     kind = POSITION_EMBEDDINGS[embedding].table
-    if kind is not None and not kind.learns:
+    if isinstance(kind, Table) and not kind.learns:
         if rows == own.shape[1] and kind.holds(table, grid, kept):
             return table
         if not _of_some_grid(kind, table, {kept, brought, 0, 1}):
@@ -461,7 +483,7 @@ def load_backbone(model: nn.Module, source: str | Path | Mapping[str, Any]) -> S
 def _of_a_join(host: Host) -> re.Pattern[str]:
     """Return a pattern of the names that a join adds to a model or takes from it."""
     tables = {"pos_embed", "absolute_pos_embed", host.table_name, host.table.removeprefix(f"{host.holder}.")}
-    return re.compile(rf"(^|\.)(pe_norm\.\w+|{BIAS_TABLE}|{'|'.join(map(re.escape, sorted(tables)))})$")
+    return re.compile(rf"(^|\.)({_BROUGHT}|{'|'.join(map(re.escape, sorted(tables)))})$")
 
 
 def _read(source: str | Path | Mapping[str, Any], fetch: Callable[[str], _Source] | None = None) -> _Source:
@@ -533,7 +555,7 @@ def _converted(weights: Weights, target: nn.Module, vit: nn.Module, host: Host, 
         table = f"{_path(target, vit)}{host.table}"
         own = target.state_dict().get(table)
         values = weights.get(table)
-        if kind is None or record is None or own is None or values is None or not _alike(own, values):
+        if not isinstance(kind, Table) or record is None or own is None or values is None or not _alike(own, values):
             return weights
         if not kind.holds(as_rows(values), record.grid, record.prefix_rows):
             raise _learnt(record.scheme.embedding.name)
@@ -591,7 +613,8 @@ def _names(record: Positions) -> SchemeNames:
     """Return what `apply` calls the scheme of a model, with a learnt table for a fixed one: any file's goes in."""
     names = record.scheme.names
     table, plus, bias = str(names.pe).partition("+")
-    return names._replace(pe=table if table not in TABLES else f"learnable{plus}{bias}")
+    fixed = table in TABLES and not TABLES[table].learns
+    return names._replace(pe=f"learnable{plus}{bias}" if fixed else names.pe)
 
 
 @contextmanager

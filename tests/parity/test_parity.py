@@ -22,7 +22,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import lape
-from lape.method import PositionNorm
+from lape.embeddings import ROTATIONS, biases, position_embedding, turn_halves, turn_pairs
+from lape.embeddings.rotations import cosine_and_sine
+from lape.method import BIASES, PositionNorm, Rung
 from lape.models import swin as published_swin
 from lape.models.ceit import CeiT
 from lape.models.compact import BETWEEN, CompactTransformer
@@ -35,7 +37,12 @@ from lape.surgery.positions import BIAS_OWN
 from lape.weights import convert, renamed
 
 FOLDER = Path(os.environ.get("LAPE_FIXTURES") or Path(__file__).parents[1] / "fixtures")
-CASES = sorted(FOLDER.rglob("*.json"))
+# Readings of PVG and MPVG that are not built: what the blocks are handed, and which table the last norm gets, is known
+# from accounts by others alone, and `fixtures/positions/README.md` says which reading stands.
+NOT_BUILT = ("gap_pvg", "gap_mpvg", "gap_mpvg_progressive")
+FILES = sorted(path for path in FOLDER.rglob("*.json") if path.stem not in NOT_BUILT)
+TABLES_OF_POSITIONS = [path for path in FILES if path.stem.endswith("_3x5")]
+CASES = [path for path in FILES if path not in TABLES_OF_POSITIONS]
 TOLERANCE = 1e-9
 
 JOINS = {
@@ -47,6 +54,8 @@ JOINS = {
     "unshare": "unshared",
     "LaPE": "lape",
     "LaPE-sharing": "lape-sharing",
+    "PVG": "pvg",
+    "MPVG": "mpvg",
 }
 TABLES = {
     "learnable": "learnable",
@@ -69,11 +78,41 @@ NORMS = {
 }
 
 
+def fourier(asked: Mapping[str, Any]) -> str:
+    return f"fourier:features={asked['fourier_dim']}:hidden={asked['hidden_dim']}"
+
+
+def look_here(asked: Mapping[str, Any]) -> str:
+    rounded = {"none": "", "bfloat16": ":rounded=true"}[asked["bias_rounding"]]
+    slope = "" if asked["global_slope"] == 1 else f":slope={asked['global_slope']:g}"
+    return f"lookhere-{asked['name'].removeprefix('LH-')}{slope}{rounded}"
+
+
+DINOV3 = {"separate": "rope-dinov3", "max": "rope-dinov3-max", "min": "rope-dinov3-min"}
+POSITIONS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "none": lambda asked: None,
+    "rope_axial": lambda asked: "rope-axial",
+    "rope_mixed": lambda asked: "rope-mixed",
+    "rope_dinov3": lambda asked: DINOV3[asked["normalize_coords"]],
+    "alibi_2d": lambda asked: "alibi-2d",
+    "lookhere": look_here,
+    "peg": lambda asked: {1: "peg", 5: "peg-5"}[len(asked["after_blocks"])],
+}
+
+
+def embedding(case: dict[str, Any]) -> str:
+    """The name of what a case knows of positions."""
+    arch, others = case["arch"], case["arch"].get("position")
+    table = fourier(arch["lff"]) if case["pe"] == "learnable_fourier" else TABLES[case["pe"]]
+    parts = [None if table == "none" else table, None if others is None else POSITIONS[others["kind"]](others)]
+    return "+".join(part for part in parts if part is not None) or "none"
+
+
 SIZES = ("img_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 def joined(model: nn.Module, case: dict[str, Any]) -> nn.Module:
-    pe = TABLES[case["pe"]] + ("-layernorm" if case["join"] == "LN" else "")
+    pe = embedding(case) + ("-layernorm" if case["join"] == "LN" else "")
     return lape.apply(model, JOINS[case["join"]], pe, NORMS[case["arch"].get("pe_norm_kind", "layernorm")])
 
 
@@ -140,11 +179,29 @@ def segmenter(case: dict[str, Any]) -> nn.Module:
     return Segmenter(joined(encoder, case), decoder)
 
 
+POOLED = {"cls": {}, "avg": {"global_pool": "avg"}}
+NORMED_LAST: dict[str, dict[str, Any]] = {
+    "norm on all tokens, before pooling": {"fc_norm": False},
+    "fc_norm after pooling (no norm before)": {"fc_norm": True},
+}
+
+
+def plain_vit(case: dict[str, Any]) -> nn.Module:
+    """A VisionTransformer; those of `positions` say more of tokens and pooling."""
+    if "class_token" not in case["arch"]:
+        return vit(case, VisionTransformer, PATCH, BIAS)
+    arch = case["arch"]
+    tokens = {"class_token": arch["class_token"], "reg_tokens": arch["reg_tokens"]}
+    rows = {"no_embed_class": arch["pe_rows"] == "patch tokens only"} if "pe_rows" in arch else {}
+    pooling: dict[str, Any] = POOLED[arch["pooling"]] | NORMED_LAST[arch["final_norm"]]
+    return vit(case, VisionTransformer, PATCH, BIAS, **tokens, **rows, **pooling)
+
+
 PATCH, BIAS = ("patch_size", "patch_size"), ("qkv_bias", "qkv_bias")
 KERNEL, CONVOLUTIONS = ("kernel", "kernel_size"), ("convolutions", "n_conv_layers")
 CEIT = (("stem_dim", "stem_chans"), ("leff_local_size", "leff_kernel"), ("leff_with_bn", "leff_with_bn"))
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
-    "vit": lambda case: vit(case, VisionTransformer, PATCH, BIAS),
+    "vit": plain_vit,
     "deit_distilled": lambda case: vit(case, VisionTransformerDistilled, PATCH, BIAS),
     "t2t_vit": lambda case: vit(case, T2TViT, BIAS, ("token_dim", "token_dim")),
     "ceit": lambda case: vit(case, CeiT, PATCH, BIAS, *CEIT),
@@ -197,6 +254,10 @@ class Asked(Mapping[str, Any]):
 SENTENCES = {
     *("pooling", "block", "lca_pe", "attention_scale_position", "rpe_norm_axis", "pe_norm_formula"),
     "positional_embedding_upstream",
+    # Of positions: formulas, which the numbers hold us to.
+    *("block", "pooling_formula", "join_formula", "pe_norm_formula", "lff/coords_formula", "lff/formula", "lff/keys"),
+    *(f"position/{name}" for name in ("frequencies", "angles", "pair_layout", "applied_to", "periods", "coordinates")),
+    *(f"position/{name}" for name in ("augmentation", "slope_rule", "bias", "views", "op", "keys")),
 }
 OF_TRAINING = {"drop_rate", "attn_drop_rate", "drop_path_rate", "dropout", "attention_dropout", "stochastic_depth"}
 # What they say of the model, and what it is in ours.
@@ -238,6 +299,27 @@ SAID: dict[str, Callable[[Any], Any]] = {
     "act": lambda model: "gelu (erf)",
     "pe_norm_eps": lambda model: one(part.eps for part in model.modules() if isinstance(part, PositionNorm)),
     "progressive": lambda model: positions(model).scheme.join.name == "lape",
+    "token_order": lambda model: [
+        *(["cls"] if model.cls_token is not None else []),
+        *(["registers"] if model.num_reg_tokens else []),
+        "patches (row-major)",
+    ],
+    "pe_delivery": lambda model: "progressive" if positions(model).scheme.join.hands_on else "initial",
+    "last_pe": lambda model: "initial",
+    "lff/groups": lambda model: 1,
+    "lff/gamma": lambda model: model.lff.Wr.gamma,
+    "lff/coords": lambda model: "unit_centre",
+    "lff/prefix_rows": lambda model: "zero",
+    "position/theta": lambda model: positions(model).scheme.embedding.rotation.theta,
+    "position/base": lambda model: positions(model).scheme.embedding.rotation.theta,
+    "position/head_dim": lambda model: model.blocks[0].attn.head_dim,
+    "position/slopes": lambda model: positions(model).scheme.embedding.bias.slopes(model.blocks[0].attn.num_heads),
+    "position/layer_slopes": lambda model: [1.5, 0.5],
+    "position/layer_scale": lambda model: [
+        float(positions(model).scheme.embedding.bias.of_layer(torch.ones(()), layer, len(model.blocks)))
+        for layer in range(len(model.blocks))
+    ],
+    "position/head_slopes": lambda model: [slope for _, slope in heads(model)],
     "rpe_norm_dim": lambda model: model.blocks[0].get_submodule(BIAS_OWN).pe_norm.normalized_shape[0],
     "rpe_norm_eps": lambda model: model.blocks[0].get_submodule(BIAS_OWN).pe_norm.eps,
 }
@@ -299,6 +381,37 @@ SAID_OF: dict[str, dict[str, Callable[[Any], Any]]] = {
 }
 
 
+def heads(model: nn.Module) -> tuple[tuple[Any, float], ...]:
+    """The direction and the slope of every head."""
+    scheme = positions(model).scheme
+    return scheme.embedding.bias.heads[model.blocks[0].attn.num_heads]
+
+
+# What is said in another form than the model has it, and whether it is so.
+HOLDS: dict[str, Callable[[Any, Any], bool]] = {
+    # The names of sets; the views themselves are compared beside them.
+    "position/head_directions": lambda model, said: set(said.split("-")) <= {*SETS, "none"},
+    "position/head_views": lambda model, said: all(
+        torch.equal(seen(text, *APART), view(*APART)) for text, (view, _) in zip(said, heads(model), strict=True)
+    ),
+}
+SETS = {
+    "halves": biases.HALVES,
+    "corners": biases.CORNERS,
+    "triangles": biases.TRIANGLES,
+    "eighths1": biases.EIGHTHS_1,
+    "eighths2": biases.EIGHTHS_2,
+}
+APART = tuple(torch.meshgrid(torch.arange(-4.0, 5), torch.arange(-4.0, 5), indexing="ij"))
+
+
+def seen(text: str, row: Tensor, column: Tensor) -> Tensor:
+    """Which offsets a sentence such as "dr<=-abs(dc) and dc<=0" is true of."""
+    names = {"dr": row, "dc": column, "abs": torch.abs, "True": torch.ones_like(row, dtype=torch.bool)}
+    truths = [eval(part, {"__builtins__": {}}, names) for part in text.split(" and ")]
+    return torch.stack([truth if isinstance(truth, Tensor) else names["True"] for truth in truths]).all(0)
+
+
 def one(values: Iterator[Any]) -> Any:
     """What all of them are."""
     (value,) = set(values)
@@ -319,6 +432,8 @@ def built(case: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
             assert list(state[name.removeprefix("pe_shapes/")].shape) == value, name
         elif name in SENTENCES:
             assert isinstance(value, str), name
+        elif name in HOLDS:
+            assert HOLDS[name](model, value), f"{name}={value!r} is not so"
         elif name not in OF_TRAINING:
             assert name in said, f"nothing asks for {name}={value!r}"
             assert said[name](model) == value, f"{name}={value!r}, and the model has {said[name](model)!r}"
@@ -403,13 +518,137 @@ def test_computes_what_the_reference_computes(path: Path) -> None:
     gradients = {} if head else convert(state | filed, model)
     among = {value.untyped_storage().data_ptr() for value in filed.values()}
     gradients = {name: value for name, value in gradients.items() if value.untyped_storage().data_ptr() in among}
-    assert len(gradients) == len(filed)
+    assert {value.untyped_storage().data_ptr() for value in gradients.values()} == among
     for name, reference in gradients.items():
         gradient = model.get_parameter(name).grad
         assert gradient is not None, f"{name} has no gradient"
         assert_close(gradient, reference, f"gradient of {name}")
     for layer, rung in enumerate([] if head else lape.ladder(model)):
-        if f"aux/pe.{layer}" in tensors:
-            assert rung.attention is not None
+        assert_angles_and_bias(rung, tensors, model, layer)
+        if f"aux/pe.{layer}" in tensors and rung.attention is not None:
             reference = tensors[f"aux/pe.{layer}"]  # without its batch axis where the authors' table has none
             assert_close(rung.attention.detach(), reference.view_as(rung.attention), f"p_{layer}")
+
+
+def assert_angles_and_bias(rung: Rung, tensors: dict[str, Tensor], model: nn.Module, layer: int) -> None:
+    """The rotation and the bias of a layer are those of the case, and none of its prefix tokens'."""
+    if "aux/angles" in tensors:
+        angles = tensors["aux/angles"]
+        of_layer = angles[layer] if angles.ndim == 4 else angles[None]
+        assert rung.rotation is not None
+        expected = cosine_and_sine(of_layer, model.num_prefix_tokens)  # pyright: ignore
+        assert_close(rung.rotation.detach(), expected, f"rotation of layer {layer}")
+    if "aux/bias" in tensors:
+        assert rung.bias is not None
+        prefix = model.num_prefix_tokens
+        assert not rung.bias[..., :prefix].any()  # pyright: ignore
+        assert not rung.bias[..., :prefix, :].any()  # pyright: ignore
+        bias = rung.bias[0, :, prefix:, prefix:]  # pyright: ignore
+        expected = tensors["aux/bias"] * (1.5 - layer / (positions(model).depth - 1) if "aux/visible" in tensors else 1)
+        visible = tensors["aux/visible"].bool() if "aux/visible" in tensors else torch.ones_like(bias, dtype=torch.bool)
+        assert torch.equal(bias.isfinite(), visible)
+        if not (scheme := positions(model).scheme.embedding).name.endswith("rounded=true"):
+            assert_close(bias[visible], expected[visible], f"bias of layer {layer}, {scheme.name}")
+
+
+# --- Tables of positions without a model
+
+
+def test_every_table_is_compared() -> None:
+    names = {path.stem for path in TABLES_OF_POSITIONS}
+    known = {*ANGLES, "angles_rope_mixed_3x5", "bias_alibi2d_3x5", "bias_lookhere_3x5"}
+    assert names == known or (names <= known and "LAPE_FIXTURES" in os.environ)
+
+
+ANGLES = {
+    "angles_rope_axial_3x5": {"": "rope-axial"},
+    "angles_rope_dinov3_3x5": {f".{ours}": name for ours, name in DINOV3.items()},
+}
+
+
+@pytest.mark.parametrize("path", TABLES_OF_POSITIONS, ids=lambda path: path.stem)
+def test_tables_of_positions_are_the_references(path: Path) -> None:
+    case, tensors, cpu = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors")), torch.device("cpu")
+    grid = tuple(case["grid"])
+    for suffix, name in ANGLES.get(path.stem, {}).items():
+        kind = ROTATIONS[name]
+        angles = kind.angles(grid, case["head_dim"], cpu)
+        assert_close(angles[0], tensors[f"aux/angles{suffix}"], "angles")
+        turned = kind.turn(tensors["aux/example_in"][None, None], cosine_and_sine(angles, 0))
+        assert_close(turned[0, 0], tensors[f"aux/example_out{suffix}"], "a turned query")
+        assert kind.turn is (turn_halves if "dinov3" in name else turn_pairs)
+    if path.stem == "angles_rope_mixed_3x5":
+        for layer, frequencies in enumerate(tensors["state/freqs"].double().unbind(1)):
+            frequencies = frequencies.unflatten(1, (case["num_heads"], -1))
+            angles = ROTATIONS["rope-mixed"].angles(frequencies, grid)
+            assert_close(angles, tensors["aux/angles"][layer], "angles")
+            turned = turn_pairs(tensors["aux/example_in"][None], cosine_and_sine(angles, 0))
+            assert_close(turned[0], tensors["aux/example_out"][layer], "a turned query")
+    for count, slopes in case.get("slopes", {}).items():
+        alibi = BIASES["alibi-2d"]
+        assert alibi.slopes(int(count)) == pytest.approx(slopes, rel=1e-12)
+        if f"aux/bias.{count}" in tensors:
+            bias = alibi.make(grid, 0, int(count), cpu)
+            assert_close(bias[0], tensors[f"aux/bias.{count}"], "bias")
+    for name, views in case.get("views", {}).items():
+        assert [torch.equal(seen(text, *APART), view(*APART)) for text, view in zip(views, SETS[name], strict=True)]
+        offsets = biases.offsets(grid, cpu)
+        ours = torch.stack([view(*offsets) for view in SETS[name]])
+        assert torch.equal(ours, tensors[f"aux/visible.{name}"].bool())
+    for name, config in case.get("configs", {}).items():
+        kind, count = name.removeprefix("LH-").split(".")
+        ours = BIASES[f"lookhere-{kind}"].heads[int(count)]
+        assert [slope for _, slope in ours] == config["head_slopes"]
+        for text, (view, _) in zip(config["head_views"], ours, strict=True):
+            assert torch.equal(seen(text, *APART), view(*APART))
+    if "aux/ref_bias_bf16_lh90_layer0" in tensors:
+        kind = position_embedding("lookhere-90:slope=2:rounded=true").bias
+        bias = kind.of_layer(kind.make(grid, 0, 12, cpu), 0, 1)[0]
+        reference = tensors["aux/ref_bias_bf16_lh90_layer0"].double()
+        assert torch.equal(bias.where(bias.isfinite(), reference), reference)
+
+
+def test_readings_that_are_not_built_are_there_by_name() -> None:
+    """A reading is told from a case that is missing."""
+    stems = {path.stem for path in FOLDER.rglob("*.json")}
+    assert set(NOT_BUILT) <= stems or "LAPE_FIXTURES" in os.environ
+
+
+# --- Parameters, as `fixtures/positions/README.md` has them (224 px, patch 16, 1000 classes)
+
+COUNTS: list[tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]] = [
+    ({}, {"join": "default"}, (5_717_416, 22_050_664, 86_567_656)),
+    ({}, {"join": "lape"}, (5_722_024, 22_059_880, 86_586_088)),
+    *(
+        ({}, {"join": "default", "pe": pe}, (5_679_592, 21_975_016, 86_416_360))
+        for pe in ("none", "rope-axial", "rope-dinov3", "alibi-2d")
+    ),
+    ({}, {"join": "default", "pe": "learnable+rope-axial"}, (5_717_416, 22_050_664, 86_567_656)),
+    ({"no_embed_class": True}, {"join": "default", "pe": "learnable+alibi-2d"}, (5_717_224, 22_050_280, 86_566_888)),
+    ({}, {"join": "lape", "pe": "learnable+rope-dinov3"}, (5_722_024, 22_059_880, 86_586_088)),
+    ({}, {"join": "default", "pe": "rope-mixed"}, (5_681_896, 21_979_624, 86_425_576)),
+    ({}, {"join": "default", "pe": "learnable+rope-mixed"}, (5_719_720, 22_055_272, 86_576_872)),
+    ({}, {"join": "lape", "pe": "learnable+rope-mixed"}, (5_724_328, 22_064_488, 86_595_304)),
+    ({}, {"join": "default", "pe": "peg"}, (5_681_512, 21_978_856, 86_424_040)),
+    ({}, {"join": "default", "pe": "peg-5"}, (5_689_192, 21_994_216, 86_454_760)),
+    ({}, {"join": "default", "pe": "fourier"}, (5_692_296, 22_000_392, 86_467_080)),
+    ({}, {"join": "lape", "pe": "fourier"}, (5_696_904, 22_009_608, 86_485_512)),
+]
+GAP: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+COUNTS += [
+    (GAP, {"join": "default", "pe": "peg"}, (5_681_320, 21_978_472, 86_423_272)),
+    (GAP, {"join": "default"}, (5_717_032, 22_049_896, 86_566_120)),
+    (GAP, {"join": "lape"}, (5_721_640, 22_059_112, 86_584_552)),
+    (GAP, {"join": "pvg"}, (5_721_256, 22_058_344, 86_583_016)),
+    (GAP, {"join": "mpvg"}, (5_721_640, 22_059_112, 86_584_552)),
+]
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12)], ids=["tiny", "small", "base"])
+def test_parameters_are_as_many_as_published(width: int, heads: int) -> None:
+    size = {192: 0, 384: 1, 768: 2}[width]
+    for options, names, counts in COUNTS:
+        with torch.device("meta"):
+            model = VisionTransformer(embed_dim=width, num_heads=heads, weight_init="skip", **options)
+            lape.apply(model, **names)
+        assert sum(part.numel() for part in model.parameters()) == counts[size], (options, names)

@@ -25,10 +25,15 @@ def comparable(model: nn.Module) -> Positions:
             f"A {record.host.name} puts a norm on its residual stream, so what join={scheme.join.name!r} adds "
             "there does not reach later layers as it was. Use join='lape' or 'lape-sharing'."
         )
-    if scheme.start.preserves:
+    if scheme.start.preserves or (scheme.with_tokens and scheme.join.normed):
+        what, edit = (
+            (f"start={scheme.start.name!r}", "start='fresh'")
+            if scheme.start.preserves
+            else (f"join={scheme.join.name!r}", "join='lape'")
+        )
         raise UsageError(
-            f"start={scheme.start.name!r} brings positions to attention in two ways, and how they add up depends "
-            "on the tokens. Take a model with start='fresh'."
+            f"{what} brings positions to attention in two ways, and how they add up depends on the tokens. Take a "
+            f"model with {edit}."
         )
     if scheme.embedding.table is None:
         raise UsageError(

@@ -131,8 +131,8 @@ def compare(
     """Train several ways of joining side by side and report how they differ.
 
     Args:
-        joins: Ways of joining, among default, shared, unshared, lape-sharing, lape.
-        pe: Position tables, among learnable, sinusoidal-1d, sinusoidal-2d, none, relative, relative-layernorm.
+        joins: Ways of joining, among default, shared, unshared, lape-sharing, lape, pvg, mpvg.
+        pe: Position embeddings, as lape train --pe takes them: learnable, rope-mixed, learnable+alibi-2d.
         pe_norm: PE norms of the joins that have them: layernorm, and what stands in its place in Table 8.
         start: Starts of the joins that have PE norms, among fresh, preserve.
         seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves.

@@ -15,13 +15,33 @@ Resize = Callable[[Tensor, Grid, Grid, int], Tensor]  # table (1, rows, D), new 
 
 
 @dataclass(frozen=True)
+class Rotated:
+    """Where queries and keys can be turned: two modules that put them out, Rotated("attn.q_norm", "attn.k_norm").
+
+    Example:
+        >>> import lape
+        >>> lape.Block("norm", rotated=(lape.hosts.Rotated("attn.q", "attn.k", axis=None),)).rotated[0].axis is None
+        True
+    """
+
+    queries: str
+    """Path from the block to the module whose output they are."""
+
+    keys: str
+    """Likewise."""
+
+    axis: int | None = 1
+    """The axis of heads there: 1 of (B, heads, N, d), 2 of (B, N, heads, d), None of (B, N, heads·d)."""
+
+
+@dataclass(frozen=True)
 class Block:
     """Where one kind of block normalises its tokens for attention.
 
     Example:
         >>> import lape
         >>> lape.Block("norm1")  # most ViTs: the output of block.norm1 enters attention, and nothing else
-        Block(norms='norm1', projection=None, tokens=0, pre_norm=None)
+        Block(norms='norm1', projection=None, tokens=0, pre_norm=None, rotated=(), heads=None)
     """
 
     norms: str
@@ -38,6 +58,13 @@ class Block:
 
     pre_norm: str | None = None
     """The attribute by which a class that can be pre-norm or post-norm says that it is pre-norm ("norm_first")."""
+
+    rotated: tuple[Rotated, ...] = ()
+    """Where rotations turn queries and keys: the first of these that the block has. Without one it takes none."""
+
+    heads: str | int | None = None
+    """The number of its attention's heads, value or path; None: what a part of it has as num_heads or
+    num_attention_heads."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +241,9 @@ class Host:
     joint_norm: str | None = None
     """Path of a norm of tokens and table together, before the first block; an nn.Identity there is none."""
 
+    final_norm: str | None = None
+    """Path of the norm of all tokens behind the last block; None: there is none that each token goes through."""
+
     stream_is_normed: bool = False
     """A norm stands on the residual stream itself."""
 
@@ -341,6 +371,32 @@ def block_row(host: Host, block: nn.Module) -> Block:
         f"{type(block).__name__} cannot carry a join: LaPE adds the position to what a norm hands to attention, and no "
         f"norm is known to stand before this block's (a post-norm block has it behind). Blocks that can: "
         f"{', '.join(known)}."
+    )
+
+
+def rotated_at(row: Block, block: nn.Module) -> Rotated | None:
+    """Return where the queries and keys of a block can be turned."""
+
+    def there(rotated: Rotated) -> bool:
+        try:
+            return bool(parts(block, rotated.queries)) and bool(parts(block, rotated.keys))
+        except AttributeError:
+            return False
+
+    return next((rotated for rotated in row.rotated if there(rotated)), None)
+
+
+def heads_of(row: Block, block: nn.Module) -> int:
+    """Return how many heads the attention of a block has; raise UsageError where it does not say."""
+    if row.heads is not None:
+        return value_at(block, row.heads)
+    for part in block.modules():
+        for name in ("num_heads", "num_attention_heads"):
+            if isinstance(heads := getattr(part, name, None), int):
+                return heads
+    raise UsageError(
+        f"How many heads the attention of a {type(block).__name__} has is not known, and this position embedding "
+        "differs from head to head. Say it in its row: lape.Block(heads=...)."
     )
 
 

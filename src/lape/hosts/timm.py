@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lape.hosts.row import Block, Embedding, Files, Host, Refusal, Stages, WindowBias
+from lape.hosts.row import Block, Embedding, Files, Host, Refusal, Rotated, Stages, WindowBias
 
 _MODELS = "timm.models"
 _VIT = f"{_MODELS}.vision_transformer"
@@ -15,7 +15,10 @@ AUTHORS_NAMES = (
     (r"^pos_embed(\d+)$", r"blocks.\1.pos_embed"),
     (r"^(blocks\.\d+)\.attn\.(relative_position_bias_table)$", r"\1.\2"),
     (r"^(blocks\.\d+)\.attn\.(pe_norm\.\w+)$", r"\1.relative_position.\2"),
+    (r"^pos_block\.(\d+)\.proj\.0\.(\w+)$", r"blocks.\1.peg.\2"),  # of Twins and CPVT
 )
+
+_NORMED = (Rotated("attn.q_norm", "attn.k_norm"),)  # stands there whether it norms or not
 
 FILTER = _VIT  # whose `checkpoint_filter_fn` reads files of VisionTransformers
 
@@ -25,10 +28,12 @@ VISION_TRANSFORMER = Host(
     table="pos_embed",
     add_table="_pos_embed",
     block={
-        f"{_VIT}.Block": Block("norm1"),
-        f"{_VIT}.ParallelScalingBlock": Block("in_norm", "in_proj"),
+        f"{_VIT}.Block": Block("norm1", rotated=_NORMED),
+        f"{_VIT}.ParallelScalingBlock": Block("in_norm", "in_proj", rotated=(Rotated("q_norm", "k_norm", axis=2),)),
         f"{_VIT}.DiffParallelScalingBlock": Block("in_norm", "in_proj"),
-        f"{_VIT}.ParallelThingsBlock": Block("attns.*.norm"),
+        f"{_VIT}.ParallelThingsBlock": Block(
+            "attns.*.norm", rotated=(Rotated("attns.*.attn.q_norm", "attns.*.attn.k_norm"),)
+        ),
     },
     logits="attn_mask",
     grid="patch_embed.grid_size",
@@ -37,6 +42,7 @@ VISION_TRANSFORMER = Host(
     gives_map=True,
     patch_dropout="patch_drop",
     joint_norm="norm_pre",
+    final_norm="norm",
     files=Files(FILTER, AUTHORS_NAMES),
 )
 
@@ -44,7 +50,7 @@ EVA = replace(
     VISION_TRANSFORMER,
     name="timm Eva",
     model=f"{_EVA}.Eva",
-    block={f"{_EVA}.EvaBlock": Block("norm1")},
+    block={f"{_EVA}.EvaBlock": Block("norm1", rotated=_NORMED)},
     rotary="rope",
     files=Files(_EVA),
 )

@@ -13,6 +13,7 @@ VISION_TRANSFORMER = Host(
     block={f"{_MODULE}.EncoderBlock": Block("ln_1")},
     grid=("image_size", "patch_size"),
     prefix=1,
+    final_norm="encoder.ln",
 )
 
 ROWS = (VISION_TRANSFORMER,)

@@ -6,8 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from lape.hosts.resizing import cut, resize_as_timm, resize_bicubic, resize_bilinear
-from lape.hosts.row import Block, Host, Refusal, pair
+from lape.hosts.row import Block, Host, Refusal, Rotated, pair
 from lape.method import Grid
+
+_PROJECTED = (
+    Rotated("attention.q_proj", "attention.k_proj", axis=None),
+    Rotated("attention.attention.query", "attention.attention.key", axis=None),  # version 4
+)
+_OF_CLIP = (Rotated("self_attn.q_proj", "self_attn.k_proj", axis=None),)
 
 
 def _module(family: str) -> str:
@@ -20,7 +26,7 @@ def _like(row: Host, name: str, family: str, model: str, layer: str, norm: str =
     assert isinstance(row.block, dict)
     (block,) = row.block.values()
     at = _module(family)
-    blocks = {f"{at}.{layer}": Block(norm) if norm else block}
+    blocks = {f"{at}.{layer}": replace(block, norms=norm) if norm else block}
     return replace(row, name=f"transformers {name}", model=f"{at}.{model}", block=blocks, **entries)
 
 
@@ -40,9 +46,10 @@ VIT = Host(
     resize_table="interpolate_pos_encoding",
     resize=resize_bicubic,
     blocks="layers.*",
-    block={f"{_module('vit')}.ViTLayer": Block("layernorm_before")},
+    block={f"{_module('vit')}.ViTLayer": Block("layernorm_before", rotated=_PROJECTED)},
     grid=("config.image_size", "config.patch_size"),
     prefix=1,
+    final_norm="layernorm",
 )
 
 
@@ -92,13 +99,17 @@ _WITH_ENCODER = (  # blocks at `encoder.layer.*` in both versions
 
 # ω goes through the joint norm by default, as in the untouched model, and not where LaPE joins it.
 CLIP = _like(
-    VIT,
-    *("CLIP", "clip", "CLIPVisionModel", "CLIPEncoderLayer", "layer_norm1"),
+    replace(VIT, block={"": Block("layer_norm1", rotated=_OF_CLIP)}),
+    *("CLIP", "clip", "CLIPVisionModel", "CLIPEncoderLayer"),
     table="embeddings.position_embedding.weight",
     blocks="encoder.layers.*",
     joint_norm="pre_layrnorm",
+    final_norm=None,  # it norms the class token alone
 )
-SIGLIP = _like(CLIP, "SigLIP", "siglip", "SiglipVisionModel", "SiglipEncoderLayer", prefix=0, joint_norm=None)
+SIGLIP = _like(
+    replace(CLIP, prefix=0, joint_norm=None, final_norm="post_layernorm"),
+    *("SigLIP", "siglip", "SiglipVisionModel", "SiglipEncoderLayer"),
+)
 _CLIPS = (
     CLIP,
     SIGLIP,
@@ -138,7 +149,7 @@ _CLIPS_OF_BOTH_VERSIONS = (
 
 _SAMS = tuple(  # whose table is a map
     _like(
-        replace(VIT, table="pos_embed", resize_table=None, prefix=0),
+        replace(VIT, table="pos_embed", resize_table=None, prefix=0, final_norm=None),
         *(name, family, f"{kind}VisionEncoder", f"{kind}VisionLayer", "layer_norm1"),
     )
     for name, family, kind in (

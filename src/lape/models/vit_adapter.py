@@ -51,9 +51,11 @@ class AdapterBlock(Block):
         attn: Any = self.attn
         (height, width), dim = grid, tokens.shape[-1]
         rows, columns = -(-height // side), -(-width // side)
-        qkv = F.pad(attn.qkv(tokens).unflatten(1, grid), (0, 0, 0, columns * side - width, 0, rows * side - height))
-        qkv = qkv.view(-1, rows, side, columns, side, 3, attn.num_heads, dim // attn.num_heads)
-        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(1, 3).flatten(3, 4)  # (windows, heads, side², d) each
+        q, k, v = attn.qkv(tokens).unflatten(2, (3, attn.num_heads, dim // attn.num_heads)).permute(2, 0, 3, 1, 4)
+        qkv = torch.stack([attn.q_norm(q), attn.k_norm(k), v]).unflatten(3, grid)  # (3, B, heads, H, W, d)
+        qkv = F.pad(qkv, (0, 0, 0, columns * side - width, 0, rows * side - height))
+        qkv = qkv.unflatten(4, (columns, side)).unflatten(3, (rows, side)).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        q, k, v = qkv.flatten(1, 3).flatten(3, 4)  # (windows, heads, side², d) each
         attended = F.scaled_dot_product_attention(q, k, v).unflatten(2, (side, side)).unflatten(0, (-1, rows, columns))
         attended = attended.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)  # (B, H, W, D)
         return attn.proj(attended[:, :height, :width].flatten(1, 2))

@@ -31,10 +31,11 @@ def models(entries: Iterable[Entry]) -> "Group":
     ]
     table = Table(("name", "paper", "parameters", "GFLOPs", "size", "joins"), rows, names=2)
     legend = (
-        f"joins: {', '.join(JOINS)}; a fixed sinusoid has no unshared (add --pe learnable). LaPE adds two parameters "
-        "a channel and layer. size: of the square images that a model is made for; --img_size sets another. GFLOPs: of "
-        "one image, an addition and a multiplication counted as two; a detector's depend on what it finds. UperNet is "
-        "made with transformers: pip install 'lape[dense]'. Every pre-norm VisionTransformer of timm takes a join, too."
+        f"joins: {', '.join(JOINS)}; a fixed sinusoid has no unshared (add --pe learnable), ViT-Adapter and Swin no "
+        "mpvg. LaPE adds two parameters a channel and layer. size: of the square images that a model is made for; "
+        "--img_size sets another. GFLOPs: of one image, an addition and a multiplication counted as two; a detector's "
+        "depend on what it finds. UperNet is made with transformers: pip install 'lape[dense]'. Every pre-norm "
+        "VisionTransformer of timm takes a join, too."
     )
     return Group(table.terminal(), Text(), Text(legend))
 

@@ -244,14 +244,21 @@ def _sound(result: Result) -> None:
 
 
 def _study(results: Mapping[Combination, Result]) -> Study:
-    from lape.method import JOINS, POSITION_EMBEDDINGS, POSITION_NORMS, STARTS
+    from lape.embeddings.sums import place as place_of_embedding
+    from lape.method import JOINS, POSITION_NORMS, STARTS
 
-    pes, joins, norms, starts = map(list, (POSITION_EMBEDDINGS, JOINS, POSITION_NORMS, STARTS))
+    joins, norms, starts = map(list, (JOINS, POSITION_NORMS, STARTS))
     norms = [LAPE.pe_norm, *norms]
 
-    def place(one: Combination) -> tuple[int, ...]:
+    def place(one: Combination) -> tuple[list[int] | int, ...]:
         way = one.way
-        return pes.index(one.pe), starts.index(way.start), norms.index(way.pe_norm), joins.index(way.join), one.seed
+        return (
+            place_of_embedding(one.pe),
+            starts.index(way.start),
+            norms.index(way.pe_norm),
+            joins.index(way.join),
+            one.seed,
+        )
 
     commands = dict.fromkeys(str(result.record.get("command", "")) for result in results.values())
     return Study({one: results[one] for one in sorted(results, key=place)}, "\n".join(filter(None, commands)))

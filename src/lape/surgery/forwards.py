@@ -4,7 +4,7 @@ Several may run at a time: in threads, within one another, by turns, and once mo
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class Forward:
     step: Step
     start: Callable[[Grid], Tensor | None]
     rows: Tensor | None = None  # (B, N) or (1, N): which rows the tokens have, where not all in their order
+    training: bool = False  # what moves in training does
     next: int = 0  # the number of the block that has not run yet
     last: int = -1  # the number of the last block that takes something
     tokens: Tensor | None = None  # what was handed to the next block
@@ -42,11 +43,18 @@ class Forward:
     handed: list[Tensor | None] = field(init=False)  # ω_l for each layer so far, and for the next
     made: dict[int, Rung] = field(default_factory=dict)  # the rungs, by layer
     taken_without_gradient: bool = False  # a norm took its part without gradients, though its rung has some
+    constants: dict[Hashable, Tensor] = field(default_factory=dict)  # what its layers share, and no parameter is in
 
     def __post_init__(self) -> None:
         self.differentiable = torch.is_grad_enabled()
         self.without_gradient = not self.differentiable
         self.handed = [self.start(self.grid)]
+
+    def once(self, of: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Return what is made for the first layer that asks for it, for all layers."""
+        if of not in self.constants:
+            self.constants[of] = make()
+        return self.constants[of]
 
     def rung(self, layer: int) -> Rung:
         """Return the rung of a layer, of the rows that the tokens have."""
@@ -74,7 +82,12 @@ class Forward:
         return rung
 
     def _anew(self) -> "Forward":
-        return Forward(self.grid, self.layers, self.step, self.start, rows=self.rows)
+        return Forward(
+            *(self.grid, self.layers, self.step, self.start),
+            rows=self.rows,
+            training=self.training,
+            constants=self.constants,
+        )
 
 
 class _OfThread(threading.local):

@@ -1,7 +1,8 @@
 """What a block of a foreign model is told by hooks: each part of its rung, and each exactly once.
 
 A block's rung decides what is hung. While the block runs, the norms that stand before its attention now, found by their
-paths, add the rung's attention part; and when it is done, whatever it did not take, or took twice, is an error.
+paths, add the rung's attention part, and what puts out its queries and keys turns them; and when it is done, whatever
+it did not take, or took twice, is an error. A convolution that the block has stands behind it.
 """
 
 import copy
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lape.errors import UsageError
-from lape.hosts import Block, Host, parts
-from lape.method import Rung
+from lape.hosts import Block, Host, Rotated, parts, rotated_at
+from lape.method import Rung, Scheme
 from lape.surgery.forwards import Forward, Forwards, backward_pass
 from lape.surgery.weak import Weak
 
@@ -28,6 +29,7 @@ class RungSource(Protocol):
     """What hooks ask the positions of a model."""
 
     host: Host
+    scheme: Scheme
     forwards: Forwards
 
     def for_the_block(self, forward: Forward, layer: int, again: bool = False) -> Rung:
@@ -42,16 +44,22 @@ class RungSource(Protocol):
         """Return a part (1, N, D) of a rung as tokens lie."""
         ...
 
+    def convolved(self, tokens: Tensor, forward: Forward, layer: int, generator: nn.Module) -> Tensor:
+        """Return tokens behind the convolution of a block."""
+        ...
+
 
 @dataclass
 class Run:
-    """One run of a block: its forward, its rung, and how many of its norms have still to take the attention part."""
+    """One run of a block: its forward, its rung, and how many norms and projections have still to take their part."""
 
     forward: Forward
     rung: Rung
-    due: int
+    attentions: int
+    rotations: int
 
 
+GENERATOR = "peg"  # where a block keeps the convolution that stands behind it
 HOOKS = "lape_hooks"  # where a block keeps its BlockHooks
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # whoever iterates over one meets all of its children
 
@@ -79,8 +87,11 @@ class BlockHooks:
     def __init__(self, positions: RungSource, block: nn.Module, row: Block, layer: int) -> None:
         self.positions, self.row, self.layer = positions, row, layer
         self.hung = False  # whether the block takes anything
+        self.attends = False  # whether a norm of the block takes something
+        self.rotated: Rotated | None = None  # where its queries and keys are turned, if they are
         self._block = Weak(block)
-        self._hooked: list[weakref.ref[nn.Module]] = []  # the norms (or projections) that have our hook
+        self._attending: list[weakref.ref[nn.Module]] = []  # the norms (or projections) that have our hook
+        self._turning: list[weakref.ref[nn.Module]] = []  # and what puts out queries and keys
         # The runs of the block that are not over, a stack a thread: a model may be called from within itself.
         self.runs: dict[int, list[Run | None]] = defaultdict(list)
         self.traced: Rung | None = None  # of the run that is being compiled
@@ -93,7 +104,8 @@ class BlockHooks:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_hooked": [], "runs": defaultdict(list)}  # `follow` finds the norms' hooks again
+        # `follow` finds the norms' hooks again.
+        return self.__dict__ | {"_attending": [], "_turning": [], "runs": defaultdict(list)}
 
     @property
     def block(self) -> nn.Module:
@@ -102,51 +114,63 @@ class BlockHooks:
 
     @property
     def hooked(self) -> list[nn.Module]:
-        """The norms (or projections) that have our hook and are still there."""
-        return [norm for reference in self._hooked if (norm := reference()) is not None]
+        """The norms and projections that have our hook and are still there."""
+        references = (*self._attending, *self._turning)
+        return [module for reference in references if (module := reference()) is not None]
+
+    @property
+    def generator(self) -> nn.Module | None:
+        """The convolution that stands behind the block."""
+        return self.block._modules.get(GENERATOR)
 
     def hang(self, rung: Rung) -> None:
         """Hang all hooks on the block as it is now; raise UsageError where it cannot take a part of its rung."""
         self.block.__dict__[HOOKS] = self
-        if rung.empty:
+        if rung.empty and self.generator is None:
             return
         unit = called(self.block, self.row)
-        if unit is not self.block and (rung.residual is not None or rung.bias is not None):
+        if unit is not self.block and (rung.residual is not None or rung.bias is not None or self.generator):
             raise UsageError(
                 f"{self.name} is a list whose parts the model calls one by one, and between them nothing can be added "
                 "to the residual stream or the attention logits. Use join='lape', 'lape-sharing' or 'default'."
             )
         self.hung = True
+        self.attends = rung.attention is not None
+        self.rotated = None if rung.rotation is None else rotated_at(self.row, self.block)
         unit.register_forward_pre_hook(self.enter, with_kwargs=True)
         unit.register_forward_hook(self.leave, always_call=True)
-        if rung.attention is not None:
-            self.follow()
+        self.follow()
 
     def take_down(self) -> None:
-        """Take all hooks off the block and its norms."""
+        """Take all hooks off the block and what is in it; a copy that has not run yet does not know its norms."""
         self.block.__dict__.pop(HOOKS, None)
-        for module in (called(self.block, self.row), *self.hooked):
+        for module in (*self.block.modules(), *self.hooked):
             _unhook(module, lambda hook: hook is self)
-        self._hooked = []
+        self._attending, self._turning = [], []
 
     def follow(self) -> None:
-        """Hang the hook on the norms that stand before attention now: one may have been replaced since."""
-        norms = parts(self.block, self.row.projection or self.row.norms)
-        hooked = self.hooked
-        if len(norms) == len(hooked) and all(norm is one for norm, one in zip(norms, hooked, strict=True)):
+        """Hang the hooks on what stands in the block now: a norm or projection may have been replaced since."""
+        attending: list[nn.Module] = []
+        turning: list[nn.Module] = []
+        if self.attends:
+            attending = parts(self.block, self.row.projection or self.row.norms)
+        if self.rotated is not None:
+            turning = [*parts(self.block, self.rotated.queries), *parts(self.block, self.rotated.keys)]
+        now, hooked = [*attending, *turning], self.hooked
+        if len(now) == len(hooked) and all(module is one for module, one in zip(now, hooked, strict=True)):
             return
         for norm in hooked:
             _unhook(norm, lambda hook: hook is self, enter=False)
-        for norm in norms:
+        for norm in now:
             theirs = [_of(hook) for hook in norm._forward_hooks.values()]
             if any(isinstance(other, BlockHooks) and other is not self for other in theirs):
                 raise UsageError(
-                    f"{self.name} has its norm before attention in common with another block, and would be told of "
-                    "that one's positions too. Give each block a norm of its own."
+                    f"{self.name} has its norm before attention, or its queries and keys, in common with another "
+                    "block, and would be told of that one's positions too. Give each block its own."
                 )
             if not any(other is self for other in theirs):  # quantisation hands hooks on to what it puts in place
-                norm.register_forward_hook(self.attend)
-        self._hooked = [weakref.ref(norm) for norm in norms]
+                norm.register_forward_hook(self.attend if any(norm is one for one in attending) else self.turn)
+        self._attending, self._turning = list(map(weakref.ref, attending)), list(map(weakref.ref, turning))
 
     @property
     def name(self) -> str:
@@ -180,12 +204,11 @@ class BlockHooks:
         runs.append(None)  # `leave` is called too where what follows is refused
         forward = self.positions.forwards.find(self.layer, tokens)
         rung = self.positions.for_the_block(forward, self.layer)
-        if rung.attention is not None:
-            self.follow()
+        self.follow()
         if isinstance(tokens, fx.Proxy):
             for norm in self.hooked:
                 norm.__dict__["__module__"] = __name__  # of torch.nn it would be a leaf, whose hooks no trace sees
-        runs[-1] = Run(forward, rung, 0 if rung.attention is None else len(self._hooked))
+        runs[-1] = Run(forward, rung, len(self._attending), len(self._turning))
         forward.next = self.layer + 1
         self.positions.forwards.hand(forward, tokens)
         return rung
@@ -206,9 +229,11 @@ class BlockHooks:
         """Add the attention part of the rung to the output of the norm before attention."""
         if isinstance(self, Silent):  # a copy of a bound method has the same function, and a copied object
             return output
-        attention = self._attention(inputs[0])
+        attention = self._taken(inputs[0]).attention
         if attention is None:
             return output
+        if (run := self._count(attentions=1)) is not None:
+            self.positions.forwards.hand(run.forward, inputs[0])
         if self.row.projection is not None:
             return self._projected(norm, inputs[0], output, attention)
         # LayerNorm's backward does not read its output, so the sum may take its place: an eighth of the time of a new
@@ -216,21 +241,56 @@ class BlockHooks:
         attention = self._laid_out(attention, output)
         return output.add_(attention) if isinstance(norm, nn.LayerNorm) else output + attention
 
-    def _attention(self, tokens: Tensor) -> Tensor | None:
-        """Return the attention part of the rung, and count that it is taken."""
+    def turn(self, projection: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Turn queries or keys by the rotation of the rung."""
+        if isinstance(self, Silent):
+            return output
+        rotated, kind = self.rotated, self.positions.scheme.embedding.rotation
+        rotation = self._taken(inputs[0]).rotation
+        if rotation is None or rotated is None or kind is None:
+            return output
+        self._count(rotations=1)
+        split = output.unflatten(-1, (-1, 2 * rotation.shape[-1])) if rotated.axis is None else output
+        heads_first = split if rotated.axis == 1 else split.transpose(1, 2)  # (B, heads, N, d)
+        self._refuse_others(heads_first, rotation)
+        turned = kind.turn(heads_first, rotation)
+        turned = turned if rotated.axis == 1 else turned.transpose(1, 2)
+        return turned.flatten(-2) if rotated.axis is None else turned
+
+    def _refuse_others(self, channels: Tensor, rotation: Tensor) -> None:
+        """Raise UsageError where queries or keys are others than their rotation was made for."""
+        if isinstance(channels, fx.Proxy) or torch.compiler.is_compiling():
+            return
+        sides = (channels.shape[-2], rotation.shape[-2], channels.shape[-1], 2 * rotation.shape[-1])
+        if all(isinstance(side, int) for side in sides) and (sides[0] != sides[1] or sides[2] != sides[3]):
+            raise UsageError(
+                f"{self.name} has queries or keys of {sides[0]} tokens and {sides[2]} channels, and the rotation of "
+                f"this input is for {sides[1]} and {sides[3]}: some tokens were merged, dropped or added, or the row "
+                "of the model names other modules. Leave that out, or mend the row: lape.Block(rotated=..., heads=...)."
+            )
+
+    def _taken(self, tokens: Tensor) -> Rung:
+        """Return the rung that what is called within the block takes its part of; an empty one beside the model."""
         if torch.compiler.is_compiling():
-            return None if self.traced is None else self.traced.attention
+            return Rung() if self.traced is None else self.traced
         runs = self.runs.get(threading.get_ident())
         if runs and (run := runs[-1]) is not None:
-            run.due -= 1
             run.forward.taken_without_gradient |= run.forward.differentiable and not torch.is_grad_enabled()
-            self.positions.forwards.hand(run.forward, tokens)
-            return run.rung.attention
+            return run.rung
         if backward_pass() == -1:
             self.positions.forwards.refuse_bypass(self.layer)
-            return None  # called by somebody beside the model
+            return Rung()  # called by somebody beside the model
         forward = self.positions.forwards.find(self.layer, tokens)  # what is within the block is computed again
-        return self.positions.for_the_block(forward, self.layer, again=True).attention
+        return self.positions.for_the_block(forward, self.layer, again=True)
+
+    def _count(self, attentions: int = 0, rotations: int = 0) -> Run | None:
+        """Count that a part of the rung is taken; return the run, if it is one."""
+        runs = () if torch.compiler.is_compiling() else self.runs.get(threading.get_ident(), ())
+        if runs and (run := runs[-1]) is not None:
+            run.attentions -= attentions
+            run.rotations -= rotations
+            return run
+        return None
 
     def _projected(self, projection: nn.Module, tokens: Tensor, output: Tensor, attention: Tensor) -> Tensor:
         """Add it where a projection serves attention and MLP together: to the queries, keys and values alone."""
@@ -243,50 +303,76 @@ class BlockHooks:
         projected = type(projection).forward(projection, tokens + attention)  # pyright: ignore[reportAttributeAccessIssue]
         return torch.cat([output[..., :-width], projected[..., -width:]], dim=-1)
 
-    def leave(self, unit: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """End a run: raise UsageError unless the block has taken the attention part of its rung once."""
+    def leave(self, unit: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        """End a run: raise UsageError unless each part of its rung was taken once; convolve what the block puts out."""
         forwards = self.positions.forwards
         if torch.compiler.is_compiling():
             self.traced = None
-            if forwards.latest is not None and self.layer == len(forwards.latest.layers) - 1:
-                forwards.close(forwards.latest)
-            return
+            if forwards.latest is None:
+                return None
+            output, latest = self._convolved(output, forwards.latest), forwards.latest
+            if self.layer == len(latest.layers) - 1 and not self.positions.scheme.join.final:
+                forwards.close(latest)
+            return output
         if inputs and isinstance(inputs[0], fx.Proxy):
             for norm in self.hooked:
                 norm.__dict__.pop("__module__", None)
         runs = self.runs[threading.get_ident()]
         run = runs.pop() if runs else None
         if run is None or output is None:
-            return  # without an output it has raised an error of its own
+            return None  # without an output it has raised an error of its own
+        output = self._convolved(output, run.forward)
         if self.layer == run.forward.last:
             forwards.close(run.forward)
         else:
             forwards.hand(run.forward, output[self.row.tokens] if isinstance(output, tuple) else output)
-        if run.rung.attention is None or not run.due:
-            return
-        path, due = self.row.projection or self.row.norms, len(self.hooked)
-        raise UsageError(
-            f"{self.name} takes its position behind {path!r}, once; it called that {due - run.due} times, and {due} "
-            "was due, so its attention would not be told of positions, or its MLP would be too. Name the norm whose "
-            "output enters attention alone: lape.Host(block=lape.Block(...))."
-        )
+        if run.attentions:
+            path, due = self.row.projection or self.row.norms, len(self._attending)
+            raise UsageError(
+                f"{self.name} takes its position behind {path!r}, once; it called that {due - run.attentions} times, "
+                f"and {due} was due, so its attention would not be told of positions, or its MLP would be too. Name "
+                "the norm whose output enters attention alone: lape.Host(block=lape.Block(...))."
+            )
+        if run.rotations:
+            due = len(self._turning)
+            raise UsageError(
+                f"{self.name} turns its queries and keys once each; what puts them out was called "
+                f"{due - run.rotations} times, and {due} was due. Name the modules whose outputs they are: "
+                "lape.Host(block=lape.Block(rotated=...))."
+            )
+        return output
+
+    def _convolved(self, output: Any, forward: Forward) -> Any:
+        """Return what the block puts out, behind its convolution where it has one."""
+        if self.generator is None:
+            return output
+        if not isinstance(output, tuple):
+            return self.positions.convolved(output, forward, self.layer, self.generator)
+        at = self.row.tokens
+        convolved = self.positions.convolved(output[at], forward, self.layer, self.generator)
+        return (*output[:at], convolved, *output[at + 1 :])
 
     def _laid_out(self, part: Tensor, tokens: Tensor) -> Tensor:
         """Return a part of the rung as tokens lie; raise UsageError where they are others than it was made for."""
-        positions = self.positions
         if isinstance(tokens, fx.Proxy):
             return part
-        at = positions.tokens_axis(tokens)
-        sides = tokens.shape[:1] if at == 0 else tokens.shape[at:-1]
-        # torch.export leaves some sides open, and would close them for being compared.
-        known = all(isinstance(side, int) for side in (*sides, part.shape[1]))
-        if known and not torch.compiler.is_compiling() and (count := math.prod(sides)) != part.shape[1]:
-            raise UsageError(
-                f"{self.name} is given {count} tokens, and the positions of this input are those of {part.shape[1]}: "
-                "some were merged, dropped or added behind the table, and which is not known. Leave that out, or apply "
-                "LaPE to a model without it."
-            )
-        return positions.laid_out(part, tokens)
+        if not torch.compiler.is_compiling():
+            refuse_other_tokens(self.positions, self.name, part, tokens)
+        return self.positions.laid_out(part, tokens)
+
+
+def refuse_other_tokens(positions: RungSource, name: str, part: Tensor, tokens: Tensor) -> None:
+    """Raise UsageError where what is called by a name is given other tokens than a part of its rung was made for."""
+    at = positions.tokens_axis(tokens)
+    sides = tokens.shape[:1] if at == 0 else tokens.shape[at:-1]
+    # torch.export leaves some sides open, and would close them for being compared.
+    known = all(isinstance(side, int) for side in (*sides, part.shape[1]))
+    if known and (count := math.prod(sides)) != part.shape[1]:
+        raise UsageError(
+            f"{name} is given {count} tokens, and the positions of this input are those of {part.shape[1]}: some were "
+            "merged, dropped or added behind the table, and which is not known. Leave that out, or apply LaPE to a "
+            "model without it."
+        )
 
 
 def hooks_of(block: nn.Module) -> BlockHooks | None:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lape.embeddings import FourierFeatures, MixedRotation, PositionEncodingGenerator, RelativeBias, Table
 from lape.errors import RunError
 from lape.hosts import as_rows, table_of
 from lape.method import SPREAD, PositionNorm
 from lape.surgery.building import attentions
-from lape.surgery.positions import BIAS_TABLE, Positions
+from lape.surgery.positions import BIAS_TABLE, FREQUENCIES, Positions
 from lape.surgery.proxy import Proxies
 from lape.surgery.standins import swap_parameter
 from lape.surgery.weak import Weak
@@ -27,8 +28,9 @@ def initialisers(record: Positions) -> list[tuple[nn.Module, str, Any]]:
     """Return what stands in an operated model for its initialisers: module, name of the method, method."""
     vit, host, embedding = record.model, record.host, record.scheme.embedding
     replaced: list[tuple[nn.Module, str, Any]] = []
-    holding = [] if embedding.table is None or record.scheme.join.table_per_layer else [_table_module(record)]
-    if record.scheme.join.table_per_layer or (embedding.bias is not None and host.window_bias is None):
+    stored = isinstance(embedding.table, Table)
+    holding = [_table_module(record)] if stored and not record.scheme.join.table_per_layer else []
+    if _blocks_hold_parameters(record):
         holding += record.blocks
     replaced += [(module, "reset_parameters", _Reset(record, Weak(module))) for module in holding]
     if host.window_bias is not None and embedding.bias is None:
@@ -92,8 +94,13 @@ class _InitWeights:
         """Initialise the model."""
         vit: Any = self.record.model
         type(vit).init_weights(vit, *inputs, **options)
-        if self.record.scheme.embedding.table is not None and not self.record.scheme.join.table_per_layer:
+        if isinstance(self.record.scheme.embedding.table, Table) and not self.record.scheme.join.table_per_layer:
             _begin(self.record, _table_module(self.record), by_host=True)
+        for part in vit.modules():
+            if isinstance(part, FourierFeatures | PositionEncodingGenerator):
+                part.reset_parameters()
+        for block in self.record.blocks:
+            _begin_frequencies(self.record, block)
 
 
 @dataclass
@@ -113,11 +120,11 @@ class _InitializeEach:
         kind: Any = type(part)
         with _a_row_for_the_host(self.record):
             kind._initialize_weights(part, module, *options)
-        if isinstance(module, PositionNorm) and not ready:
+        if isinstance(module, PositionNorm | FourierFeatures | PositionEncodingGenerator) and not ready:
             module.reset_parameters()
         elif module is self.record.holder:  # the class of what holds an nn.Embedding initialises that too
             _begin(self.record, _table_module(self.record), by_host=True)
-        elif self.record.scheme.join.table_per_layer and not ready and module in self.record.blocks:
+        elif _blocks_hold_parameters(self.record) and not ready and module in self.record.blocks:
             _begin(self.record, module, by_host=True)
 
 
@@ -135,9 +142,27 @@ def _a_row_for_the_host(record: Positions) -> Generator[None, None, None]:
             swap_parameter(vit, name, None)
 
 
+def _blocks_hold_parameters(record: Positions) -> bool:
+    """Return whether the blocks themselves hold parameters of the scheme: tables, biases, frequencies."""
+    embedding = record.scheme.embedding
+    tables = record.scheme.join.table_per_layer and isinstance(embedding.table, Table)
+    biases = isinstance(embedding.bias, RelativeBias) and record.host.window_bias is None
+    return tables or biases or isinstance(embedding.rotation, MixedRotation)
+
+
+def _begin_frequencies(record: Positions, block: nn.Module) -> None:
+    """Draw the frequencies of a block anew, where it has some that a file did not fill."""
+    rotation, frequencies = record.scheme.embedding.rotation, block._parameters.get(FREQUENCIES)
+    if isinstance(rotation, MixedRotation) and frequencies is not None:
+        if getattr(frequencies, "_is_hf_initialized", False):
+            return
+        with torch.no_grad():
+            frequencies.copy_(rotation.start(frequencies.shape[1], 2 * frequencies.shape[2]))
+
+
 def _tables(record: Positions) -> set[str]:
     """Return the names that tables have in the modules that hold them."""
-    return {record.host.table.rpartition(".")[2], record.host.table_name, BIAS_TABLE}
+    return {record.host.table.rpartition(".")[2], record.host.table_name, BIAS_TABLE, FREQUENCIES}
 
 
 def _table_module(record: Positions) -> nn.Module:
@@ -149,7 +174,8 @@ def _begin(record: Positions, module: nn.Module, by_host: bool) -> None:
     """Give what a join put into a module its start values; `by_host` says that the host began what is its own."""
     host, table, join = record.host, record.scheme.embedding.table, record.scheme.join
     stored = table_of(record.model, host)
-    if stored is not None and table is not None and module is _table_module(record):
+    _begin_frequencies(record, module)
+    if stored is not None and isinstance(table, Table) and module is _table_module(record):
         if not table.learns:
             with torch.no_grad():
                 stored.copy_(table.make(record.grid, record.prefix_rows, stored.shape[-1]).view_as(stored))
@@ -167,7 +193,7 @@ def _begin(record: Positions, module: nn.Module, by_host: bool) -> None:
 def keep_fixed(record: Positions) -> None:
     """Refuse, from now on, to load another table into a fixed one, whoever calls `load_state_dict`."""
     table = record.scheme.embedding.table
-    if table is not None and not table.learns:
+    if isinstance(table, Table) and not table.learns:
         _table_module(record).register_load_state_dict_pre_hook(_Fixed(record))
 
 
@@ -190,7 +216,7 @@ class _Fixed:
         )
         if (
             stored is None
-            or table is None
+            or not isinstance(table, Table)
             or values is None
             or values.is_meta
             or type(values) not in (Tensor, nn.Parameter)

@@ -18,10 +18,11 @@ from lape.errors import UsageError
 from lape.hosts import Host, block_row, blocks_path, find, grid_of, lacks, pair, parts, table_of, value_at
 from lape.hosts.registry import RECORD
 from lape.method import JOINS, POSITION_EMBEDDINGS, PRESERVE_WITHOUT_TABLE, Grid, Rung, scheme
-from lape.surgery.building import attentions, build, dtype_and_device, refuse_embedding, take_out
+from lape.surgery.building import attentions, build, dtype_and_device, refuse_embedding, refuse_final_norm, take_out
 from lape.surgery.embedding import BeforeSequence, BehindEmbedding, PatchDropout, TableMethod
+from lape.surgery.ending import BehindFinalNorm
 from lape.surgery.graphs import forget_graphs, refuse_parallel
-from lape.surgery.hooks import BlockHooks, hooks_of, owner, unhook
+from lape.surgery.hooks import GENERATOR, BlockHooks, hooks_of, owner, unhook
 from lape.surgery.initialisation import initialisers, keep_fixed, release_fixed
 from lape.surgery.layers import grid_text
 from lape.surgery.positions import FoldedRung, Positions
@@ -50,8 +51,10 @@ def apply(
 
     Args:
         model: A model that is, or contains, one vision transformer of a known library or of `host`.
-        join: "default", "shared", "unshared", "lape-sharing" or "lape" (`lape.method.JOINS`, the paper's Table 7).
-        pe: The position embedding, one of `lape.method.POSITION_EMBEDDINGS`; None keeps the model's own.
+        join: "default", "shared", "unshared", "lape-sharing" or "lape" (the paper's Table 7), "pvg" or "mpvg"
+            (`lape.method.JOINS`).
+        pe: The position embedding, one of `lape.embeddings.POSITION_EMBEDDINGS` or a sum of them, as
+            "learnable+rope-mixed"; None keeps the model's own.
         pe_norm: What stands in the place of LN_ω, one of `lape.method.POSITION_NORMS` (Table 8).
         start: "fresh"; or "preserve": ω stays in the residual stream, and attention gets s_l·p_l with s_l learnt from 0
             on, so that the model first computes what it did before (not in the paper).
@@ -85,7 +88,8 @@ def apply(
     chosen = scheme(join, pe or _own_embedding(vit, host, join), pe_norm, start)
     if chosen.start.preserves:
         kept = POSITION_EMBEDDINGS[_own_embedding(vit, host, "default")]
-        if chosen.embedding.bias is not kept.bias or (table is not None and chosen.embedding.table is not kept.table):
+        others = replace(chosen.embedding, name=kept.name, table=kept.table) != kept
+        if others or (table is not None and chosen.embedding.table != kept.table):
             raise UsageError(
                 f"start={start!r} keeps what the model computes with its own position embedding, {kept.name}; "
                 f"{chosen.embedding.name} would be another. Leave pe or start out."
@@ -125,6 +129,8 @@ def _hang_on_the_model(record: Positions) -> None:
         vit.get_submodule(host.joint_norm).register_forward_hook(record.forwards.follow)
     if host.behind is not None:
         vit.get_submodule(host.behind).register_forward_hook(BehindEmbedding(record))
+    if record.scheme.join.final and host.final_norm is not None:
+        vit.get_submodule(host.final_norm).register_forward_hook(BehindFinalNorm(record))
     if host.before is not None:
         vit.get_submodule(host.before).register_forward_pre_hook(BeforeSequence(record), with_kwargs=True)
 
@@ -199,6 +205,7 @@ def joins_of(model: nn.Module) -> tuple[str, ...]:
     for join in JOINS:
         with suppress(UsageError):
             scheme(join, _own_embedding(vit, host, join))
+            refuse_final_norm(vit, host, JOINS[join])
             names.append(join)
     return tuple(names)
 
@@ -257,7 +264,7 @@ def remove(model: Model) -> Model:
     if record.without_table:
         setattr(record.holder, host.table_name, None)
     release_fixed(record)
-    for path in ("", host.joint_norm, host.behind, host.before):
+    for path in ("", host.joint_norm, host.behind, host.before, host.final_norm if record.scheme.join.final else None):
         if path is not None:
             unhook(vit.get_submodule(path), record)
     if (patches := cut_by(record)) is not None:
@@ -266,6 +273,7 @@ def remove(model: Model) -> Model:
         hooks = hooks_of(block)
         if hooks is not None:
             hooks.take_down()
+        block._modules.pop(GENERATOR, None)
     for part, name, _ in _replaced(record):
         part.__dict__.pop(name, None)  # of a part that came into the model after the join, nothing
     del vit.__dict__[RECORD]
@@ -311,11 +319,14 @@ def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
         raise UsageError("A model is folded for one grid of patches at least, and grids= holds none. Leave grids out.")
     with torch.no_grad():
         ladders = {grid: record.ladder(grid) for grid in chosen}
+        finals = {grid: record.final(record.forward(grid)) for grid in chosen if record.scheme.join.final}
     take_out(record)
     swap_parameter(vit, record.host.table, None)
     for layer, block in enumerate(record.blocks):
         held_by = owner(block, block_row(record.host, block))
         held_by.add_module("pe_folded", FoldedRung({grid: ladder[layer] for grid, ladder in ladders.items()}))
+    if finals:
+        record.around_the_final_norm.add_module("pe_folded", FoldedRung(finals))
     record.folded_for = chosen
     record.put_aside.clear()
     model.eval().requires_grad_(False)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from lape.embeddings import MixedRotation, RelativeBias
+from lape.embeddings.rotations import cosine_and_sine
 from lape.errors import UsageError
-from lape.hosts import Host, as_rows, block_row, grid_of, table_of, value_at
-from lape.method import Grid, Rung, Scheme
+from lape.hosts import Host, as_rows, block_row, grid_of, heads_of, table_of, value_at
+from lape.method import Grid, Rung, Scheme, Table
 from lape.surgery.forwards import Forward, Forwards
 from lape.surgery.hooks import hooks_of, owner
 from lape.surgery.layers import Layer, cross_stage, grid_text, layers_of, same
@@ -18,6 +20,8 @@ from lape.surgery.proxy import Proxies
 from lape.surgery.weak import Weak
 
 BIAS_TABLE = "relative_position_bias_table"
+FREQUENCIES = "freqs"  # of a block, with learnt rotations
+FOURIER = "lff"  # makes a table, where that would be
 BIAS_OWN = "relative_position"  # holds the bias's norm as `pe_norm`: a block may have one for its table too
 
 
@@ -36,6 +40,7 @@ class Positions:
         self.put_aside: dict[str, nn.Parameter | None] = {}  # of the host, where another or nothing took their place
         self.added: frozenset[str] = frozenset()  # names of the model's state that it did not have before
         self.folded_for: tuple[Grid, ...] = ()
+        self.depth = len(self.layers(grid))  # blocks may be cut off later
         self.forwards = Forwards()
         crossings = self.crossings
         self.crossing_proxies = Proxies(type(crossings[0]), ["norm"]) if crossings else None
@@ -89,6 +94,12 @@ class Positions:
         """Return the grid of (rows, columns) that the model is set to."""
         return grid_of(self.model, self.host) or self.grid
 
+    @property
+    def around_the_final_norm(self) -> nn.Module:
+        """The module that holds the norm behind the last block, and beside it the PE norm of that."""
+        assert self.host.final_norm is not None
+        return self.model.get_submodule(self.host.final_norm.rpartition(".")[0])
+
     # --- The table, as it is stored
 
     def laid_as_stored(self, table: Tensor, grid: Grid) -> Tensor:
@@ -129,19 +140,33 @@ class Positions:
         forward = self.forward(grid)
         return [forward.rung(layer) for layer in range(len(forward.layers))]
 
-    def forward(self, grid: Grid) -> Forward:
+    def forward(self, grid: Grid, training: bool = False) -> Forward:
         """Return what makes the rungs of one forward on a grid, each as it is asked for."""
-        return Forward(grid, self.layers(grid), self.step, self.start)
+        return Forward(grid, self.layers(grid), self.step, self.start, training=training)
 
     def start(self, grid: Grid) -> Tensor | None:
         """Return ω_0 for a grid, (1, rows, D)."""
         kind = self.scheme.embedding.table
-        table = None if self.folded_for or kind is None or self.scheme.join.table_per_layer else self.table()
-        if table is None or kind is None:
+        if self.folded_for or kind is None or self.scheme.join.table_per_layer:
             return None
-        if kind.learns:
-            return self.resized(table, grid, self.grid)
+        if not isinstance(kind, Table):
+            return self.holder.get_submodule(FOURIER)(grid, self.prefix_rows)
+        table = self.table()
+        if table is None or kind.learns:
+            return None if table is None else self.resized(table, grid, self.grid)
         return table if same(grid, self.grid) else kind.make(grid, self.prefix_rows, table.shape[-1]).to(table)
+
+    def final(self, forward: Forward) -> Rung:
+        """Return the rung of the norm behind the last block."""
+        position = forward.handed[0]
+        if self.folded_for:
+            rung: Rung = self._for_a_grid(self.around_the_final_norm, forward.grid)
+        elif position is None:
+            return Rung()
+        else:
+            norm: Any = self.around_the_final_norm.pe_norm
+            rung = self._for_all_tokens(self.scheme.last(position, norm))
+        return rung if forward.rows is None else rung.kept(forward.rows)
 
     def step(self, forward: Forward, number: int, position: Tensor | None) -> tuple[Rung, Tensor | None]:
         """Return the rung of a layer that is handed ω_l, and what it hands on."""
@@ -153,14 +178,19 @@ class Positions:
         if position is not None and layer.crossing is not None and self.scheme.join.hands_on:
             assert self.crossing_proxies is not None
             position = cross_stage(layer.crossing, position, forward.layers[number - 1].grid, self.crossing_proxies)
-        norm = self._norm(number, layer) if position is not None and self.scheme.join.normed else None
+        normed = position is not None and self.scheme.join.normed and number >= self.scheme.join.first
+        norm = self._norm(number, layer) if normed else None
         rung, following = self.scheme.step(number, position, norm)
         rung = self._for_all_tokens(rung)
         if self.scheme.embedding.bias is not None and self.host.window_bias is None:
-            rung = rung._replace(bias=self._bias(layer, forward.grid))
+            rung = rung._replace(bias=self._bias(forward, number))
+        if self.scheme.embedding.rotation is not None:
+            rung = rung._replace(rotation=self._rotation(forward, number))
         return rung, following
 
     def _table_of(self, number: int, layer: Layer) -> Tensor:
+        if not isinstance(self.scheme.embedding.table, Table):
+            return layer.block.get_submodule(FOURIER)(layer.grid, self.prefix_rows)
         stored_for = self.grid if self.host.stages is None else self.layers(self.grid)[number].grid
         return self.resized(layer.block.get_parameter(self.host.table_name), layer.grid, stored_for)
 
@@ -176,9 +206,17 @@ class Positions:
             )
         return held_by.pe_norm
 
-    def _bias(self, layer: Layer, grid: Grid) -> Tensor:
-        relative = self.scheme.embedding.bias
+    def _bias(self, forward: Forward, number: int) -> Tensor:
+        relative, layer, grid = self.scheme.embedding.bias, forward.layers[number], forward.grid
         assert relative is not None
+        if not isinstance(relative, RelativeBias):
+            made, some = relative, _floating(layer.block)
+            heads = heads_of(block_row(self.host, layer.block), layer.block)
+            shared = forward.once(
+                ("bias", heads, some.device),
+                lambda: made.make(grid, self.prefix, heads, some.device).to(some.dtype),
+            )
+            return relative.of_layer(shared, number, self.depth)
         if relative.normed and not same(grid, self.grid):
             raise UsageError(
                 f"pe={self.scheme.embedding.name!r} normalises over the {grid_text(self.grid)} patches that it was "
@@ -188,8 +226,29 @@ class Positions:
         norm = layer.block.get_submodule(f"{BIAS_OWN}.pe_norm") if relative.normed else None
         return relative(table, grid, self.prefix, norm)
 
+    def _rotation(self, forward: Forward, number: int) -> Tensor:
+        kind, block = self.scheme.embedding.rotation, forward.layers[number].block
+        assert kind is not None
+        if isinstance(kind, MixedRotation):
+            frequencies = block.get_parameter(FREQUENCIES)
+            return cosine_and_sine(kind.angles(frequencies, forward.grid), self.prefix).to(frequencies.dtype)
+        fixed, some, head_dim = kind, _floating(block), self.head_dim(block)
+        return forward.once(
+            ("rotation", head_dim, some.device),
+            lambda: cosine_and_sine(
+                fixed.angles(forward.grid, head_dim, some.device, forward.training), self.prefix
+            ).to(some.dtype),
+        )
+
+    def head_dim(self, block: nn.Module) -> int:
+        """Return d, the channels of a head of a block's attention."""
+        return self.width // heads_of(block_row(self.host, block), block)
+
     def _folded(self, block: nn.Module, grid: Grid) -> Rung:
-        folded: Any = owner(block, block_row(self.host, block)).pe_folded
+        return self._for_a_grid(owner(block, block_row(self.host, block)), grid)
+
+    def _for_a_grid(self, held_by: nn.Module, grid: Grid) -> Rung:
+        folded: Any = held_by.pe_folded
         for rows, columns in self.folded_for if self.host.sequence else ():
             if rows == grid[0] == 1 and columns > grid[1]:  # what is told of a token depends on its row alone
                 longer: Rung = folded((rows, columns))
@@ -206,10 +265,11 @@ class Positions:
 
     def begin(self, grid: Grid) -> tuple[Forward, Tensor | None]:
         """Begin a forward on a grid; return it, and what joins the tokens before the first block (1, N, D)."""
-        forward = self.forward(grid)
+        forward = self.forward(grid, self.model.training)
         joining = self.joining(forward) if self.scheme.with_tokens and forward.layers else None
         if not torch.compiler.is_compiling():
-            forward.last = self._number_blocks(forward.layers)
+            last = self._number_blocks(forward.layers)
+            forward.last = len(forward.layers) if self.scheme.join.final else last
         self.forwards.begin(forward)
         return forward, joining
 
@@ -261,6 +321,30 @@ class Positions:
         if self.tokens_axis(tokens) == 0:
             return part.transpose(0, 1)
         return part.unflatten(1, tokens.shape[1:-1])
+
+    def convolved(self, tokens: Tensor, forward: Forward, layer: int, generator: nn.Module) -> Tensor:
+        """Return tokens, however they lie, behind the convolution of a block; raise UsageError where some are gone."""
+        if forward.rows is not None:
+            raise UsageError(
+                f"pe={self.scheme.embedding.name!r} looks at the neighbours of every patch, and patch dropout took "
+                "some away. Create the model without it (patch_drop_rate=0), or use another pe."
+            )
+        if isinstance(tokens, fx.Proxy):  # (B, N, D): others are not traced
+            return generator(tokens, forward.layers[layer].grid, self.prefix)
+        lying = tokens.shape
+        if tokens.ndim == 2:
+            tokens = tokens[None]
+        elif self.tokens_axis(tokens) == 0:
+            tokens = tokens.transpose(0, 1)
+        convolved: Tensor = generator(tokens.flatten(1, -2), forward.layers[layer].grid, self.prefix)
+        if len(lying) == 3 and self.tokens_axis(tokens) == 0:
+            return convolved.transpose(0, 1)
+        return convolved.reshape(lying)
+
+
+def _floating(block: nn.Module) -> nn.Parameter:
+    """Return a parameter of a block that is not quantised."""
+    return next(parameter for parameter in block.parameters() if parameter.is_floating_point())
 
 
 def unknown_block(block: nn.Module, number: int) -> UsageError:

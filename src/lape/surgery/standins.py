@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lape.embeddings import RelativeBias, Table
 from lape.errors import UsageError
 from lape.hosts import as_rows
+from lape.surgery.hooks import GENERATOR
 from lape.surgery.layers import grid_text
-from lape.surgery.positions import BIAS_TABLE, Positions, resized_bias_table
+from lape.surgery.positions import BIAS_TABLE, FOURIER, FREQUENCIES, Positions, resized_bias_table
 
 
 class StandIns:
@@ -19,9 +21,9 @@ class StandIns:
         self.positions = positions
 
     def no_weight_decay(self) -> set[str]:
-        """Return the host's own set, where it has one, and the names of every table and PE norm."""
+        """Return the host's own set, where it has one, and the names of all that positions brought."""
         model = self.positions.model
-        ours = {self.positions.host.table_name, "pe_norm", BIAS_TABLE}
+        ours = {self.positions.host.table_name, "pe_norm", BIAS_TABLE, FREQUENCIES, FOURIER, GENERATOR}
         names = {name for name, _ in model.named_parameters() if ours & set(name.split("."))}
         theirs: Any = getattr(type(model), "no_weight_decay", lambda _: set())
         return theirs(model) | names
@@ -66,18 +68,18 @@ class StandIns:
                 positions.put_aside[name] = swap_parameter(model, name, None)
             grid, table = positions.own_grid(), positions.table()
             kind = scheme.embedding.table
-            if table is not None and kind is not None and not kind.learns:
+            if table is not None and isinstance(kind, Table) and not kind.learns:
                 fresh = kind.make(grid, positions.prefix_rows, table.shape[-1]).to(table)
                 swap_parameter(model, host.table, positions.stored(nn.Parameter(fresh, requires_grad=False), grid))
             elif table is not None and host.behind is not None:  # the host does not know of it
                 resized = positions.resized(table, grid, positions.grid)
                 swap_parameter(model, host.table, positions.stored(nn.Parameter(resized), grid))
             for before, layer in zip(stored, positions.layers(grid), strict=True):
-                if scheme.join.table_per_layer:
+                if scheme.join.table_per_layer and isinstance(kind, Table):
                     stored_table = before.block.get_parameter(host.table_name)
                     resized = positions.resized(stored_table, layer.grid, before.grid)
                     swap_parameter(layer.block, host.table_name, nn.Parameter(resized))
-                if scheme.embedding.bias is not None and host.window_bias is None:
+                if isinstance(scheme.embedding.bias, RelativeBias) and host.window_bias is None:
                     stored_table = before.block.get_parameter(BIAS_TABLE)
                     resized = resized_bias_table(stored_table, positions.grid, grid)
                     swap_parameter(layer.block, BIAS_TABLE, nn.Parameter(resized))

@@ -1,0 +1,20 @@
+"""Where patches are: the row and the column of each, and how far two are apart."""
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def rows_and_columns(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of each patch, row by row: two of (H·W,), in float64 where the device has it."""
+    height, width = grid
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    row = torch.arange(height, device=device, dtype=exact).repeat_interleave(width)
+    return row, torch.arange(width, device=device, dtype=exact).repeat(height)
+
+
+def offsets(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return Δrow and Δcolumn from each patch (query) to each (key): two of (H·W, H·W)."""
+    row, column = rows_and_columns(grid, device)
+    return row - row[:, None], column - column[:, None]
