@@ -241,7 +241,7 @@ def test_one_norm_in_two_blocks_is_refused_and_the_model_stays_as_it_was():
     model.depths[2].before = model.depths[0].before
     x = foreign_hosts.inputs("scratch")
     before, names = model(x), [*model.state_dict()]
-    with pytest.raises(UsageError, match="Give each block a norm of its own"):
+    with pytest.raises(UsageError, match="Give each block its own"):
         lape.apply(model, host=foreign_hosts.SCRATCH)
     assert torch.equal(model(x), before)
     assert [*model.state_dict()] == names

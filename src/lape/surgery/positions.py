@@ -324,10 +324,10 @@ class Positions:
 
     def convolved(self, tokens: Tensor, forward: Forward, layer: int, generator: nn.Module) -> Tensor:
         """Return tokens, however they lie, behind the convolution of a block; raise UsageError where some are gone."""
-        if forward.rows is not None:
+        if forward.rows is not None and not _all_in_order(forward.rows, self.prefix + math.prod(forward.grid)):
             raise UsageError(
-                f"pe={self.scheme.embedding.name!r} looks at the neighbours of every patch, and patch dropout took "
-                "some away. Create the model without it (patch_drop_rate=0), or use another pe."
+                f"pe={self.scheme.embedding.name!r} looks at the neighbours of every patch, and some are not in "
+                "their places (dropped or shuffled). Create the model without that (patch_drop_rate=0), or use another pe."
             )
         if isinstance(tokens, fx.Proxy):  # (B, N, D): others are not traced
             return generator(tokens, forward.layers[layer].grid, self.prefix)
@@ -340,6 +340,13 @@ class Positions:
         if len(lying) == 3 and self.tokens_axis(tokens) == 0:
             return convolved.transpose(0, 1)
         return convolved.reshape(lying)
+
+
+def _all_in_order(rows: Tensor, count: int) -> bool:
+    """Return whether the tokens (B, N) of every sample have all rows, each its own; in a graph, whether they may."""
+    if rows.shape[1] != count:
+        return False
+    return torch.compiler.is_compiling() or bool((rows == torch.arange(count, device=rows.device)).all())
 
 
 def _floating(block: nn.Module) -> nn.Parameter:
