@@ -28,7 +28,9 @@ from lape.surgery.operation import positions
 ATTEND = F.scaled_dot_product_attention
 CPU = torch.device("cpu")
 KINDS = "fourier+alibi-2d+rope-mixed+peg"  # one part of each
-TRANSFORMERS = ("vit", "deit", "beit", "dinov2", "clip", "siglip")
+TRANSFORMERS = ("vit", "deit", "beit", "dinov2", "clip", "siglip", "vit-msn", "vit-mae", "ijepa", "pixio", "data2vec")
+TRANSFORMERS += ("internvl", "dpt", "altclip", "chinese-clip", "clipseg", "metaclip-2", "kosmos-2", "owlvit", "owlv2")
+TRANSFORMERS += ("janus", "idefics2", "idefics3", "smolvlm", "registers", "ast", "vivit")
 
 
 @contextmanager

@@ -119,7 +119,10 @@ _CLIPS = (
     _like(CLIP, "MetaCLIP 2", "metaclip_2", "MetaClip2VisionModel", "MetaClip2EncoderLayer"),
 )
 _CLIPS_OF_BOTH_VERSIONS = (
-    _like(CLIP, "GIT", "git", "GitVisionTransformer", "GitVisionEncoderLayer"),
+    _like(  # turned queries and keys could not be checked in it
+        replace(CLIP, block={"": Block("layer_norm1")}),
+        *("GIT", "git", "GitVisionTransformer", "GitVisionEncoderLayer"),
+    ),
     _like(CLIP, "KOSMOS-2", "kosmos2", "Kosmos2VisionTransformer", "Kosmos2VisionEncoderLayer"),
     *(
         _like(CLIP, name, family, f"{kind}VisionTransformer", f"{kind}EncoderLayer", joint_norm="pre_layernorm")

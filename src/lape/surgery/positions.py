@@ -327,7 +327,7 @@ class Positions:
         if forward.rows is not None and not _all_in_order(forward.rows, self.prefix + math.prod(forward.grid)):
             raise UsageError(
                 f"pe={self.scheme.embedding.name!r} looks at the neighbours of every patch, and some are not in "
-                "their places (dropped, shuffled). Create the model without that (patch_drop_rate=0), or use another pe."
+                "their places (dropped, shuffled). Create the model with patch_drop_rate=0, or use another pe."
             )
         if isinstance(tokens, fx.Proxy):  # (B, N, D): others are not traced
             return generator(tokens, forward.layers[layer].grid, self.prefix)
