@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -501,7 +501,22 @@ SCHEMES: list[dict[str, str]] = [
     {"join": "lape", "pe_norm": "scalar-norm"},
     {"join": "lape", "start": "preserve"},
 ]
-EVERY_SCHEME = pytest.mark.parametrize("names", SCHEMES, ids=lambda names: "-".join(names.values()))
+
+
+def in_turn(names: str, choices: Sequence[tuple[Any, ...]], each: int = 3) -> pytest.MarkDecorator:
+    """Give every host some of the choices in turn, and its kin one, so that each choice meets many hosts."""
+    pairs, following = [], 0
+    for name in FOREIGN:
+        for _ in range(1 if name in KIN else each):
+            choice = choices[following % len(choices)]
+            told = [getattr(one, "__name__", one) for one in choice]
+            words = [word for one in told for word in (one.values() if isinstance(one, dict) else [str(one)])]
+            pairs.append(pytest.param(name, *choice, id="-".join([name, *words])))
+            following += 1
+    return pytest.mark.parametrize(f"name, {names}", pairs)
+
+
+HOSTS_AND_SCHEMES = in_turn("names", [(names,) for names in SCHEMES])
 
 
 def untouched(name: str, **options: Any) -> nn.Module:

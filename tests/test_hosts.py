@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import torch.nn.functional as F
 import transformers
 from foreign_hosts import (
     EVERY_FOREIGN,
-    EVERY_SCHEME,
     FOREIGN,
+    HOSTS_AND_SCHEMES,
     SCRATCH,
     SMALL,
     D,
     Scratch,
     applied,
     gradients,
+    in_turn,
     inputs,
     shaken,
     tokens,
@@ -118,8 +120,7 @@ def test_default_changes_nothing_in_training_or_out_of_it(name: str) -> None:
     assert torch.equal(tokens(other.train(), x), expected)
 
 
-@EVERY_FOREIGN
-@EVERY_SCHEME
+@HOSTS_AND_SCHEMES
 def test_remove_gives_back_what_was_bit_for_bit(name: str, names: dict[str, str]) -> None:
     model, x = untouched(name), inputs(name)
     parts = {path: set(part.__dict__) for path, part in model.named_modules()}
@@ -193,8 +194,7 @@ def test_joins_by_the_stream_add_the_table_before_their_blocks(name: str) -> Non
 # --- Fold, copies, files
 
 
-@EVERY_FOREIGN
-@EVERY_SCHEME
+@HOSTS_AND_SCHEMES
 def test_a_folded_model_gives_the_same_outputs_without_norms_or_tables(name: str, names: dict[str, str]) -> None:
     model, x = shaken(applied(name, **names)).double(), inputs(name)
     x = x.double() if x.is_floating_point() else x
@@ -211,9 +211,15 @@ def test_a_folded_model_gives_the_same_outputs_without_norms_or_tables(name: str
         lape.remove(folded)
 
 
-@EVERY_FOREIGN
-@pytest.mark.parametrize("names", [{"join": "unshared"}, {"join": "lape"}, {"start": "preserve"}], ids=str)
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@in_turn(
+    "names, copied",
+    list(product([{"join": "unshared"}, {"join": "lape"}, {"start": "preserve"}], [copy.deepcopy, pickled])),
+    each=2,
+)
 def test_a_copy_is_independent_of_its_original(name: str, names: dict[str, str], copied: Any) -> None:
     model, x = shaken(applied(name, **names)), inputs(name)
     before = tokens(model, x)
@@ -284,9 +290,10 @@ def test_compiles_without_a_graph_break(name: str, join: str) -> None:
         torch.testing.assert_close(gradient, of_eager, rtol=1e-3, atol=1e-4, msg=parameter)
 
 
-@EVERY_FOREIGN
-@pytest.mark.parametrize("names", [{"join": "shared"}, {"join": "unshared"}, {}, {"start": "preserve"}], ids=str)
-@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "re-entrant"])
+@in_turn(
+    "names, reentrant",
+    list(product([{"join": "shared"}, {"join": "unshared"}, {"join": "lape"}, {"start": "preserve"}], [False, True])),
+)
 def test_checkpointing_changes_no_gradient(
     name: str, names: dict[str, str], reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
