@@ -13,6 +13,7 @@ from lape.experiment import Experiment
 from lape.files.characters import plural
 
 if TYPE_CHECKING:
+    from lape.data.sizes import Size
     from lape.studies.analysis import Kept
     from lape.studies.study import Study
 
@@ -46,6 +47,8 @@ def evaluate(
     stride: int | None = None,
     test_scales: tuple[float, ...] | None = None,
     test_flip: bool | None = None,
+    sizes: list[str] | None = None,
+    out: Path | None = None,
 ) -> None:
     """Measure a checkpoint on validation images.
 
@@ -59,24 +62,49 @@ def evaluate(
         stride: Segmentation: distance from one window to the next; default: that of the run.
         test_scales: Segmentation: factors by which an image is resized, predictions are averaged; default: the run's.
         test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
+        sizes: Classification: sizes of the images, as 28,42,28x56 (height x width), at which the same weights are
+            measured one after another; default: the size of the run alone.
+        out: With sizes: folder for sizes.json and sizes.csv; default: the table is only printed.
     """
+    from lape.data.sizes import sizes_of
+
+    asked = None if sizes is None else sizes_of(sizes)
+    changed: dict[str, Any] = {
+        "data": data,
+        "data_dir": data_dir,
+        "batch_size": batch_size,
+        "workers": workers,
+        "accelerator": accelerator,
+        "stride": stride,
+        "test_scales": test_scales,
+        "test_flip": test_flip,
+    }
+    if asked is not None:
+        _evaluate_at_sizes(checkpoint, asked, out, changed)
+        return
+    if out:
+        raise UsageError(f"out {out} is the folder for measurements at several sizes: give sizes, or leave it out.")
     from lape.tasks.measures import TITLES
     from lape.training.evaluation import evaluate_checkpoint
 
-    evaluation = evaluate_checkpoint(
-        checkpoint,
-        data=data,
-        data_dir=data_dir,
-        batch_size=batch_size,
-        workers=workers,
-        accelerator=accelerator,
-        stride=stride,
-        test_scales=test_scales,
-        test_flip=test_flip,
-    )
+    evaluation = evaluate_checkpoint(checkpoint, **changed)
     scores = ", ".join(f"{TITLES[name]} {value:.2f} %" for name, value in evaluation.metrics.items() if name in TITLES)
     images = plural(evaluation.images, "validation image")
     say(f"{scores} on {images} of {evaluation.data} ({evaluation.checkpoint})")
+
+
+def _evaluate_at_sizes(checkpoint: Path, sizes: "Sequence[Size]", out: Path | None, changed: Mapping[str, Any]) -> None:
+    from lape.files import writing
+    from lape.report.sizes import as_csv, as_json, terminal
+
+    places = [out / "sizes.json", out / "sizes.csv"] if out else []
+    writing.refuse_others(places)
+    from lape.training.evaluation import evaluate_at_sizes
+
+    evaluation = evaluate_at_sizes(checkpoint, sizes, **changed)
+    console().print(terminal(evaluation))
+    if places:
+        writing.write_marked(dict(zip(places, (as_json(evaluation), as_csv(evaluation)), strict=True)))
 
 
 def predict(
