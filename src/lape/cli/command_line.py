@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import re
 import sys
 import typing
 import warnings
@@ -24,6 +25,8 @@ from lape.files import reading
 from lape.files.characters import LONE
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses
+
+_NAME = re.compile(r"[^\W\d][\w+./-]*")  # what YAML reads as it is typed, unlike 0x10
 
 EPILOG = """examples:
   {examples}
@@ -213,6 +216,8 @@ def _normal(name: str, words: list[str]) -> list[str]:
                 items = [json.dumps(item) for item in items]
             else:
                 items = [item.strip() for part in items for item in part.strip("[]").split(",") if item.strip()]
+                if not _takes_numbers(hint):
+                    items = [item if _NAME.fullmatch(item) else json.dumps(item) for item in items]
             normal.append(f"--{option}=[{','.join(items)}]")
         else:
             if not equals and rest and not rest[0].startswith("--"):

@@ -2,7 +2,8 @@
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from lape.experiment import Experiment
 from lape.files.characters import plural
 
 if TYPE_CHECKING:
+    from lape.data.sizes import Size
     from lape.studies.analysis import Kept
     from lape.studies.study import Study
 
@@ -46,6 +48,8 @@ def evaluate(
     stride: int | None = None,
     test_scales: tuple[float, ...] | None = None,
     test_flip: bool | None = None,
+    sizes: list[str] | None = None,
+    out: Path | None = None,
 ) -> None:
     """Measure a checkpoint on validation images.
 
@@ -59,24 +63,51 @@ def evaluate(
         stride: Segmentation: distance from one window to the next; default: that of the run.
         test_scales: Segmentation: factors by which an image is resized, predictions are averaged; default: the run's.
         test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
+        sizes: Classification: sizes of the images, as 28,42,28x56 (height x width), at which the same weights are
+            measured one after another; default: the size of the run alone.
+        out: With sizes: folder for sizes.json and sizes.csv; default: the table is only printed.
     """
+    from lape.data.sizes import sizes_of
+
+    asked = None if sizes is None else sizes_of(sizes)
+    changed: dict[str, Any] = {
+        "data": data,
+        "data_dir": data_dir,
+        "batch_size": batch_size,
+        "workers": workers,
+        "accelerator": accelerator,
+        "stride": stride,
+        "test_scales": test_scales,
+        "test_flip": test_flip,
+    }
+    if asked is not None:
+        _evaluate_at_sizes(checkpoint, asked, out, changed)
+        return
+    if out:
+        raise UsageError(f"out {out} is the folder for measurements at several sizes: give sizes, or leave it out.")
     from lape.tasks.measures import TITLES
     from lape.training.evaluation import evaluate_checkpoint
 
-    evaluation = evaluate_checkpoint(
-        checkpoint,
-        data=data,
-        data_dir=data_dir,
-        batch_size=batch_size,
-        workers=workers,
-        accelerator=accelerator,
-        stride=stride,
-        test_scales=test_scales,
-        test_flip=test_flip,
-    )
+    evaluation = evaluate_checkpoint(checkpoint, **changed)
     scores = ", ".join(f"{TITLES[name]} {value:.2f} %" for name, value in evaluation.metrics.items() if name in TITLES)
     images = plural(evaluation.images, "validation image")
     say(f"{scores} on {images} of {evaluation.data} ({evaluation.checkpoint})")
+
+
+def _evaluate_at_sizes(checkpoint: Path, sizes: "Sequence[Size]", out: Path | None, changed: Mapping[str, Any]) -> None:
+    from lape.files import writing
+    from lape.report.sizes import as_csv, as_json, terminal
+
+    places = [out / "sizes.json", out / "sizes.csv"] if out else []
+    writing.refuse_others(places)
+    from lape.training.evaluation import evaluate_at_sizes
+
+    evaluation = evaluate_at_sizes(checkpoint, sizes, **changed)
+    if not first_process():
+        return
+    console().print(terminal(evaluation))
+    if places:
+        writing.write_marked(dict(zip(places, (as_json(evaluation), as_csv(evaluation)), strict=True)))
 
 
 def predict(
@@ -127,6 +158,7 @@ def compare(
     seeds: list[int] = [3],  # noqa: B006
     out: Path = Path("runs/compare"),
     jobs: int | None = None,
+    sizes: list[str] | None = None,
 ) -> None:
     """Train several ways of joining side by side and report how they differ.
 
@@ -138,7 +170,12 @@ def compare(
         seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves.
         out: Folder of the report and the runs; finished runs in it are kept.
         jobs: Runs at once; default: one per core, or one on a GPU.
+        sizes: Classification: sizes of images, as 28,42,28x56 (height x width), at which every trained model is judged
+            too; default: the size of training alone.
     """
+    from lape.data.sizes import sizes_of
+
+    asked = () if sizes is None else sizes_of(sizes)
     from lape import report
     from lape.files import writing
     from lape.report import tables
@@ -146,12 +183,18 @@ def compare(
     from lape.studies.analysis import Kept
     from lape.studies.comparison import Factors, compare, seeds_of
 
-    writing.refuse_others(report.places(out))
+    if asked:
+        from lape.studies.sizes import refuse_dense
+
+        refuse_dense(experiment)
+    writing.refuse_others(report.places(out, at_sizes=bool(asked)))
     kept = Kept(out / report.PAGE)
     with Display(console(stderr=True)) as display:
         study = compare(experiment, Factors(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
     if study.results:
         (study,) = _analysed([study], kept)
+        if asked:
+            study = _judged_at(study, asked, experiment)
         page = report.write(study, report.maps(study), out)
         console().print(tables.terminal(study))
         say(f"Report: {page}")
@@ -199,14 +242,28 @@ def _name_left_out(left_out: Mapping[Path, str], others: "Sequence[object]") -> 
 
 
 def _analysed(studies: "Sequence[Study]", kept: "Kept") -> "list[Study]":
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from lape.studies.analysis import analysed
 
-    shown = (TextColumn("analysing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _counting("analysing", sum(len(study.results) for study in studies)) as tell:
+        return [analysed(study, kept, tell) for study in studies]
+
+
+def _judged_at(study: "Study", sizes: "Sequence[Size]", experiment: Experiment) -> "Study":
+    from lape.studies.sizes import judged_at
+
+    with _counting("judging at other sizes", len(study.results)) as tell:
+        return judged_at(study, sizes, experiment, tell)
+
+
+@contextmanager
+def _counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show how much of a total is done; yields what tells that one more is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=sum(len(study.results) for study in studies))
-        return [analysed(study, kept, lambda: bar.advance(task)) for study in studies]
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 def cost(

@@ -37,16 +37,19 @@ def maps(study: "Study") -> "dict[str, Maps]":
 
 PAGE, CURVES, DIFFERENCES = "index.html", "learning-curves.png", "differences.png"
 TABLES = ("table.md", "table.csv", "table.json")
+SIZES, SIZES_DRAWN = "sizes.csv", "sizes.png"
 
 
-def places(folder: Path) -> list[Path]:
-    """Return all that `write` may replace in a folder."""
-    return [*(folder / name for name in (PAGE, *TABLES, CURVES, DIFFERENCES)), *folder.glob("correlation-*.png")]
+def places(folder: Path, at_sizes: bool = False) -> list[Path]:
+    """Return all that `write` may replace in a folder, where runs are judged at sizes of images or not."""
+    names = (PAGE, *TABLES, CURVES, DIFFERENCES, *((SIZES, SIZES_DRAWN) if at_sizes else ()))
+    return [*(folder / name for name in names), *folder.glob("correlation-*.png")]
 
 
 def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
     """Write table.md, .csv and .json, the pictures and index.html into a folder; return the page's path.
 
+    Where the runs are judged at sizes of images, sizes.csv and sizes.png too.
     `maps` are by panel. Raises UsageError where another's file is in the way, RunError where the disk refuses.
     """
     from lape.files import writing
@@ -58,6 +61,9 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
     contents[CURVES] = plots.png(plots.learning_curves(study))
     if any(row.difference for row in study.rows):
         contents[DIFFERENCES] = plots.png(plots.differences(study))
+    if study.sizes:
+        contents[SIZES] = tables.sizes_as_csv(study)
+        contents[SIZES_DRAWN] = plots.png(plots.score_by_size(study))
     for title, some in maps.items():
         name = f"correlation-{title.replace(', ', '-').replace(' ', '-')}.png"
         contents[name] = plots.png(plots.correlation_maps(some))

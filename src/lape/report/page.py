@@ -87,6 +87,15 @@ def _content(section: Section, apart: str) -> dict[str, Any]:
             lambda theme: plots.learning_curves(study, theme),
             lambda theme: plots.learning_curves(study, theme, columns=1),
         ),
+        "sizes": tables.sizes(study),
+        "about_sizes": words.ABOUT_SIZES,
+        "not_taken": words.not_taken(study),
+        "sizes_drawn": picture(
+            lambda theme: plots.score_by_size(study, theme),
+            lambda theme: plots.score_by_size(study, theme, columns=1),
+        )
+        if study.sizes
+        else None,
         "judgement": judgement,
         "claims": tables.claims(judgement),
         "untested": plural(len(judgement.untested), "claim"),

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lape.analysis import Correlation, Decomposition
+from lape.data.sizes import Size
 from lape.files import writing
-from lape.studies.statistics import BASELINE, LAPE, FinishedRun, Way
+from lape.studies.statistics import BASELINE, LAPE, Combination, FinishedRun, Way
 from lape.studies.study import Study
 
 if TYPE_CHECKING:
@@ -173,6 +174,63 @@ def differences(study: Study, theme: Theme = LIGHT) -> "Figure":
     panel.set_axisbelow(True)
     panel.set_xlabel(f"{study.measure} minus {BASELINE}, points")
     return figure
+
+
+def score_by_size(study: Study, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":
+    """Draw the score over the sizes of images, a line per way of joining, a panel per table, as `learning_curves` does.
+
+    Sizes stand in the order of their areas, equally far apart; a dotted line marks those of training.
+    """
+    shown = panels(study)
+    sizes = sorted(study.sizes, key=lambda size: (size.height * size.width, size))
+    columns = min(columns or (3 if len(shown) != 4 else 2), len(shown))
+    deep = -(-len(shown) // columns)
+    palette = hues(study.ways, theme)
+    width = max(3.4 * columns + 0.4, 4.6)
+    beside = _beside(width, palette)
+    figure = _figure(theme, width, 2.75 * deep + 0.4 + 0.17 * -(-len(palette) // beside))
+    axes = figure.subplots(deep, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+    for spare in axes[len(shown) :]:
+        spare.remove()
+    lines: dict[str, Any] = {}
+    for place, (axis, panel) in enumerate(zip(axes, shown, strict=False)):
+        _style(axis, theme)
+        axis.set_title(panel.title, loc="left", fontsize=10, color=theme.ink)
+        axis.grid(axis="y", color=theme.faint, linewidth=0.6)
+        for number in (number for number, size in enumerate(sizes) if size in study.trained):
+            axis.axvline(number, color=theme.ink, linewidth=0.7, linestyle=":", zorder=0)
+        for way in panel.ways:
+            by_size = {
+                number: scores for number, size in enumerate(sizes) if (scores := _scores(study, way, panel.pe, size))
+            }
+            lowest, means, highest = ([of(scores) for scores in by_size.values()] for of in (min, fmean, max))
+            axis.fill_between(
+                [*by_size], lowest, highest, color=palette[way], alpha=min(0.2, 0.6 / len(panel.ways)), lw=0
+            )
+            (lines[str(way)],) = axis.plot(
+                [*by_size], means, color=palette[way], linewidth=1.8, linestyle=_stroke(way), marker="o", markersize=3.5
+            )
+        axis.set_xticks(range(len(sizes)), list(map(str, sizes)), rotation=30 if len(sizes) > 4 else 0)
+        axis.set_xlim(-0.3, len(sizes) - 0.7)
+        if place % columns == 0:
+            axis.set_ylabel(f"validation {study.measure}, %")
+        if place + columns >= len(shown):
+            axis.set_xlabel("size of the images")
+            axis.tick_params(labelbottom=True)
+    labels = [str(way) for way in study.ways if str(way) in lines]
+    figure.legend(
+        *([lines[label] for label in labels], labels), loc="outside upper left", ncols=beside, frameon=False,
+        labelcolor=theme.ink, fontsize=9,
+    )  # fmt: skip
+    return figure
+
+
+def _scores(study: Study, way: Way, pe: str, size: Size) -> list[float]:
+    """The scores of one way and table at a size, by seed; none where it is not taken."""
+    judged = [
+        (study.at_sizes[Combination(way, pe, seed)].by_size[size], one) for seed, one in study.of(way, pe).items()
+    ]
+    return [at.metrics[result.record["score"]] for at, result in judged if at.refusal is None]
 
 
 def weights_by_depth(study: Study, theme: Theme = LIGHT, columns: int | None = None) -> "Figure":

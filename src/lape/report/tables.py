@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lape.studies.study import Numbers, RunAnalysis
 
 
+NOT_TAKEN = "not taken"  # in the place of a number: a size of images
 Columns = dict[str, Callable[[SummaryRow], str]]
 
 
@@ -92,7 +93,14 @@ def terminal(study: Study) -> "Group":
     table = _table(study, {"": lambda row: str(row.way), **narrow}, names=1).terminal([row.pe for row in study.rows])
     findings = words.findings(study)
     sentences = [*findings.main, *filter(None, [findings.gap]), *findings.remarks]
-    return Group(Text(), Text(words.question(study)), Text(), table, Text(), *map(Text, sentences), Text())
+    shown = [Text(), Text(words.question(study)), Text(), table, Text(), *map(Text, sentences), Text()]
+    if study.sizes:
+        at_sizes = sizes(study)
+        tight = Table(at_sizes.headings, [[cell.replace(" ± ", "±") for cell in row] for row in at_sizes.rows], 3)
+        pes = [row[2] for row in at_sizes.rows]
+        shown += [Text(words.ABOUT_SIZES), Text(), tight.without("table", "seeds").terminal(pes), Text()]
+        shown += [*map(Text, words.not_taken(study)), Text()]
+    return Group(*shown)
 
 
 def shapes(study: Study) -> Table:
@@ -128,6 +136,25 @@ def weights(study: Study) -> Table:
     return Table(["table", "weight", *(f"layer {layer}" for layer in range(1, layers + 1))], rows, names=2)
 
 
+def sizes(study: Study) -> Table:
+    """Return what the runs reach on images of each size, for each table, size and way; nothing where none was asked."""
+    measure, margin = f"{study.measure}, %", f"minus {BASELINE}"
+    rows: list[list[str]] = []
+    for pe in study.pes:
+        for size in study.sizes:
+            here = f"{size} (trained)" if size in study.trained else str(size)
+            by_way = {row.way: row for row in study.rows_at(size) if row.pe == pe}
+            for way in [row.way for row in study.rows if row.pe == pe]:
+                numbers = _at_a_size(by_way[way]) if way in by_way else ["0", NOT_TAKEN, "–", "–"]
+                rows.append([here, str(way), pe, *numbers])
+    return Table(["size", "join", "table", "seeds", measure, margin, "95 % interval"], rows, names=3)
+
+
+def _at_a_size(row: SummaryRow) -> list[str]:
+    spread = words.interval(row.difference) if row.difference else "–"
+    return [str(row.score.count), words.percent(row.score), _difference(row), spread]
+
+
 def claims(judgement: words.Judgement) -> Table:
     """Return the claims that a study tests, and what its runs say of them."""
     return Table(words.CLAIM_HEADINGS, list(map(words.claim_cells, judgement.tested)), names=2)
@@ -157,6 +184,8 @@ def markdown(study: Study) -> str:
     parts = [in_markdown(words.question(study)), facts, scores(study).markdown()]
     if judgement.tested:
         parts += [claims(judgement).markdown(), in_markdown(judgement.summary)]
+    if study.sizes:
+        parts += [in_markdown(words.ABOUT_SIZES), sizes(study).markdown(), *map(in_markdown, words.not_taken(study))]
     parts += [table.markdown() for table in (shapes(study), weights(study)) if table.rows]
     command = "\n".join(f"    {visible(line)}" for line in study.command.split("\n"))
     return "\n\n".join([*parts, command]) + "\n"
@@ -189,6 +218,45 @@ def _record(row: SummaryRow) -> dict[str, Any]:
         "parameters": row.parameters,
         "seconds_per_step": row.seconds_per_step,
     }
+
+
+_OF_TRAINING = ("third_score_mean", "third_score_std", "parameters", "seconds_per_step")  # alike at every size
+
+
+def _records_at_sizes(study: Study) -> list[dict[str, Any]]:
+    """Return a record for each size, way and table that is taken, and one for each that is not, with the reason."""
+    records: list[dict[str, Any]] = []
+    for size in study.sizes:
+        sides = {"size": str(size), **size._asdict(), "trained": size in study.trained}
+        for row in study.rows_at(size):
+            numbers = {name: value for name, value in _record(row).items() if name not in _OF_TRAINING}
+            records.append(sides | numbers | {"refusal": None})
+        for reason, pairs in study.refused_at(size).items():
+            records += [sides | {"way": str(way), **way._asdict(), "pe": pe, "refusal": reason} for way, pe in pairs]
+    return records
+
+
+def sizes_as_csv(study: Study) -> str:
+    """Return one line for each size, join and table, numbers unrounded, empty where there is none."""
+    records = _records_at_sizes(study)
+    headings = [*dict.fromkeys(name for record in records for name in record), writing.MARK]
+    return Table(headings, [[*map((record | {writing.MARK: __version__}).get, headings)] for record in records]).csv()
+
+
+def _runs_at_sizes(study: Study) -> list[dict[str, Any]]:
+    return [
+        {
+            "size": str(size),
+            "way": str(combination.way),
+            **combination.way._asdict(),
+            "pe": combination.pe,
+            "seed": combination.seed,
+            "score": study.at_sizes[combination].by_size[size].metrics.get(result.record["score"]),
+            "refusal": study.at_sizes[combination].by_size[size].refusal,
+        }
+        for size in study.sizes
+        for combination, result in study.results.items()
+    ]
 
 
 def settings(study: Study) -> dict[str, Any]:
@@ -243,4 +311,6 @@ def as_json(study: Study) -> str:
         "jobs": study.jobs,
         "provenance": study.provenances(),
     }
+    if study.sizes:
+        content["sizes"] = {"rows": _records_at_sizes(study), "runs": _runs_at_sizes(study)}
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -171,6 +171,17 @@ def left_out(some: LeftOut, what: str) -> list[str]:
     return [f"{what} {listed(f'{way} × {pe}' for way, pe in pairs)}. {reason}" for reason, pairs in some.items()]
 
 
+ABOUT_SIZES = (
+    "The same runs with the same weights on images of other sizes: a learnt table is resized, a fixed one made anew. "
+    "Differences are paired by seed at each size. Each interval covers its difference at 95 %; together they do not."
+)
+
+
+def not_taken(study: Study) -> list[str]:
+    """Say of which ways and tables there is no number at a size of images, and why."""
+    return [line for size in study.sizes for line in left_out(study.refused_at(size), f"Not taken at {size}:")]
+
+
 def _remarks(study: Study) -> list[str]:
     rows, seeds = study.rows, study.seeds
     remarks = left_out(study.left_out, "Left out:")

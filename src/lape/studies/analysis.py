@@ -104,13 +104,13 @@ def _numbers(values: Tensor) -> Numbers:
     return tuple(values.tolist())
 
 
-def _key(result: Result) -> dict[str, Any]:
-    """What an analysis depends on, as it is seen without reading the checkpoint."""
+def state_of_checkpoint(result: Result) -> dict[str, Any]:
+    """Return what is known of a run's checkpoint without reading it; raises RunError where there is none."""
     path = result.folder / LAST
     try:
         seen = path.stat()
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}); without it there is no analysis.") from None
+        raise RunError(f"{path} cannot be read ({error.strerror}); without it the model cannot be looked at.") from None
     return {"lape": __version__, "bytes": seen.st_size, "changed": seen.st_mtime_ns}
 
 
@@ -129,7 +129,7 @@ class Kept:
 
     def of(self, result: Result) -> RunAnalysis | None:
         """Return the analysis of a run, as long as its checkpoint is as it was; None where there is none."""
-        key = _key(result)
+        key = state_of_checkpoint(result)
         try:
             entry = self.entries[self._name(result)]
             if entry["checkpoint"] != key:
@@ -143,7 +143,7 @@ class Kept:
 
     def keep(self, result: Result, analysis: RunAnalysis) -> RunAnalysis:
         """Note the analysis of a run, where the disk allows it, and return it."""
-        self.entries[self._name(result)] = _plain({"checkpoint": _key(result), **asdict(analysis)})
+        self.entries[self._name(result)] = _plain({"checkpoint": state_of_checkpoint(result), **asdict(analysis)})
         text = json.dumps({writing.MARK: __version__, "analyses": self.entries}, indent=1) + "\n"
         with suppress(RunError, OSError):  # it is computed again the next time
             writing.write_marked({self.path: text})

@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lape.data.sizes import Size
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.files import reading
@@ -19,6 +20,7 @@ from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
     from lape.analysis import Shape
+    from lape.training.evaluation import AtSize
 
 LeftOut = Mapping[str, Sequence[tuple[Way, str]]]  # ways and tables, by the reason
 Numbers = tuple[float, ...]  # (layers,)
@@ -107,6 +109,14 @@ class RunAnalysis:
 
 
 @dataclass(frozen=True)
+class RunAtSizes:
+    """What one trained model gets right on images of several sizes, with the same weights."""
+
+    trained: Size | None  # that it was trained at; None where its checkpoint cannot be read
+    by_size: "Mapping[Size, AtSize]"
+
+
+@dataclass(frozen=True)
 class Study:
     """Finished runs that differ in way of joining, table and seed alone, and what is known of how they came about."""
 
@@ -118,6 +128,8 @@ class Study:
     jobs: int | None = None  # runs side by side; None where that is not known
     analyses: Mapping[Combination, RunAnalysis] = field(default_factory=dict)
     not_analysed: LeftOut = field(default_factory=dict)
+    sizes: tuple[Size, ...] = ()  # of images at which every run is judged, where that was asked for
+    at_sizes: Mapping[Combination, RunAtSizes] = field(default_factory=dict)
 
     @property
     def experiment(self) -> Experiment:
@@ -153,6 +165,27 @@ class Study:
     def gaps(self) -> tuple[Gap, ...]:
         """The distance between the tables under each way of joining."""
         return gaps(self.rows)
+
+    def rows_at(self, size: Size) -> tuple[SummaryRow, ...]:
+        """Return the rows of those runs that take images of a size; `score` and `difference` are of these images."""
+        return rows(
+            replace(result.run, score=self.at_sizes[one].by_size[size].metrics[result.record["score"]])
+            for one, result in self.results.items()
+            if self.at_sizes[one].by_size[size].refusal is None
+        )
+
+    def refused_at(self, size: Size) -> LeftOut:
+        """Return the ways and tables of which a run does not take images of a size, by the reason."""
+        reasons: dict[str, dict[tuple[Way, str], None]] = {}
+        for one, judged in self.at_sizes.items():
+            if (refusal := judged.by_size[size].refusal) is not None:
+                reasons.setdefault(refusal, {})[one.way, one.pe] = None
+        return {reason: tuple(pairs) for reason, pairs in reasons.items()}
+
+    @property
+    def trained(self) -> frozenset[Size]:
+        """The sizes of images that the runs were trained at, as far as they were judged at sizes."""
+        return frozenset(judged.trained for judged in self.at_sizes.values() if judged.trained is not None)
 
     @property
     def contents(self) -> Any:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ from lape.data import pipeline
 from lape.data.classes import ImageSource
 from lape.data.pictures import MODES
 from lape.data.preparation import Preparation
-from lape.errors import RunError, UsageError, choose, first_line
+from lape.data.sizes import Size
+from lape.errors import RunError, UsageError, choose, first_line, lacking
 from lape.experiment import Augmentation, Experiment
 from lape.hosts import find
 from lape.models.rebuilding import Build
@@ -136,16 +138,46 @@ class ClassificationWork:
                 "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
             )
         self.module = module = build_model(experiment, source, build, {"img_size": asked})
-        self.size: tuple[int, int] = asked or tuple(module.pretrained_cfg["input_size"][-2:])
-        stem: Any = find(module)[0].patch_embed
-        patch = getattr(stem, "multiple_of", stem.patch_size)  # a stem may take any size
-        if any(length % step for length, step in zip(self.size, patch, strict=True)):
+        self.size = Size(*(asked or module.pretrained_cfg["input_size"][-2:]))
+        if patch := self._patch_that_does_not_divide(self.size):
             raise UsageError(
-                f"{experiment.model} cuts images into patches of {patch[0]}x{patch[1]}, which do not divide "
-                f"{self.size[0]}x{self.size[1]} images of {source.name}. Give --img_size a multiple of {patch[0]}, or "
-                "another model."
+                f"{experiment.model} cuts images into patches of {patch}, which do not divide {self.size} images of "
+                f"{source.name}. Give --img_size a multiple of {patch.height}, or another model."
             )
-        _refuse_another_answer(experiment, module, (1, source.channels, *self.size), len(source.classes))
+        if (answer := _answer_to_nothing(module.eval(), source.channels, self.size)) != (1, len(source.classes)):
+            raise UsageError(
+                f"{experiment.model} with model_args {experiment.model_args} is no classifier of "
+                f"{len(source.classes)} classes: to an image of {self.size} it answers {answer}. Mend model_args, or "
+                "take another model."
+            )
+        module.train()
+
+    def _patch_that_does_not_divide(self, size: Size) -> Size | None:
+        stem: Any = find(self.module)[0].patch_embed
+        patch = Size(*getattr(stem, "multiple_of", stem.patch_size))  # a stem may take any size
+        return patch if size.height % patch.height or size.width % patch.width else None
+
+    def at(self, size: Size) -> "ClassificationWork":
+        """Return the same for images of another size, with a copy of the model: the same weights, other positions.
+
+        The model's own rule brings its positions to the size: learnt tables are resized, fixed ones made anew. Raises
+        UsageError for a size that the model does not take.
+        """
+        if size == self.size:
+            return self
+        if patch := self._patch_that_does_not_divide(size):
+            raise UsageError(f"Its patches of {patch} do not divide images of {size}.")
+        there = copy(self)
+        there.size, there.module = size, deepcopy(self.module).eval()
+        set_size = getattr(find(there.module)[0], "set_input_size", None)  # without it, the forward is asked
+        try:
+            if set_size is not None:
+                set_size(tuple(size))
+        except Exception as error:  # whatever a part of timm's stumbles over
+            raise lacking(error) or UsageError(first_line(error)) from error
+        if (answer := _answer_to_nothing(there.module, self.source.channels, size)) != (1, len(self.source.classes)):
+            raise UsageError(f"To an image of {size} it answers {answer}.")
+        return there
 
     def task(self, fabric: Fabric) -> Classification:
         """Create what is learned: the classes, and where there is a teacher its answers.
@@ -205,19 +237,16 @@ class ClassificationWork:
 
 
 @torch.no_grad()
-def _refuse_another_answer(experiment: Experiment, module: nn.Module, shape: tuple[int, ...], classes: int) -> None:
-    """Show a model an empty image of a shape (1, C, H, W): its keywords may have made it no classifier."""
+def _answer_to_nothing(module: nn.Module, channels: int, size: Size) -> tuple[int, ...] | str:
+    """Show a model in evaluation mode an empty image; return the shape of its answer, or what it stumbles over."""
+    weight = next(module.parameters())
     try:
-        answer = module.eval()(torch.zeros(shape))
-        found = tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        answer = module(torch.zeros(1, channels, *size, dtype=weight.dtype, device=weight.device))
     except Exception as error:  # whatever a part of timm's stumbles over
-        found = first_line(error)
-    if found != (1, classes):
-        raise UsageError(
-            f"{experiment.model} with model_args {experiment.model_args} is no classifier of {classes} classes: to an "
-            f"image of {shape[2]}x{shape[3]} it answers {found}. Mend model_args, or take another model."
-        )
-    module.train()
+        if lack := lacking(error):
+            raise lack from error
+        return first_line(error)
+    return tuple(answer.shape) if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
 
 
 def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:

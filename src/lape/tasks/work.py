@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pkgutil import resolve_name
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from lightning_fabric import Fabric
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lape.data.pipeline import Batch
+from lape.data.sizes import Size
 from lape.data.sources import Source
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment, parse
@@ -129,6 +130,19 @@ class Work(Protocol):
 
     def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
         """Return the model's transformer, and `count` validation pictures as it takes them, drawn once and for all."""
+        ...
+
+
+class OneSizeWork(Work, Protocol):
+    """The work of a kind whose model sees all pictures at one size (`one_size`)."""
+
+    size: Size
+
+    def at(self, size: Size) -> Self:
+        """Return the same for pictures of another size, with the same weights.
+
+        Raises UsageError for a size that the model does not take.
+        """
         ...
 
 

@@ -1,9 +1,10 @@
 """What a model gets right: the validation that training does, and that of a checkpoint."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
@@ -11,12 +12,13 @@ from torch import nn
 
 from lape.data import pipeline
 from lape.data.pipeline import Batches, InOrder
+from lape.data.sizes import Size
 from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Execution, Experiment
 from lape.files.characters import plural
 from lape.models.rebuilding import LikeItsFile
-from lape.tasks.work import Task, Work, set_without_pictures, work_of
+from lape.tasks.work import OneSizeWork, Task, Work, set_without_pictures, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST, read
 from lape.weights import fill, judged_weights
@@ -30,6 +32,26 @@ class Evaluation:
     data: str
     images: int
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class AtSize:
+    """A model's metrics on images of one size; or none, and why."""
+
+    size: Size
+    metrics: Mapping[str, float]
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class SizesEvaluation:
+    """A checkpoint's metrics on the validation images of a set, at several sizes."""
+
+    checkpoint: Path
+    data: str
+    images: int
+    trained: Size  # that the model was trained at
+    results: tuple[AtSize, ...]
 
 
 def evaluate(fabric: Fabric, task: Task, model: nn.Module, batches: Batches) -> dict[str, float]:
@@ -95,7 +117,51 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Evaluation:
 
     Raises UsageError for a set of other classes, RunError for a file that is no checkpoint of its model.
     """
+    run = _with_pictures(checkpoint, changed)
+    return Evaluation(run.path, run.work.source.name, len(run.work.source.validation), _judged(run, run.work))
 
+
+def evaluate_at_sizes(checkpoint: Path, sizes: Sequence[Size], **changed: object) -> SizesEvaluation:
+    """Judge a checkpoint as `evaluate_checkpoint` does, on images of sizes that it need not be trained at.
+
+    Raises the same, and UsageError for a model that sees pictures of many sizes.
+    """
+    run = _with_pictures(checkpoint, changed)
+    results = tuple(at_sizes(run, sizes))
+    held_out = run.work.source.validation
+    return SizesEvaluation(run.path, run.work.source.name, len(held_out), trained_size(run), results)
+
+
+def trained_size(run: LoadedRun) -> Size:
+    """Return the size of the images that a model is trained at; raises UsageError where that is no one size."""
+    return _of_one_size(run).size
+
+
+def at_sizes(run: LoadedRun, sizes: Iterable[Size]) -> Iterator[AtSize]:
+    """Judge a run's model at sizes, one after another, with the same weights; a size that it does not take is told.
+
+    Raises UsageError for a model that sees pictures of many sizes.
+    """
+    work = _of_one_size(run)
+    for size in sizes:
+        try:
+            there = work.at(size)
+        except UsageError as error:
+            yield AtSize(size, {}, str(error))
+        else:
+            yield AtSize(size, _judged(run, there))
+
+
+def _of_one_size(run: LoadedRun) -> OneSizeWork:
+    if not run.work.one_size:
+        raise UsageError(
+            f"sizes are for classifiers, which see all images at one size; {run.experiment.model} takes the pictures "
+            f"of {run.work.source.name} as large as they are. Leave out sizes; short_side says how they are resized."
+        )
+    return cast(OneSizeWork, run.work)
+
+
+def _with_pictures(checkpoint: Path, changed: Mapping[str, object]) -> LoadedRun:
     may_download = changed.get("data_dir") is not None  # and never where the checkpoint says
 
     def with_pictures(experiment: Experiment, stored: Source) -> Source:
@@ -107,14 +173,15 @@ def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Evaluation:
             )
         return source
 
-    run = load_run(checkpoint, with_pictures, **changed)
-    work, fabric, held_out = run.work, run.fabric, run.work.source.validation
+    return load_run(checkpoint, with_pictures, **changed)
+
+
+def _judged(run: LoadedRun, work: Work) -> dict[str, float]:
+    fabric, held_out = run.fabric, work.source.validation
     at_once = work.validation_batch or run.experiment.batch_size
     share = InOrder(len(held_out), at_once, fabric.global_rank, fabric.world_size)
-    pin = fabric.device.type == "cuda"
-    batches = pipeline.load(work.validation(), share, run.experiment.workers, pin)
-    metrics = evaluate(fabric, run.task, work.module, batches)
-    return Evaluation(run.path, work.source.name, len(held_out), metrics)
+    batches = pipeline.load(work.validation(), share, run.experiment.workers, fabric.device.type == "cuda")
+    return evaluate(fabric, run.task, work.module, batches)
 
 
 def _named(classes: Sequence[str]) -> str:
