@@ -50,7 +50,7 @@ class TableMethod:
             as_map = not isinstance(image, fx.Proxy) and image.ndim == 4
             if as_map:  # where the host would resize its table, it has one of the right grid
                 inputs, options = (image.flatten(1, 2), *others), {}
-            replaced |= self._of_a_map(grid, as_map)
+            replaced.update(self._of_a_map(grid, as_map))  # torch 2.6 does not compile |=
         proxy, read = self.proxies.of(holder, replaced)
         output = getattr(self.proxies.base, host.add_table)(proxy, *inputs, **options)
         self._check(read, grid)
@@ -124,7 +124,7 @@ class BeforeSequence:
         self.positions.forwards.hand(forward, tokens)
         if inputs:
             return (tokens, *inputs[1:]), options
-        return inputs, options | {next(iter(options)): tokens}
+        return inputs, {**options, next(iter(options)): tokens}
 
 
 @dataclass
@@ -138,11 +138,14 @@ class PatchDropout:
 
         positions = self.positions
         drop: Any = value_at(positions.model, positions.host.patch_dropout)
-        forward = positions.forwards.find(0, tokens)
         options = drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training
-        tokens, forward.kept = patch_dropout.patch_dropout_forward(tokens, *options)
-        positions.forwards.hand(forward, tokens)
-        return tokens if isinstance(drop, patch_dropout.PatchDropout) else (tokens, forward.kept)
+        dropped, kept = patch_dropout.patch_dropout_forward(tokens, *options)
+        forwards = positions.forwards
+        if forwards.latest is not None or not torch.compiler.is_compiling():  # else no block takes anything
+            forward = forwards.find(0, tokens)
+            forward.kept = kept
+            forwards.hand(forward, dropped)
+        return dropped if isinstance(drop, patch_dropout.PatchDropout) else (dropped, kept)
 
 
 def grid_of_input(positions: Positions, inputs: Tensor) -> Grid:
