@@ -12,12 +12,15 @@ from timm.layers import set_reentrant_ckpt
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from tiny_hosts import EVERY_SCHEME, gradients, host, images, shaken
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lape
 from lape.errors import UsageError
+from lape.surgery.operation import positions
 from lape.surgery.positions import BIAS_TABLE
+from lape.surgery.proxy import Proxies
 
 # --- Copies, files, optimisers
 
@@ -143,10 +146,72 @@ def test_compiles_without_a_graph_break(names: dict[str, str]) -> None:
     model.zero_grad()
     torch._dynamo.reset()
     output = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    assert positions(model).forwards.latest is None  # what outlives a graph, it would make in every forward
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     output.square().sum().backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, eager[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+class Scaling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.offset = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain(x) + self.offset
+
+
+class Counting(Scaling):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.calls += 1
+        self.mean = x.mean(0)
+        assert isinstance(self, Counting)
+        assert not hasattr(self, "nothing")
+        assert type(self).calls == 0
+        return super().forward(x) * self.mean + self.beside()
+
+    def beside(self) -> Any:
+        return self.offset
+
+
+def test_a_proxy_is_compiled_as_it_runs() -> None:
+    module, proxies = Counting(), Proxies(Counting, ["offset"])
+    before, offset, x = module.offset, torch.randn(4), torch.randn(3, 4)
+    module.beside = lambda: 2.0  # of this instance, before that of its class
+
+    def run(x: Tensor, offset: Tensor) -> tuple[Tensor, bool]:
+        proxy, read = proxies.of(module, {"offset": offset})
+        return Counting.forward(proxy, x), "offset" in read
+
+    def setting(x: Tensor) -> None:
+        proxy, _ = proxies.of(module, {"offset": x})
+        proxy.offset = x
+
+    torch._dynamo.reset()
+    for number, called in enumerate((run, torch.compile(run, fullgraph=True, backend="eager")), start=1):
+        module.mean = torch.zeros(4)
+        output, read = called(x, offset)
+        torch.testing.assert_close(output, (module.gain(x) + offset) * x.mean(0) + 2)
+        assert (module.calls, read) == (2 * number, True)
+        assert torch.equal(module.mean, x.mean(0))
+        assert module.offset is before
+    for called in (setting, torch.compile(setting, backend="eager")):
+        with pytest.raises(AttributeError, match="offset is what joins the tokens"):
+            called(x)
+    assert module.offset is before
+
+
+@pytest.mark.parametrize("names", [{"pe": "learnable+peg"}, {"pe": "learnable"}], ids=lambda names: names["pe"])
+def test_no_compiled_forward_outlives_its_graph(names: dict[str, str]) -> None:
+    model = lape.apply(host(depth=2, patch_drop_rate=0.0 if "peg" in names["pe"] else 0.5), "default", **names).train()
+    torch._dynamo.reset()
+    torch.compile(model.forward_features, fullgraph=True, backend="eager")(images(model))
+    assert positions(model).forwards.latest is None  # what outlives a graph, it would make in every forward
 
 
 @EVERY_SCHEME

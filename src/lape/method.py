@@ -60,7 +60,11 @@ class Rung(NamedTuple):
     def of_tokens(self, change: Callable[[Tensor], Tensor]) -> "Rung":
         """Return the rung with its parts over tokens (1, N, D) changed."""
         residual, attention = (part if part is None else change(part) for part in (self.residual, self.attention))
-        return self._replace(residual=residual, attention=attention)
+        return Rung(residual, attention, self.bias, self.rotation)
+
+    def in_attention(self, bias: Tensor | None, rotation: Tensor | None) -> "Rung":
+        """Return the rung with another bias and another rotation."""
+        return Rung(self.residual, self.attention, bias, rotation)  # torch 2.6 does not compile _replace
 
     def padded(self, more: int, behind: int = 0) -> "Rung":
         """Return the rung with zeros for that many more tokens, behind some of its first, which a bias has already."""
@@ -77,13 +81,13 @@ class Rung(NamedTuple):
         """Return the rung of the first tokens."""
         bias = None if self.bias is None else self.bias[..., :count, :count]
         rotation = None if self.rotation is None else self.rotation[..., :count, :]
-        return self.of_tokens(lambda part: part[:, :count])._replace(bias=bias, rotation=rotation)
+        return self.of_tokens(lambda part: part[:, :count]).in_attention(bias, rotation)
 
     def kept(self, rows: Tensor) -> "Rung":
         """Return the rung (B, K, ...) of the tokens (B, K) that each sample has kept."""
         bias = None if self.bias is None else self.bias[0][:, rows[:, :, None], rows[:, None, :]].movedim(1, 0)
         rotation = None if self.rotation is None else self.rotation[:, 0][:, :, rows].movedim(2, 1)
-        return self.of_tokens(lambda part: part[0][rows])._replace(bias=bias, rotation=rotation)
+        return self.of_tokens(lambda part: part[0][rows]).in_attention(bias, rotation)
 
 
 # --- LN_ω and what may stand in for it (Table 8) ------------------------------------------------------------------
@@ -412,7 +416,7 @@ class Scheme:
         if self.start.preserves and norm is not None:
             rung = weighed(rung, norm)
         if self.start.table_stays and layer == 0:
-            rung = rung._replace(residual=position)
+            rung = Rung(position, rung.attention, rung.bias, rung.rotation)
         return rung, following
 
     def last(self, position: Tensor, norm: PositionNorm) -> Rung:

@@ -55,7 +55,7 @@ class TableMethod:
             as_map = not isinstance(image, fx.Proxy) and image.ndim == 4
             if as_map:  # where the host would resize its table, it has one of the right grid
                 inputs, options = (image.flatten(1, 2), *values[1:]), {}
-            replaced.update(self._of_a_map(grid, as_map))
+            replaced.update(self._of_a_map(grid, as_map))  # torch 2.6 does not compile |=
         proxy, read = self.proxies.of(holder, replaced)
         output = getattr(self.proxies.base, self.method)(proxy, *inputs, **options)
         self._check(read, grid)
@@ -188,7 +188,7 @@ class BeforeSequence:
         self.positions.forwards.hand(forward, tokens)
         if inputs:
             return (tokens, *inputs[1:]), options
-        return inputs, options | {next(iter(options)): tokens}
+        return inputs, {**options, next(iter(options)): tokens}
 
 
 @dataclass
@@ -202,12 +202,14 @@ class PatchDropout:
 
         positions = self.positions
         drop: Any = value_at(positions.model, positions.host.patch_dropout)
-        forward = positions.forwards.find(0, tokens)
         options = drop.prob, drop.num_prefix_tokens, drop.ordered, drop.training
-        tokens, kept = patch_dropout.patch_dropout_forward(tokens, *options)
-        forward.rows = None if kept is None else rows_behind(positions.prefix, kept)
-        positions.forwards.hand(forward, tokens)
-        return tokens if isinstance(drop, patch_dropout.PatchDropout) else (tokens, kept)
+        dropped, kept = patch_dropout.patch_dropout_forward(tokens, *options)
+        forwards = positions.forwards
+        if forwards.latest is not None or not torch.compiler.is_compiling():  # else no block takes anything
+            forward = forwards.find(0, tokens)
+            forward.rows = None if kept is None else rows_behind(positions.prefix, kept)
+            forwards.hand(forward, dropped)
+        return dropped if isinstance(drop, patch_dropout.PatchDropout) else (dropped, kept)
 
 
 def grid_of_input(positions: Positions, inputs: Tensor | fx.Proxy) -> Grid:

@@ -139,9 +139,11 @@ class Forwards:
 
     def begin(self, forward: Forward) -> None:
         """Note a forward whose positions have just met its tokens."""
-        self.latest = forward
         if torch.compiler.is_compiling():
+            if forward.last >= 0:  # else nobody would end it, and every compiled forward would make it and keep it
+                self.latest = forward
             return
+        self.latest = forward
         forward.task = backward_pass()
         calls = self.of_thread.calls
         if calls:

@@ -222,8 +222,8 @@ class BlockHooks:
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         if options.get("is_causal"):  # fused or not, attention takes a mask or is causal, not both
             future = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
-            bias, options = bias.masked_fill(future, -torch.inf), options | {"is_causal": False}
-        return options | {name: bias.to(tokens.dtype)}
+            bias, options = bias.masked_fill(future, -torch.inf), {**options, "is_causal": False}
+        return {**options, name: bias.to(tokens.dtype)}
 
     def attend(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add the attention part of the rung to the output of the norm before attention."""
@@ -311,7 +311,7 @@ class BlockHooks:
             if forwards.latest is None:
                 return None
             output, latest = self._convolved(output, forwards.latest), forwards.latest
-            if self.layer == len(latest.layers) - 1 and not self.positions.scheme.join.final:
+            if self.layer == latest.last:
                 forwards.close(latest)
             return output
         if inputs and isinstance(inputs[0], fx.Proxy):

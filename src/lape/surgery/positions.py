@@ -182,11 +182,10 @@ class Positions:
         norm = self._norm(number, layer) if normed else None
         rung, following = self.scheme.step(number, position, norm)
         rung = self._for_all_tokens(rung)
-        if self.scheme.embedding.bias is not None and self.host.window_bias is None:
-            rung = rung._replace(bias=self._bias(forward, number))
-        if self.scheme.embedding.rotation is not None:
-            rung = rung._replace(rotation=self._rotation(forward, number))
-        return rung, following
+        biased = self.scheme.embedding.bias is not None and self.host.window_bias is None
+        bias = self._bias(forward, number) if biased else None
+        rotation = None if self.scheme.embedding.rotation is None else self._rotation(forward, number)
+        return rung.in_attention(bias, rotation), following
 
     def _table_of(self, number: int, layer: Layer) -> Tensor:
         if not isinstance(self.scheme.embedding.table, Table):
@@ -267,9 +266,8 @@ class Positions:
         """Begin a forward on a grid; return it, and what joins the tokens before the first block (1, N, D)."""
         forward = self.forward(grid, self.model.training)
         joining = self.joining(forward) if self.scheme.with_tokens and forward.layers else None
-        if not torch.compiler.is_compiling():
-            last = self._number_blocks(forward.layers)
-            forward.last = len(forward.layers) if self.scheme.join.final else last
+        last = self._number_blocks(forward.layers)
+        forward.last = len(forward.layers) if self.scheme.join.final else last
         self.forwards.begin(forward)
         return forward, joining
 
@@ -290,7 +288,7 @@ class Positions:
         """
         rung = forward.rung_again(layer) if again else forward.rung(layer)
         if layer == 0 and self.scheme.with_tokens:
-            rung = rung._replace(residual=None)
+            rung = Rung(None, rung.attention, rung.bias, rung.rotation)
         return rung
 
     def _number_blocks(self, layers: list[Layer]) -> int:
@@ -304,7 +302,8 @@ class Positions:
             if hooks is None or hooks.positions is not self:
                 unknown.append(unknown_block(layer.block, number))
                 continue
-            hooks.layer = number
+            if hooks.layer != number:  # set, it would be set by every compiled forward
+                hooks.layer = number
             last = number if hooks.hung else last
         if last >= 0 and unknown:
             raise unknown[0]
