@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from made_up_runs import analysis_of, study_of
 
-from lape.method import JOINS, POSITION_NORMS, TABLES
-from lape.studies.claims import CLAIMS, Finding, Outcome, judged, with_depth
+from lape.method import JOINS, POSITION_NORMS
+from lape.studies.claims import CLAIMS, TABLES, Finding, Outcome, judged, with_depth
 from lape.studies.statistics import Way, difference
 
 LAPE, DEFAULT = Way("lape"), Way("default")
