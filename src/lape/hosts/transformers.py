@@ -232,10 +232,11 @@ _TEXTS = (
     ),
 )
 
+VERSION_4 = tuple(_in_version_4(row) for row in (*_CLIPS, *_CLIP_TEXTS))  # classes that version 5 has no more
 ROWS = (
     *(*_VITS, *_WITH_ENCODER, *_CLIPS, *_CLIPS_OF_BOTH_VERSIONS, *_SAMS, *_OTHERS, *_CLIP_TEXTS, *_TEXTS),
     *(replace(row, blocks="encoder.layer.*") for row in (*_VITS, *_OTHERS)),
-    *(_in_version_4(row) for row in (*_CLIPS, *_CLIP_TEXTS)),
+    *VERSION_4,
 )
 
 # --- What carries no join
