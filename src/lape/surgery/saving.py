@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from inspect import signature
+from inspect import currentframe, signature
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -78,8 +78,20 @@ def is_of_transformers(kind: type) -> bool:
 def say_when_saved(record: Positions, model: nn.Module) -> None:
     """Have every model of transformers that holds the operated one, as far as it is known, say so when it is saved."""
     for part in model.modules():
-        if is_of_transformers(type(part)) and any(inner is record.model for inner in part.modules()):
+        within = is_of_transformers(type(part)) and any(inner is record.model for inner in part.modules())
+        if within and not _in_its_constructor(part):  # that class makes the join again by itself
             part.__dict__["save_pretrained"] = _SavePretrained(record, Weak(part))
+
+
+def _in_its_constructor(model: nn.Module) -> bool:
+    """Return whether the constructor of a model is running."""
+    own = {constructor.__code__ for kind in type(model).__mro__ if hasattr(constructor := kind.__init__, "__code__")}
+    frame = currentframe()
+    while frame is not None:
+        if frame.f_code in own and frame.f_locals.get(frame.f_code.co_varnames[0]) is model:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def say_no_more(model: nn.Module) -> None:
