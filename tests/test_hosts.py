@@ -554,17 +554,14 @@ def test_a_text_encoder_does_not_stand_in_for_one_for_images_that_is_refused() -
         lape.apply(transformers.XCLIPModel(config))
 
 
-def test_what_transformers_save_has_the_hosts_weights_and_a_state_dict_all(tmp_path: Path) -> None:
-    model, x = shaken(applied("vit")), inputs("vit")
+def test_what_transformers_save_is_not_read_without_its_join_and_a_state_dict_has_all(tmp_path: Path) -> None:
+    model, other, x = shaken(applied("vit")), applied("vit"), inputs("vit")
     model.save_pretrained(tmp_path)
-    read, report = transformers.ViTModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert report["unexpected_keys"] == {name for name in model.state_dict() if "pe_norm" in name}
-    read.eval()
-    plain = lape.remove(copy.deepcopy(model))
-    assert torch.equal(tokens(read, x), tokens(plain, x))
+    with pytest.raises(ValueError, match=r"lape\.joined\(ViTModel\)\.from_pretrained"):
+        transformers.ViTModel.from_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "all.pt")
-    applied("vit", read).load_state_dict(torch.load(tmp_path / "all.pt"), strict=True)
-    assert torch.equal(tokens(read, x), tokens(model, x))
+    other.load_state_dict(torch.load(tmp_path / "all.pt"), strict=True)
+    assert torch.equal(tokens(other, x), tokens(model, x))
 
 
 def test_a_beit_without_a_table_is_given_one_by_name() -> None:
