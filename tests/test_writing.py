@@ -179,6 +179,8 @@ ELSEWHERE = {
     ("report/prediction.py", "drawn(predicted).save"): "into memory",
     ("sharing/hub.py", "TemporaryDirectory"): "a folder of a name that nobody knows, for this process alone",
     ("sharing/hub.py", "save"): "into memory",
+    ("sharing/positions.py", "save"): "into memory",
+    ("report/doctor.py", "torch.save"): "into memory",
     ("sharing/exporting.py", "torch.export.save"): "into memory",
 }
 
@@ -276,6 +278,7 @@ COMMANDS: dict[str, Callable[[Inputs], list[object]]] = {
         *("--workers", "0", "--out", "out"),
     ],
     "report": lambda i: ["report", i.runs, "--out", "out/page.html"],
+    "sizes": lambda i: ["eval", i.runs / "one", "--sizes", "8", "--accelerator", "cpu", "--out", "out"],
     "cost": lambda _: [
         *("cost", "--model", "vit_nano_patch2_8", "--joins", "default", "--batch-size", "1", "--rounds", "2"),
         *("--out", "out"),
@@ -288,7 +291,7 @@ COMMANDS: dict[str, Callable[[Inputs], list[object]]] = {
     "weights": lambda i: ["export", i.runs / "one", "--out", "out/model.safetensors"],
     "folder": lambda i: ["export", i.runs / "one", "--out", "out"],
 }
-BARE = {"recipes", "models", "eval"}  # these write nothing
+BARE = {"recipes", "models", "check"}  # these write nothing
 
 
 @dataclass(frozen=True)
