@@ -236,6 +236,8 @@ def test_peg_stands_behind_a_block_however_tokens_lie(name: str) -> None:
     plain = foreign_hosts.applied(name, join="default", pe="none", **options)  # pyright: ignore
 
     def convolve(block: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return convolve(block, inputs, output[0]), *output[1:]
         tokens = output.transpose(0, 1) if name == "sequences-first" else output
         prefix, rows = record.prefix, F.conv2d(
             tokens[:, record.prefix :].mT.unflatten(2, record.grid),
