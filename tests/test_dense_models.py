@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import lape
-from lape.errors import UsageError
+from lape.errors import RunError, UsageError
 from lape.hosts import find
 from lape.method import JOINS
 from lape.models.catalogue import entries
@@ -195,6 +195,10 @@ def logits(model: nn.Module, images: Tensor) -> list[Tensor]:
 @EVERY_NANO
 @pytest.mark.parametrize("join", JOINS)
 def test_under_every_join_every_parameter_of_a_whole_learns(name: str, join: str) -> None:
+    if join == "mpvg" and name.startswith("upernet"):  # its maps are put out before a norm of all tokens
+        with pytest.raises(UsageError, match="what the last norm puts out"):
+            whole(name, join)
+        return
     model = whole(name, join, num_classes=7).train()
     answers = logits(model, image(64, 96, count=2).float())
     assert answers[0].shape == (2, 7, 64, 96)
@@ -321,8 +325,8 @@ def test_channels_and_the_tables_size_are_ones_own() -> None:
 
 
 def test_without_transformers_a_upernet_is_refused_and_still_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers.models.upernet", None)
-    with pytest.raises(UsageError, match=r"pip install 'lape\[dense\]'"):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(RunError, match=r"pip install 'lape\[dense\]'"):
         lape.create_model("upernet_vit_adapter_nano")
     (entry,) = entries(["upernet_vit_adapter_nano"])
     assert (entry.parameters, entry.flops, entry.size, entry.joins) == (None, None, (128, 128), ())

@@ -17,7 +17,7 @@ from lape.data.instances import InstanceSource
 from lape.data.maps import MapSource
 from lape.data.shapes import SHAPES, Shapes, shapes_detection, shapes_segmentation
 from lape.data.sources import find_set
-from lape.errors import UsageError
+from lape.errors import RunError
 
 SOME = range(40)
 
@@ -217,7 +217,7 @@ def test_an_outline_encloses_the_area_of_its_shape_within_radius_1(name, area):
 @pytest.mark.parametrize("source", [shapes_detection, shapes_segmentation])
 def test_without_scikit_image_one_is_told_how_to_install_it(source, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
-    with pytest.raises(UsageError, match=r"pip install 'lape\[dense\]'"):
+    with pytest.raises(RunError, match=r"pip install 'lape\[dense\]'"):
         source(None)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-from lape.errors import UsageError
+from lape.errors import RunError, UsageError
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def entries(chosen: Iterable[str]) -> Iterator[Entry]:
         with torch.device("meta"):
             try:
                 model = timm.create_model(name).eval()
-            except UsageError:
+            except (UsageError, RunError):
                 yield Entry(name, paper, None, None, size, ())
                 continue
             flops = None
