@@ -393,9 +393,9 @@ def from_pretrained(source: str | Path, *, build: Make | None = None, **model_ar
     if weights.suffix != ".safetensors":
         raise RunError(f"{weights} is no .safetensors file. For weights alone there is lape.load_weights.")
     _refuse_keywords(build, model_args)
+    tensors = opened(weights)
     told = _config(config)
     _refuse_maker(told, config, build)
-    tensors = opened(weights)
     like = LikeItsFile(tensors, weights)
     if build is None:
         model = build_model(told, str(config), like, **model_args)
