@@ -271,3 +271,12 @@ def test_a_file_of_a_family_can_be_what_is_imported_first() -> None:
     script = "import lape.models.mask_rcnn, timm; print(timm.is_model('mask_rcnn_vit_adapter_nano'))"
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (told.stdout, told.returncode) == ("True\n", 0), told.stderr
+
+
+def test_a_timm_that_cannot_change_swins_windows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(*_: Any, **__: Any) -> None:  # as before 1.0.31
+        raise RuntimeError("shape '[4, 4]' is invalid for input of size 21")
+
+    monkeypatch.setattr("timm.models.swin_transformer.resize_rel_pos_bias_table", fit)
+    with pytest.raises(RunError, match=r"cannot change Swin's windows.*timm 1\.0\.31 or newer, or take square images"):
+        timm.create_model(SWIN, join="lape", **SMALL[SWIN])

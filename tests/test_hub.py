@@ -356,3 +356,10 @@ def test_a_model_goes_to_the_hub_and_comes_back_by_us_and_by_timm(
 def test_what_is_no_name_of_a_repository_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="is no name of a repository on the Hub"):
         lape.push_to_hub(plain(), name)
+
+
+def test_a_timm_that_records_nothing_saves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(timm.models, "get_model_args")  # as before 1.0.31
+    with pytest.raises(RunError, match=r"does not record what a model was made with.*timm 1\.0\.31 or newer"):
+        lape.save_pretrained(small("deit_tiny_patch16_224", "lape"), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

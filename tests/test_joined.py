@@ -215,3 +215,12 @@ def test_weights_without_positions_are_refused_and_a_config_names_no_code(tmp_pa
 def test_what_is_no_class_of_transformers_is_refused(kind: Any) -> None:
     with pytest.raises(UsageError, match=r"takes a class of transformers"):
         lape.joined(kind)
+
+
+def test_a_class_of_ones_own_that_was_applied_to_from_outside_is_refused_without_its_join(tmp_path: Path) -> None:
+    class Own(ViTModel):
+        pass
+
+    model = lape.apply(Own(ViTConfig(**SMALL)))  # test_initialisation has a class that applies it itself
+    model.save_pretrained(tmp_path)
+    assert_refused(tmp_path, Own)

@@ -168,6 +168,14 @@ def test_masked_autoencoders_tell_the_patches_that_are_left(names: dict[str, str
     assert torch.equal(found.ids_restore, expected.ids_restore)
 
 
+def test_peg_is_refused_where_patches_are_not_in_their_places() -> None:
+    model, x = applied("vit-mae", join="default", pe="peg"), inputs("vit-mae")
+    tokens(model, x)
+    model.mae.config.mask_ratio = 0.75
+    with pytest.raises(UsageError, match=r"some are not in their places \(dropped, shuffled\)"):
+        tokens(model, x)
+
+
 # --- Classes of one's own
 
 

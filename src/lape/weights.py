@@ -25,7 +25,7 @@ from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
 from lape.files import reading
 from lape.files.characters import plural
-from lape.hosts import Host, as_rows, blocks_path, class_names, find, grid_of, value_at
+from lape.hosts import Host, as_rows, blocks_path, find, grid_of, value_at
 from lape.hosts.registry import RECORD
 from lape.method import POSITION_EMBEDDINGS, TABLES, Grid, Table
 from lape.names import SchemeNames
@@ -33,6 +33,7 @@ from lape.surgery.hooks import GENERATOR
 from lape.surgery.operation import apply
 from lape.surgery.positions import BIAS_TABLE, FOURIER, FREQUENCIES, Positions, resized_bias_table
 from lape.surgery.proxy import Proxies
+from lape.surgery.saving import is_of_transformers
 
 Weights = dict[str, Tensor]
 Many = list | tuple | set
@@ -43,7 +44,6 @@ _WRAPPED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wra
 # Where training programs keep weights, as timm looks for them: their running average first.
 _AVERAGES = ("state_dict_ema", "model_ema")
 _KEPT = (*_AVERAGES, "state_dict", "model")
-_OF_TRANSFORMERS = "transformers.modeling_utils.PreTrainedModel"
 # What a start may lack in patch embedding, blocks and tables; layer scales start where they change nothing, at 1.
 _BROUGHT = rf"pe_norm\.\w+|{BIAS_TABLE}|{FREQUENCIES}|{GENERATOR}\.\w+|{FOURIER}\.[\w.]+"  # by a join, beside its table
 _MAY_BE_NEW = re.compile(rf"(^|\.)({_BROUGHT}|absolute_pos_embed|ls\d\.gamma)$")
@@ -572,7 +572,7 @@ def _of_transformers(model: nn.Module, vit: nn.Module) -> nn.Module | None:
 
 def _their_class(model: nn.Module) -> Any:
     """Return the class of transformers that a model is of, whose files its library knows."""
-    known = _OF_TRANSFORMERS in class_names(model)
+    known = is_of_transformers(type(model))
     return next(
         (kind for kind in type(model).__mro__ if known and kind.__module__.startswith("transformers.models.")), None
     )

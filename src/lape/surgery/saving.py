@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lape import __version__
 from lape.errors import RunError, UsageError
+from lape.hosts import class_name
 from lape.hosts.registry import RECORD
 from lape.method import Grid
 from lape.names import SchemeNames
@@ -72,7 +73,7 @@ def of_the_join(record: Positions, state: Mapping[str, Tensor]) -> dict[str, Ten
 
 def is_of_transformers(kind: type) -> bool:
     """Return whether models of a class are saved by their own `save_pretrained`."""
-    return any(f"{one.__module__}.{one.__qualname__}" == _THEIRS for one in kind.__mro__)
+    return any(class_name(one) == _THEIRS for one in kind.__mro__)
 
 
 def say_when_saved(record: Positions, model: nn.Module) -> None:
