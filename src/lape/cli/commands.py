@@ -385,14 +385,12 @@ def check(name: str, pe: str | None = None, model_args: dict[str, Any] = {}, pre
         pretrained: Take the model's published weights; default: random ones.
     """
     from lape.models.registry import build
-    from lape.report.doctor import FAILED
     from lape.report.doctor import check as examine
 
     found = examine(build(name, pretrained=pretrained, **model_args), pe=pe)
     console().print(found.table.terminal())
     if not found.passed:
-        failed = sum(finding.result == FAILED for finding in found.findings)
-        raise RunError(f"{failed} of {plural(len(found.findings), 'check')} failed for {name}. The table says why.")
+        raise RunError(f"{len(found.failed)} of {plural(len(found.findings), 'check')} failed for {name}. The table says why.")
 
 
 def recipes(name: str | None = None) -> None:

@@ -52,9 +52,14 @@ class Examination:
     """In the order of the checks."""
 
     @property
+    def failed(self) -> tuple[Finding, ...]:
+        """Those that failed."""
+        return tuple(finding for finding in self.findings if finding.result == FAILED)
+
+    @property
     def passed(self) -> bool:
         """Whether no check failed."""
-        return not any(finding.result == FAILED for finding in self.findings)
+        return not self.failed
 
     @property
     def table(self) -> Table:
