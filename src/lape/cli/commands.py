@@ -390,7 +390,9 @@ def check(name: str, pe: str | None = None, model_args: dict[str, Any] = {}, pre
     found = examine(build(name, pretrained=pretrained, **model_args), pe=pe)
     console().print(found.table.terminal())
     if not found.passed:
-        raise RunError(f"{len(found.failed)} of {plural(len(found.findings), 'check')} failed for {name}. The table says why.")
+        raise RunError(
+            f"{len(found.failed)} of {plural(len(found.findings), 'check')} failed for {name}. The table says why."
+        )
 
 
 def recipes(name: str | None = None) -> None:
