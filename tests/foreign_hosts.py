@@ -1,10 +1,8 @@
 """Small models of every library that keeps its own forward, what they are given, and where their parts are."""
 
 import importlib
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,12 +10,14 @@ import timm
 import timm.layers
 import torch
 import transformers
+from open_clip.transformer import TextTransformer as OpenClipText
+from open_clip.transformer import VisionTransformer as OpenClipVision
 from timm.models.eva import Eva
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import lape
-from lape.hosts import cut
+from lape.hosts import cut, open_clip
 
 D = 32
 SMALL: dict[str, Any] = {
@@ -91,13 +91,13 @@ class Reader(nn.Module):
         return x
 
 
-class ResidualAttentionBlock(nn.Module):
+class OlderOpenClipBlock(nn.Module):
     """What open_clip's block is called with, and the names of its parts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.attn = nn.MultiheadAttention(D, 2, batch_first=True)
+        self.attn = nn.MultiheadAttention(D, 2)
         self.mlp = nn.Sequential(nn.Linear(D, 48), nn.GELU(), nn.Linear(48, D))
 
     def forward(self, q_x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -106,56 +106,42 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class OpenClipVision(nn.Module):
-    """The interface of open_clip's VisionTransformer, which is not installed: paths, methods, and who calls whom."""
+class OlderOpenClipVision(nn.Module):
+    """The interface of VisionTransformer in older versions of open_clip: no method that embeds, tokens (N, B, D)."""
 
     class Transformer(nn.Module):
-        def __init__(self, batch_first: bool) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.width = D
-            if batch_first:  # older versions neither have it nor say so
-                self.batch_first = True
-            self.resblocks = nn.ModuleList(ResidualAttentionBlock() for _ in range(3))
-            for block in self.resblocks:
-                block.attn.batch_first = batch_first
+            self.resblocks = nn.ModuleList(OlderOpenClipBlock() for _ in range(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            swapped = not hasattr(self, "batch_first")
-            x = x.transpose(0, 1).contiguous() if swapped else x
+            x = x.transpose(0, 1).contiguous()
             for block in self.resblocks:
                 x = block(x, attn_mask=None)
-            return x.transpose(0, 1) if swapped else x
+            return x.transpose(0, 1)
 
-    def __init__(self, batch_first: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.image_size, self.patch_size, self.grid_size = (32, 32), (8, 8), (4, 4)
         self.conv1 = nn.Conv2d(3, D, 8, 8, bias=False)
         self.class_embedding, self.positional_embedding = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(17, D))
         self.patch_dropout, self.ln_pre, self.ln_post = nn.Identity(), nn.LayerNorm(D), nn.LayerNorm(D)
-        self.transformer = OpenClipVision.Transformer(batch_first)
-
-    def embedded(self, x: Tensor) -> Tensor:
-        x = self.conv1(x).flatten(2).mT
-        x = torch.cat([self.class_embedding.view(1, 1, -1).expand(len(x), -1, -1), x], dim=1)
-        return self.ln_pre(self.patch_dropout(x + self.positional_embedding.to(x.dtype)))
+        self.transformer = OlderOpenClipVision.Transformer()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ln_post(self.transformer(self._embeds(x) if hasattr(self, "_embeds") else self.embedded(x)))
+        x = self.conv1(x).flatten(2).mT
+        x = torch.cat([self.class_embedding.view(1, 1, -1).expand(len(x), -1, -1), x], dim=1)
+        x = self.ln_pre(self.patch_dropout(x + self.positional_embedding.to(x.dtype)))
+        return self.ln_post(self.transformer(x))
 
 
-class NewerOpenClipVision(OpenClipVision):
-    """In later versions one method embeds, and the blocks are batch first."""
-
-    def _embeds(self, x: Tensor) -> Tensor:
-        return self.embedded(x)
-
-
-# Rows know a class by its name, and pickles look for it there.
-sys.modules["open_clip"], _OPEN_CLIP = ModuleType("open_clip"), ModuleType("open_clip.transformer")
-sys.modules[_OPEN_CLIP.__name__] = _OPEN_CLIP
-for _class, _name in ((ResidualAttentionBlock, "ResidualAttentionBlock"), (OpenClipVision, "VisionTransformer")):
-    _class.__module__, _class.__qualname__ = _OPEN_CLIP.__name__, _name
-    setattr(_OPEN_CLIP, _name, _class)
+OLDER_OPEN_CLIP = replace(
+    next(row for row in open_clip.ROWS if row.add_table == "forward"),
+    name="older open_clip",
+    model=lape.hosts.class_name(OlderOpenClipVision),
+    block={lape.hosts.class_name(OlderOpenClipBlock): lape.Block("ln_1")},
+)
 
 SCRATCH = lape.Host(
     name="ViT from scratch",
@@ -474,22 +460,50 @@ FOREIGN |= {
         "vision_transformer_relpos", "VisionTransformerRelPos", table=None, rel_pos_type="bias", class_token=True,
         prefix_without_rows=1,
     ),
-    "open_clip": Tiny(NewerOpenClipVision, "transformer.resblocks.{}.ln_1", "positional_embedding"),
+    "open_clip": Tiny(
+        lambda: OpenClipVision(32, 8, D, 3, 2, 2.0, pool_type="none"), "transformer.resblocks.{}.ln_1",
+        "positional_embedding",
+    ),
+    "open_clip-text": Tiny(
+        lambda: OpenClipText(12, 50, D, 2, 3, 2.0, output_dim=None, pool_type="none"),
+        "transformer.resblocks.{}.ln_1", "positional_embedding", _words,
+    ),
     "open_clip-older": Tiny(
-        lambda: OpenClipVision(batch_first=False), "transformer.resblocks.{}.ln_1", "positional_embedding", tokens_at=0
+        OlderOpenClipVision, "transformer.resblocks.{}.ln_1", "positional_embedding", tokens_at=0,
+        options={"host": OLDER_OPEN_CLIP},
     ),
     "naflex": Tiny(
         lambda **more: _naflex(**more), "blocks.{}.norm1", "embeds.pos_embed", prefix_without_rows=2,
     ),
 }  # fmt: skip
+# Of all tokens, or not in the row.
 WITHOUT_FINAL_NORM = {"clip", "beit", "blip", "sam-of-transformers", "clip-text", "gpt2", "opt", "whisper", "sequences"}
 WITHOUT_FINAL_NORM |= {"sequences-first", "scratch", "reader", "timm-beit", "timm-beit-without", "cait", "tnt", "sam"}
-WITHOUT_FINAL_NORM |= {"volo", "relpos", "open_clip", "open_clip-older", "naflex"}  # of all tokens, or not in the row
+WITHOUT_FINAL_NORM |= {
+    "volo",
+    "relpos",
+    "open_clip",
+    "open_clip-text",
+    "open_clip-older",
+    "naflex",
+}  # of all tokens, or not in the row
 EVERY_FOREIGN = pytest.mark.parametrize("name", FOREIGN)
 # Classes whose row is that of another, by name: the laws of hosts hold for each, those of what uses hosts for one.
 KIN = {"ijepa", "vit-msn", "clipseg", "altclip", "chinese-clip", "metaclip-2", "git", "kosmos-2", "owlvit", "owlv2"}
-KIN |= {"janus", "blip-2", "instructblip", "idefics2", "smolvlm", "sam-hq", "got-ocr2", "data2vec", "internvl"}
+KIN |= {
+    "open_clip-text",
+    "janus",
+    "blip-2",
+    "instructblip",
+    "idefics2",
+    "smolvlm",
+    "sam-hq",
+    "got-ocr2",
+    "data2vec",
+    "internvl",
+}
 KIN |= {f"{kind}-text" for kind in ("siglip", "siglip2", "clipseg", "x-clip", "metaclip-2", "owlvit", "owlv2")}
+KIN |= {"open_clip-text"}
 KINDS = [name for name in FOREIGN if name not in KIN]
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)
 SCHEMES: list[dict[str, str]] = [

@@ -1,11 +1,12 @@
-"""Rows of open_clip's vision tower, in the versions with and without a method of its own for the embedding.
-
-Its text towers have none: a CLIP of open_clip is one model with two transformers, and a join is applied to one.
-"""
+"""Rows of open_clip's towers, in the versions with and without a method of its own for the vision tower's embedding."""
 
 from dataclasses import replace
+from typing import Any
 
+from lape.errors import UsageError
+from lape.hosts.resizing import cut
 from lape.hosts.row import Block, Host
+from lape.method import Grid
 
 _MODULE = "open_clip.transformer"
 
@@ -27,4 +28,30 @@ VISION_TRANSFORMER = Host(
     joint_norm="ln_pre",
 )
 
-ROWS = (VISION_TRANSFORMER, replace(VISION_TRANSFORMER, add_table="forward", batch_first=False))
+
+def _of_words(model: Any) -> Grid:
+    if model.cls_emb is not None:
+        raise UsageError(
+            "TextTransformer with embed_cls=True is not known: its class token stands behind the words and has the row "
+            "there, so the table is not a prefix and a grid."
+        )
+    return 1, model.num_pos
+
+
+TEXT_TRANSFORMER = replace(
+    VISION_TRANSFORMER,
+    name="open_clip TextTransformer",
+    model=f"{_MODULE}.TextTransformer",
+    width="width",
+    resize=cut,
+    grid=_of_words,
+    prefix=0,
+    sequence=True,
+    joint_norm=None,
+)
+
+ROWS = (
+    VISION_TRANSFORMER,
+    replace(VISION_TRANSFORMER, add_table="forward", batch_first=False),
+    TEXT_TRANSFORMER,
+)
