@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from timm.data.mixup import FastCollateMixup, Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.loss import BinaryCrossEntropy
 
 from lape.data import pipeline
 from lape.data.pipeline import Normalise, Shifted, reseed
 from lape.data.preparation import Preparation
 from lape.data.sources import find_set
 from lape.experiment import Augmentation
-from lape.tasks.classification import Classification
+from lape.tasks.classification import LOSSES, Classification
 
 MIXED = Augmentation(mixup=0.8, cutmix=1.0, smoothing=0.1, reprob=0.5)
 
@@ -46,6 +47,16 @@ def test_unmixed_the_loss_is_plain_cross_entropy(digits, whole, smoothing):
     assert torch.equal(same, images)
     loss = Classification(10).loss(lambda _: logits, images, targets)
     torch.testing.assert_close(loss, F.cross_entropy(logits, whole[1], label_smoothing=smoothing))
+
+
+def test_binary_cross_entropy_is_timms_over_all_classes(digits, whole):
+    images = Normalise(digits)(whole[0])
+    mixed, targets = prepared(digits, replace(MIXED, smoothing=0.0), (images, whole[1]))
+    torch.manual_seed(0)
+    logits = torch.randn(8, 10)
+    loss = Classification(10, LOSSES["binary-cross-entropy"]).loss(lambda _: logits, mixed, targets)
+    torch.testing.assert_close(loss, BinaryCrossEntropy()(logits, targets))
+    assert loss < 2 < Classification(10).loss(lambda _: logits, mixed, targets)
 
 
 @pytest.mark.parametrize("seed", range(4))  # of mixup and of cutmix

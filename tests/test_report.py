@@ -596,3 +596,14 @@ def test_stand_ins_fit_eighty_columns(tmp_path):
     for row in study.rows:
         assert words.percent(row.score).replace(" ± ", "±") in out.getvalue()
         assert str(row.way).split()[-1] in out.getvalue()
+
+
+def test_what_is_known_of_lape_under_pooling_is_said_of_models_that_pool(tmp_path: Path) -> None:
+    study = study_of(tmp_path, GAIN)
+    assert not any("mpvg" in remark for remark in words.findings(study).remarks)
+    for result in study.results.values():
+        result.record["pools_patches"] = True
+    (remark,) = (remark for remark in words.findings(study).remarks if "mpvg" in remark)
+    assert "73.51 % with mpvg" in remark
+    only_default = replace(study, results={one: run for one, run in study.results.items() if one.way.join == "default"})
+    assert not any("mpvg" in remark for remark in words.findings(only_default).remarks)

@@ -250,9 +250,13 @@ def test_a_comparison_at_sizes_is_that_of_single_evaluations_and_is_kept(lape, m
     assert table.keys() - {"sizes"} == json.loads(tables.as_json(plain)).keys()
     assert not {Path("x", report.SIZES), Path("x", report.SIZES_DRAWN)} & {*report.places(Path("x"))}
 
-    # What is kept is not judged again; what is new is, and a checkpoint that has changed.
+    # What is kept is not judged again, nor by a report; what is new is, and a checkpoint that has changed.
     asked = []
     judge = sizes.at_sizes
+    kept = sizes.with_kept(plain)
+    assert kept.sizes == tuple(sorted(sizes_of(["16", "9", "8", "8x16"])))
+    assert lape("report", "x", "--out", "report.html")[0] == 0
+    assert cells in Path("report.html").read_text()
     monkeypatch.setattr(sizes, "at_sizes", lambda run, some: judge(run, asked.append((run.path.parent, some)) or some))
     again = sizes.judged_at(plain, sizes_of(["8x16", "9"]), FEW)
     assert asked == []
@@ -261,6 +265,12 @@ def test_a_comparison_at_sizes_is_that_of_single_evaluations_and_is_kept(lape, m
     changed, gone = folders[WAYS[0], 1], folders[WAYS[1], 1]
     checkpoint(replace(FEW, join="default", seed=5), changed).rename(changed / LAST)
     (gone / LAST).unlink()
+    reported = sizes.with_kept(plain).at_sizes
+    refused = {(one.way, one.seed): run.by_size[Size(16, 16)].refusal for one, run in reported.items()}
+    told = "It was not judged there: lape compare --sizes 16x16."
+    assert [refused[key] for key in folders] == [
+        None if folders[key] not in (changed, gone) else told for key in folders
+    ]
     again = sizes.judged_at(plain, sizes_of(["16", "12"]), FEW)
     others = [(folder, [Size(12, 12)]) for folder in folders.values() if folder not in (changed, gone)]
     assert sorted(asked) == sorted([*others, (changed, [Size(16, 16), Size(12, 12)])])

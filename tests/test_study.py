@@ -27,6 +27,21 @@ TINY = replace(BASE, epochs=1, batch_size=400, accelerator="cpu")
 # --- Gathering
 
 
+def test_runs_that_go_on_from_their_like_at_another_size_are_one_study(tmp_path: Path) -> None:
+    joins = (("default", 0), ("default", 1), ("lape", 0), ("lape", 1))
+    for join, seed in joins:
+        one, base = Combination(Way(join), "learnable", seed), tmp_path / f"{join} {seed}"
+        write_run(base, one, [10.0, 50.0 + seed])
+        tuned = replace(BASE, epochs=2, img_size=16, weights=str(base if seed else base / "last.pt"))
+        write_run(tmp_path / f"tuned {join} {seed}", one, [60.0, 70.0 + seed], tuned)
+    another = replace(BASE, epochs=2, img_size=16, weights=str(tmp_path / "default 0"))  # another join goes on from it
+    write_run(tmp_path / "odd", Combination(Way("lape"), "learnable", 0), [60.0, 70.0], another)
+    gathered = gather([tmp_path])
+    assert sorted(len(study.results) for study in gathered.studies) == [1, 4, 4]
+    (tuned,) = (study for study in gathered.studies if len(study.results) == 4 and study.experiment.img_size)
+    assert [list(row.difference.by_seed) for row in tuned.rows if row.difference] == [[0, 1]]
+
+
 def test_way_table_and_seed_make_one_study_and_any_other_setting_another(tmp_path):
     varied = [
         Combination(DEFAULT, "learnable", 0),

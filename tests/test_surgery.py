@@ -1,6 +1,7 @@
 """Laws of operating on a foreign vision transformer: what may change, what must not, and what is refused."""
 
 import copy
+import warnings
 
 import pytest
 import timm
@@ -329,3 +330,16 @@ def test_a_grid_without_a_token_is_refused():
     encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, norm_first=True), 1)
     with pytest.raises(UsageError, match=r"a row and a column of tokens at least; received grid=\(1, 0\)"):
         lape.apply(encoder, pe="learnable", grid=(1, 0))
+
+
+@pytest.mark.parametrize(("join", "pooling", "said"), [
+    ("lape", "avg", True), ("lape-sharing", "avg", True), ("mpvg", "avg", False), ("default", "avg", False),
+    ("lape", "token", False),
+])  # fmt: skip
+def test_where_lape_meets_pooling_it_is_said_what_others_found(join: str, pooling: str, said: bool) -> None:
+    model = host(global_pool=pooling, fc_norm=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lape.apply(model, join)
+    assert [str(one.message).startswith("This VisionTransformer pools its patches.") for one in caught] == [True] * said
+    assert all("join='mpvg'" in str(one.message) and one.filename == __file__ for one in caught)

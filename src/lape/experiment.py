@@ -132,6 +132,8 @@ class Optimisation:
         scale_lr_ends: Scale min_lr and warmup_lr as lr is scaled.
         weight_decay: Weight decay; tables, tokens, PE norms, biases and norms are exempt.
         also_decay: Parts of names of exempt parameters that decay too, as in pos_embed,cls_token; biases never do.
+        loss: Of classifiers: cross-entropy, or binary-cross-entropy (each class for itself, as in DeiT-III); default:
+            cross-entropy.
         momentum: Momentum of those optimisers that have one.
         betas: Adam's two decay rates; default: the optimiser's own.
         layer_decay: Factor of the learning rate from a layer to the one before it; default: one rate for all layers.
@@ -169,6 +171,7 @@ class Optimisation:
     scale_lr_ends: bool = False
     weight_decay: float = 0.3
     also_decay: tuple[str, ...] = ()
+    loss: str | None = None
     momentum: float = 0.9
     betas: tuple[float, float] | None = None
     layer_decay: float | None = None
@@ -207,8 +210,8 @@ class Augmentation:
         ratio: Smallest and largest aspect of the random resized crop.
         interpolation: How images are resized: bilinear, bicubic, random.
         crop_pct: Share of the validation image that the centre crop keeps.
-        auto_augment: timm's policy, as in rand-m9-mstd0.5-inc1.
-        color_jitter: Strength of colour changes; has no effect beside a policy.
+        auto_augment: timm's policy, as in rand-m9-mstd0.5-inc1, or 3a (DeiT-III's three).
+        color_jitter: Strength of colour changes; has no effect beside a policy other than 3a.
         reprob: Probability of random erasing.
         remode: What erased areas are filled with: const, rand, pixel.
         mixup: Mixup's alpha; 0: no mixup.

@@ -204,6 +204,8 @@ def compare(
 def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
     """Put finished runs beside one another and beside the paper's claims, as one page.
 
+    What lape compare --sizes found of them at other sizes of images stands on it too.
+
     Args:
         runs: Folders in which finished runs, and measurements by lape cost, are looked for.
         out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
@@ -213,6 +215,7 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
     from lape.files import writing
     from lape.report import tables
     from lape.studies.analysis import Kept
+    from lape.studies.sizes import with_kept
     from lape.studies.study import gather
 
     page = out or runs[0] / "report.html"
@@ -222,7 +225,7 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
     kept = Kept(page)
     gathered = gather(runs)
     _name_left_out(gathered.left_out, others=gathered.studies)
-    studies = _analysed(gathered.studies, kept)
+    studies = [with_kept(study) for study in _analysed(gathered.studies, kept)]
     costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
     report.write_page(studies, gathered.left_out, costs, page)
     console().print(tables.terminal_of_claims(studies))

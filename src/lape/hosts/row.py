@@ -244,6 +244,9 @@ class Host:
     final_norm: str | None = None
     """Path of the norm of all tokens behind the last block; None: there is none that each token goes through."""
 
+    pools_patches: str | bool | Callable[[Any], bool] = False
+    """Whether the mean over patches is what a model answers from: value, path or function of the model."""
+
     stream_is_normed: bool = False
     """A norm stands on the residual stream itself."""
 
@@ -341,6 +344,7 @@ def lacks(model: nn.Module, host: Host) -> str | None:
         if not there:
             return path
     paths = [host.width, host.prefix, host.prefix_has_no_rows, host.registers, host.batch_first, host.rotary]
+    paths.append(host.pools_patches)
     paths += [host.patch_dropout, host.grid_of_image]
     paths += host.grid if isinstance(host.grid, tuple) else (host.grid,)
     if host.adds_by_method:

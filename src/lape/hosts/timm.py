@@ -1,6 +1,7 @@
 """Rows of timm's transformers, and why some of them carry no join."""
 
 from dataclasses import replace
+from typing import Any
 
 from lape.hosts.row import Block, Embedding, Files, Host, Refusal, Rotated, Stages, WindowBias
 
@@ -21,6 +22,11 @@ AUTHORS_NAMES = (
 _NORMED = (Rotated("attn.q_norm", "attn.k_norm"),)  # stands there whether it norms or not
 
 FILTER = _VIT  # whose `checkpoint_filter_fn` reads files of VisionTransformers
+
+
+def _mean_over_patches(model: Any) -> bool:
+    return getattr(model, "global_pool", None) == "avg"
+
 
 VISION_TRANSFORMER = Host(
     name="timm VisionTransformer",
@@ -43,6 +49,7 @@ VISION_TRANSFORMER = Host(
     patch_dropout="patch_drop",
     joint_norm="norm_pre",
     final_norm="norm",
+    pools_patches=_mean_over_patches,
     files=Files(FILTER, AUTHORS_NAMES),
 )
 
@@ -57,6 +64,7 @@ EVA = replace(
 
 SWIN_TRANSFORMER = Host(
     name="timm SwinTransformer",
+    pools_patches=_mean_over_patches,
     model=f"{_SWIN}.SwinTransformer",
     table="absolute_pos_embed",
     behind="patch_embed",
@@ -71,6 +79,7 @@ SWIN_TRANSFORMER = Host(
 # Its relative bias stays as it is; timm's own variants have no table beside it.
 BEIT = Host(
     name="timm Beit",
+    pools_patches=_mean_over_patches,
     model=f"{_MODELS}.beit.Beit",
     table="pos_embed",
     add_table=_FORWARDS,
@@ -127,6 +136,7 @@ VOLO = Host(
 # It has a relative bias, which stays as it is, and a table only by `lape.apply(model, pe=...)`.
 RELATIVE = Host(
     name="timm VisionTransformerRelPos",
+    pools_patches=_mean_over_patches,
     model=f"{_MODELS}.vision_transformer_relpos.VisionTransformerRelPos",
     table="pos_embed",
     behind="patch_embed",
@@ -138,6 +148,7 @@ RELATIVE = Host(
 
 NAFLEX = Host(
     name="timm NaFlexVit",
+    pools_patches=_mean_over_patches,
     model=f"{_MODELS}.naflexvit.NaFlexVit",
     table="embeds.pos_embed",
     block={f"{_VIT}.Block": Block("norm1"), f"{_EVA}.EvaBlock": Block("norm1")},

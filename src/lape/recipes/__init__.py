@@ -53,7 +53,7 @@ class Recipe:
     at_epoch_100: Mapping[str, float] = field(default_factory=dict)  # accuracy by join, in percent
     command: str = ""  # what runs it
     hardware: str = ""  # of the paper, and how long it took where that is known
-    open: tuple[str, ...] = ()  # choices that the paper leaves open, a sentence each
+    open: tuple[str, ...] = ()  # choices that its source leaves open, a sentence each
 
     @property
     def table(self) -> float:

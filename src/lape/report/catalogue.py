@@ -55,7 +55,8 @@ def recipes(chosen: Sequence[Recipe]) -> "Group":
             rows.append(("" if place else recipe.name, " / ".join(f"{number:g}" for number in by_join.values())))
     table = Table(("recipe", "expected, %"), rows)
     legend = (
-        "expected: the paper's; of two numbers the first is of --join default, the second of --join lape.",
+        "expected: the paper's, or of what is none of the paper's its source's; of two numbers the first is of --join "
+        "default, the second of --join lape.",
         "lape recipes NAME shows one as a whole.",
     )
     return Group(table.terminal(groups), Text(), *map(Text, legend))
@@ -76,5 +77,5 @@ def note(recipe: Recipe) -> list[str]:
     lines += [f"At epoch 100: {early}."] if early else []
     lines += [f"Command: {recipe.command}"] if recipe.command else []
     lines += [f"Hardware: {recipe.hardware}."] if recipe.hardware else []
-    lines += ["", "Choices that the paper leaves open:", *(f"- {text}" for text in recipe.open)] if recipe.open else []
+    lines += ["", "Choices that its source leaves open:", *(f"- {text}" for text in recipe.open)] if recipe.open else []
     return [*lines, "", "Settings:", *(f"  {key}: {value}" for key, value in recipe.settings.items())]

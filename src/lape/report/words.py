@@ -182,6 +182,17 @@ def not_taken(study: Study) -> list[str]:
     return [line for size in study.sizes for line in left_out(study.refused_at(size), f"Not taken at {size}:")]
 
 
+def _under_pooling(study: Study) -> list[str]:
+    """Say what is known of LaPE where models pool their patches."""
+    joins = {one.way.join for one, result in study.results.items() if result.record.get("pools_patches") is True}
+    if not joins:
+        return []
+    from lape.method import JOINS, UNDER_POOLING  # torch comes with it
+
+    against = any(JOINS[join].works_against_pooling for join in joins)
+    return [f"These models pool their patches. {UNDER_POOLING}"] if against else []
+
+
 def _remarks(study: Study) -> list[str]:
     rows, seeds = study.rows, study.seeds
     remarks = left_out(study.left_out, "Left out:")
@@ -192,6 +203,7 @@ def _remarks(study: Study) -> list[str]:
         )
     if BASELINE not in study.ways:
         remarks.append(f"The join {BASELINE} was not trained, so no differences are shown.")
+    remarks += _under_pooling(study)
     for combination, error in study.failures.items():
         remarks.append(f"Failed and missing: {combination} ({error}).")
     for row in rows:

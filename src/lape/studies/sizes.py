@@ -49,6 +49,26 @@ def judged_at(
     return replace(study, sizes=tuple(sizes), at_sizes=judged)
 
 
+def with_kept(study: Study) -> Study:
+    """Return the study with what the folders of its runs keep of other sizes; nothing is judged."""
+    known = {one: _known(result) for one, result in study.results.items()}
+    sizes = tuple(sorted({size for run in known.values() for size in run.by_size}))
+    if not sizes:
+        return study
+
+    def at(run: RunAtSizes, size: Size) -> AtSize:
+        return run.by_size.get(size) or AtSize(size, {}, f"It was not judged there: lape compare --sizes {size}.")
+
+    judged = {one: RunAtSizes(run.trained, {size: at(run, size) for size in sizes}) for one, run in known.items()}
+    return replace(study, sizes=sizes, at_sizes=judged)
+
+
+def _known(result: Result) -> RunAtSizes:
+    with suppress(RunError):  # without a checkpoint, what is kept is of none
+        return _kept(result.folder / KEPT, state_of_checkpoint(result))
+    return RunAtSizes(None, {})
+
+
 class _Images:
     """The set of all runs, read when the first of them needs it."""
 

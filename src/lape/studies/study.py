@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -244,26 +245,43 @@ def result_files(folders: Iterable[Path]) -> list[Path]:
 def gather(folders: Iterable[Path]) -> Gathered:
     """Put every `result.json` below the folders into the study that it belongs to.
 
+    Runs that went on from others, each from its own like (`lape train --weights RUN --img_size ...`), are one study.
     One that cannot be read, names what there is not (a recipe that has moved), or is there twice is left out, and
-    said. Raises UsageError where
-    there is none.
+    said. Raises UsageError where there is none.
     """
     groups: dict[str, dict[Combination, Result]] = {}
     left_out: dict[Path, str] = {}
+    read: dict[Path, Result] = {}
     for file in result_files(folders):
         try:
             result = read_result(file.parent)
             _sound(result)
+            read[Path(os.path.abspath(file.parent))] = result
         except (RunError, UsageError) as error:
             left_out[file.parent] = str(error)
-            continue
-        common = {name: value for name, value in result.experiment.identity().items() if name not in VARIED}
-        common["contents"] = result.record.get("contents")  # of one name, what is in a set may have changed
+    for result in read.values():
+        common = _common(result)
+        before = read.get(_of_checkpoint(result.experiment.weights))
+        if before is not None and before.run.combination == result.run.combination:
+            common["weights"] = _common(before)
         group = groups.setdefault(json.dumps(common, sort_keys=True), {})
         first = group.setdefault(result.run.combination, result)
         if first is not result:
-            left_out[file.parent] = f"{result.run.combination} is there twice; {first.folder} stands for both."
+            left_out[result.folder] = f"{result.run.combination} is there twice; {first.folder} stands for both."
     return Gathered(tuple(map(_study, groups.values())), left_out)
+
+
+def _common(result: Result) -> dict[str, Any]:
+    """Return what runs of one study have in common."""
+    common = {name: value for name, value in result.experiment.identity().items() if name not in VARIED}
+    common["contents"] = result.record.get("contents")  # of one name, what is in a set may have changed
+    return common
+
+
+def _of_checkpoint(weights: str | None) -> Path:
+    """Return the folder of the run that weights are a checkpoint of, where they are one."""
+    path = Path(os.path.abspath(weights or "none"))
+    return path.parent if path.suffix == ".pt" else path
 
 
 def _sound(result: Result) -> None:

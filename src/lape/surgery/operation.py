@@ -6,6 +6,7 @@ its attention. Parameters keep the names that they have: timm's table stays `pos
 is `blocks.{i}.pe_norm`.
 """
 
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from torch import nn
 from lape.errors import UsageError
 from lape.hosts import Host, block_row, blocks_path, find, grid_of, lacks, pair, parts, table_of, value_at
 from lape.hosts.registry import RECORD
-from lape.method import JOINS, POSITION_EMBEDDINGS, PRESERVE_WITHOUT_TABLE, Grid, Rung, scheme
+from lape.method import JOINS, POSITION_EMBEDDINGS, PRESERVE_WITHOUT_TABLE, UNDER_POOLING, Grid, Rung, scheme
 from lape.surgery.building import attentions, build, dtype_and_device, refuse_embedding, refuse_final_norm, take_out
 from lape.surgery.embedding import BeforeSequence, BehindEmbedding, PatchDropout, TableMethod
 from lape.surgery.ending import BehindFinalNorm
@@ -68,6 +69,9 @@ def apply(
         UsageError: For a model that cannot carry a join or carries one already, for a name that does not exist, and for
             a combination that has no meaning.
 
+    Warns:
+        UserWarning: Where LaPE meets a model that pools its patches.
+
     Example:
         >>> import torch
         >>> import lape, timm
@@ -117,7 +121,15 @@ def apply(
         remove(model)
         raise
     forget_graphs()
+    if chosen.join.works_against_pooling and pools_patches(model):
+        warnings.warn(f"This {type(vit).__name__} pools its patches. {UNDER_POOLING}", stacklevel=2)
     return model
+
+
+def pools_patches(model: nn.Module) -> bool:
+    """Return whether a model of a known family answers from the mean over its patches."""
+    vit, host = find(model)
+    return bool(value_at(vit, host.pools_patches))
 
 
 def _hang_on_the_model(record: Positions) -> None:

@@ -1,4 +1,4 @@
-"""Image classification: soft cross-entropy, with or without a teacher; accuracy in percent."""
+"""Image classification: cross-entropy of soft targets, with or without a teacher; accuracy in percent."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +28,15 @@ from lape.tasks.work import Sheet
 from lape.weights import fill, read
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, classes) and the shares of classes (B, classes) to a scalar
 
-SETTINGS = {"train_images", "img_size", "teacher", *(field.name for field in fields(Augmentation))}
+CROSS_ENTROPY = "cross-entropy"
+LOSSES: dict[str, Loss] = {
+    CROSS_ENTROPY: F.cross_entropy,
+    "binary-cross-entropy": F.binary_cross_entropy_with_logits,  # each class for itself, as DeiT-III has it
+}
+
+SETTINGS = {"train_images", "img_size", "teacher", "loss", *(field.name for field in fields(Augmentation))}
 LIKELIEST = 5  # classes of a picture
 IN_A_LINE = 3  # of these
 
@@ -60,12 +67,12 @@ class Classification:
     score = "val_accuracy"  # of what `Meter.compute` returns, the one by which the best weights are kept
     reported = ("val_accuracy", "val_loss")  # what is kept of a run's end, the score first
 
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
+    def __init__(self, classes: int, loss: Loss = F.cross_entropy) -> None:
+        self.classes, self.loss_of_logits = classes, loss
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
-        return F.cross_entropy(model(images), targets)
+        """Mean loss of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
+        return self.loss_of_logits(model(images), targets)
 
     def meter(self) -> "Meter":
         """A new account of validation results."""
@@ -128,6 +135,7 @@ class ClassificationWork:
     def __init__(self, experiment: Experiment, source: ImageSource, build: Build) -> None:
         refuse_foreign(experiment, source, SETTINGS)
         self.experiment, self.source = experiment, source
+        self.loss = choose(LOSSES, experiment.loss or CROSS_ENTROPY, "a loss")
         self.chosen = pipeline.augmentation(experiment, source)
         self.repeats = self.chosen.repeats or 1
         side = experiment.img_size
@@ -188,7 +196,9 @@ class ClassificationWork:
         if experiment.teacher is None:
             if experiment.teacher_weights:
                 raise UsageError(f"teacher_weights {experiment.teacher_weights} are of no model: name it by --teacher.")
-            return Classification(len(self.source.classes))
+            return Classification(len(self.source.classes), self.loss)
+        if experiment.loss is not None:
+            raise UsageError(f"A distilled model learns by {CROSS_ENTROPY}: leave out loss {experiment.loss}.")
         if not hasattr(module, "set_distilled_training"):
             raise UsageError(
                 f"{experiment.teacher} teaches a distillation head, and {experiment.model} has none. Take a distilled "

@@ -27,6 +27,7 @@ from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment, parse
 from lape.files import writing
 from lape.models.rebuilding import LikeItsFile, as_asked
+from lape.surgery.operation import pools_patches
 from lape.tasks.measures import TITLES
 from lape.tasks.work import describe_set, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
@@ -386,6 +387,7 @@ class TrainingRun:
             "experiment": self.experiment.settings(),
             "contents": self.contents,
             **provenance(),
+            "pools_patches": pools_patches(self.module),
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
             "steps": self.steps,
             "seconds_per_step": self.state.seconds_per_step,
