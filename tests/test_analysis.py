@@ -1,6 +1,7 @@
 """Position correlation and the weights of equation 6: laws first, then tables with known answers."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -171,9 +172,44 @@ def test_a_row_of_zeros_is_similar_to_nothing():
     assert correlation(model).maps.abs().max() == 0
 
 
-@pytest.mark.parametrize("pe", ["none", "relative"])
+def by_offset(maps):
+    """Whether similarity depends on the offset of two patches alone, in a grid of 3 by 5."""
+    pairs = maps.unflatten(2, (3, 5)).unflatten(1, (3, 5))  # (layers, H, W, H, W)
+    return torch.allclose(pairs[:, 1:, 1:, 1:, 1:], pairs[:, :-1, :-1, :-1, :-1], rtol=0, atol=1e-12)
+
+
+def test_by_a_rotation_patches_are_as_alike_as_equal_queries_and_keys_turned_by_it() -> None:
+    model = model_with("default", "rope-axial", embed_dim=32).double()
+    maps = correlation(model).maps
+    row, column = torch.arange(3.0).double().repeat_interleave(5), torch.arange(5.0).double().repeat(3)
+    frequencies = 100.0 ** (-4 * torch.arange(4).double() / 16)
+    angles = torch.cat([column[:, None] * frequencies, row[:, None] * frequencies], dim=1)  # (15, 8)
+    expected = (angles[:, None] - angles[None]).cos().mean(-1)
+    torch.testing.assert_close(maps, expected.expand(3, -1, -1), rtol=0, atol=1e-9)
+    mixed = correlation(model_with("default", "rope-mixed", embed_dim=32).double())
+    assert by_offset(mixed.maps)
+    assert (mixed.layer_difference > 0).all()
+    assert not by_offset(correlation(model_with("lape", "learnable+rope-axial", embed_dim=32)).maps)  # its table's
+
+
+@pytest.mark.parametrize("pe", ["alibi-2d", "lookhere-180", "relative"])
+def test_by_a_bias_patches_are_as_alike_as_the_attention_that_they_get(pe) -> None:
+    model = model_with("default", pe, embed_dim=16, num_heads=4).double()
+    if pe == "relative":
+        for name, parameter in model.named_parameters():
+            if "relative" in name:
+                torch.nn.init.normal_(parameter)
+    maps = correlation(model).maps
+    biases = [rung.bias[0, :, 1:, 1:] for rung in lape.ladder(model)]
+    assert by_offset(maps)
+    for alike, bias in zip(maps, biases, strict=True):  # content of length 0: attention is the softmax of the bias
+        weights = bias.softmax(-1)
+        torch.testing.assert_close(alike, (weights / weights.diagonal(dim1=1, dim2=2)[..., None]).mean(0))
+
+
+@pytest.mark.parametrize("pe", ["none", "peg", "alibi-2d+rope-axial"])
 def test_without_a_table_there_is_nothing_to_correlate(pe):
-    with pytest.raises(UsageError, match=pe):
+    with pytest.raises(UsageError, match=re.escape(pe)):
         correlation(model_with("default", pe))
 
 

@@ -131,3 +131,13 @@ def test_every_contender_is_compiled_once_for_each_of_its_steps(monkeypatch: pyt
     found = measure("vit_nano_patch2_8", None, batch_size=1, rounds=2, compile=True)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert graphs == 2 * (len(found) - 1) - 1  # the untouched model again has its graphs; LaPE folded does not train
+
+
+def test_position_embeddings_are_measured_with_the_joins_that_mean_something() -> None:
+    found = measure("vit_nano_patch2_8", None, batch_size=1, rounds=2, pe=["none", "rope-mixed", "learnable+alibi-2d"])
+    names = ["default × none", "default × rope-mixed", "default × learnable+alibi-2d", "lape × learnable+alibi-2d"]
+    assert [cost.name for cost in found] == ["untouched", "and again", *names]
+    none, mixed, summed, joined = (cost.parameters for cost in found[2:])
+    assert (mixed - none, summed - found[0].parameters, joined - summed) == (6 * 48, 0, 6 * 2 * 48)
+    with pytest.raises(UsageError, match="has nothing to join"):
+        measure("vit_nano_patch2_8", ["lape"], batch_size=1, rounds=2, pe=["rope-axial"])

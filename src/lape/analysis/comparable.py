@@ -12,14 +12,20 @@ from lape.surgery.positions import Positions
 EXACT = 1e-9
 
 
-def comparable(model: nn.Module) -> Positions:
-    """Return the positions of a model whose layers can be set beside one another; raises UsageError as `entering`."""
+def of_one_grid(model: nn.Module) -> Positions:
+    """Return the positions of a model whose layers have one grid; raises UsageError where they have several."""
     record = positions(model)
-    scheme = record.scheme
     if record.crossings:
         raise UsageError(
             f"The analysis compares layers on one grid; a {record.host.name}'s have several. Take a model of one stage."
         )
+    return record
+
+
+def comparable(model: nn.Module) -> Positions:
+    """Return the positions of a model whose layers can be set beside one another; raises UsageError as `entering`."""
+    record = of_one_grid(model)
+    scheme = record.scheme
     if record.host.stream_is_normed and not scheme.join.normed:
         raise UsageError(
             f"A {record.host.name} puts a norm on its residual stream, so what join={scheme.join.name!r} adds "

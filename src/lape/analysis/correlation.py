@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lape.analysis.comparable import EXACT, comparable, joint_norm, norm_before_attention
+from lape.analysis.comparable import EXACT, comparable, joint_norm, norm_before_attention, of_one_grid
 from lape.errors import UsageError
 from lape.method import Grid
-from lape.surgery.operation import positions
+from lape.surgery.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,7 @@ def entering(model: nn.Module, grid: Grid | None = None) -> Tensor:
         torch.Size([2, 15, 48])
     """
     record = comparable(model)
-    height, width = record.own_grid() if grid is None else grid
-    if min(height, width) < 1:
-        raise UsageError(f"A grid has a row and a column of patches at least; received {(height, width)}.")
+    height, width = _grid(record, grid)
     stream, layers, joint = torch.zeros((), dtype=torch.float64), [], joint_norm(record)
     for rung, block in zip(record.ladder((height, width)), record.blocks, strict=True):
         if rung.residual is not None:
@@ -178,6 +176,13 @@ def entering(model: nn.Module, grid: Grid | None = None) -> Tensor:
     return torch.stack(layers)
 
 
+def _grid(record: Positions, grid: Grid | None) -> Grid:
+    height, width = record.own_grid() if grid is None else grid
+    if min(height, width) < 1:
+        raise UsageError(f"A grid has a row and a column of patches at least; received {(height, width)}.")
+    return height, width
+
+
 def _normed(norm: nn.Module, position: Tensor) -> Tensor:
     """Apply a model's norm to what it has put into the stream, in float64."""
     state = {name: value.double().cpu() for name, value in norm.state_dict().items()}
@@ -187,14 +192,16 @@ def _normed(norm: nn.Module, position: Tensor) -> Tensor:
 def correlation(model: nn.Module, grid: Grid | None = None) -> Correlation:
     """Return the position correlation of every layer: s_ij = cos(e_i, e_j) with e = `entering(model, grid)` (12).
 
-    A row of zeros has similarity 0 to all.
+    A row of zeros has similarity 0 to all. A model without a table has what its attention makes of two patches of equal
+    content (not in the paper): with a rotation by angles a, s_ij is the mean of cos(a_i - a_j) over heads and pairs of
+    channels; with a bias b on the logits, the mean of exp(b_ij - b_ii) over heads.
 
     Args:
         model: A model that a join is applied to.
         grid: (rows, columns) of patches; None stands for the model's own grid.
 
     Raises:
-        UsageError: As `entering` does.
+        UsageError: As `entering` does, and for a model without a table, a rotation or a bias, or with both of these.
 
     Example:
         >>> import lape
@@ -203,5 +210,32 @@ def correlation(model: nn.Module, grid: Grid | None = None) -> Correlation:
         >>> maps.shape, maps.diagonal(dim1=1, dim2=2).mean().item() > 0.999
         (torch.Size([2, 16, 16]), True)
     """
+    record = of_one_grid(model)
+    if record.scheme.embedding.table is None:
+        at = _grid(record, grid)
+        return Correlation(_within_attention(record, at), at)
     unit = F.normalize(entering(model, grid), dim=-1, eps=1e-30)
-    return Correlation(unit @ unit.mT, positions(model).own_grid() if grid is None else grid)
+    return Correlation(unit @ unit.mT, _grid(record, grid))
+
+
+@torch.no_grad()
+def _within_attention(record: Positions, grid: Grid) -> Tensor:
+    """Return how alike two patches of equal content are to each layer by bias or rotation, (layers, H·W, H·W)."""
+    patches = grid[0] * grid[1]
+    layers = []
+    for rung in record.ladder(grid):
+        if (rung.bias is None) == (rung.rotation is None):
+            kind = "a bias and a rotation" if rung.bias is not None else "neither a table nor a bias nor a rotation"
+            raise UsageError(
+                f"Position correlation is defined for a table, a bias or a rotation, and "
+                f"pe={record.scheme.embedding.name!r} has {kind}. Use a model with one of them, as pe='learnable'."
+            )
+        if rung.rotation is not None:
+            parts = rung.rotation.double().cpu()[:, 0, :, -patches:]  # cosine and sine (2, heads, H·W, d/2)
+            alike = torch.einsum("phic,phjc->ij", parts, parts) / (parts.shape[1] * parts.shape[3])
+        else:
+            assert rung.bias is not None
+            bias = rung.bias.double().cpu()[0, :, -patches:, -patches:]
+            alike = (bias - bias.diagonal(dim1=1, dim2=2)[:, :, None]).exp().mean(0)
+        layers.append(alike)
+    return torch.stack(layers)

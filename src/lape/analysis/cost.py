@@ -71,24 +71,29 @@ def measure(
     precision: str = "32-true",
     compile: bool = False,
     report: Callable[[float], None] = lambda fraction: None,
+    pe: Sequence[str] | None = None,
 ) -> list[Cost]:
     """Measure the untouched model twice, then each join, then folded LaPE, all in turn in every round (`lape cost`).
+
+    With position embeddings, each is measured with each join that means something with it, and nothing is folded.
 
     Of a detector or a segmenter the parameters are counted; FLOPs, memory and times are those of the transformer
     inside, for images of its table's size.
 
     Args:
         model: A name that `lape.create_model` takes.
-        joins: Names of joins; None stands for all that have a meaning with the model's own table.
+        joins: Names of joins; None stands for all that have a meaning with the model's own table, and beside `pe` for
+            "default" and "lape".
         batch_size: Images a step.
         rounds: At least 2; one more warms up and is not counted.
         device: As torch names it.
         precision: "32-true", "bf16-mixed" or "16-mixed"; for times alone.
         compile: Whether to compile the models; for times alone.
         report: Called with the fraction that is done.
+        pe: Names of position embeddings; None stands for the model's own.
 
     Raises:
-        UsageError: For a name that does not exist.
+        UsageError: For a name that does not exist, and for a position embedding that no join means something with.
 
     Example:
         >>> from lape.analysis.cost import measure
@@ -106,7 +111,7 @@ def measure(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"device={device!r} is not available on this machine ({reason}). Use 'cpu'.") from error
-    contenders = dict(_contenders(model, joins))
+    contenders = dict(_contenders(model, joins, pe))
     costs = {name: counted(name, contender, batch_size) for name, contender in contenders.items()}
     inside = {name: find(contender)[0].to(device) for name, contender in contenders.items()}
     images = torch.randn(batch_size, *_shape(next(iter(inside.values()))), device=device)
@@ -133,7 +138,9 @@ def _compiled(graphs: int) -> AbstractContextManager[object]:
     return torch._dynamo.config.patch(recompile_limit=graphs, fail_on_recompile_limit_hit=True)
 
 
-def _contenders(model: str, joins: Sequence[str] | None) -> Iterator[tuple[str, nn.Module]]:
+def _contenders(
+    model: str, joins: Sequence[str] | None, embeddings: Sequence[str] | None
+) -> Iterator[tuple[str, nn.Module]]:
     import timm
 
     from lape.models.registry import create_model
@@ -142,9 +149,30 @@ def _contenders(model: str, joins: Sequence[str] | None) -> Iterator[tuple[str, 
     untouched = remove(create_model(model, join="default"))  # refuses names that are not known
     yield "untouched", untouched
     yield "and again", copy.deepcopy(untouched)
+    if embeddings is not None:
+        for join, pe in _sound(joins or ("default", "lape"), embeddings):
+            yield f"{join} × {pe}", apply(timm.create_model(model), join, pe)
+        return
     for join in joins or joins_of(untouched):
         yield join, apply(timm.create_model(model), join)
     yield "lape, folded", fold(apply(timm.create_model(model)))
+
+
+def _sound(joins: Sequence[str], embeddings: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the pairs that mean something; raise UsageError for an embedding that is in none."""
+    from lape.method import scheme
+
+    for pe in embeddings:
+        refused: list[UsageError] = []
+        for join in joins:
+            try:
+                scheme(join, pe)
+            except UsageError as error:
+                refused.append(error)
+            else:
+                yield join, pe
+        if len(refused) == len(joins):
+            raise refused[0]
 
 
 def _shape(transformer: Any) -> tuple[int, int, int]:

@@ -272,6 +272,7 @@ def _counting(what: str, total: int) -> Iterator[Callable[[], None]]:
 def cost(
     model: str = "deit_tiny_patch16_224",
     joins: list[str] | None = None,
+    pe: list[str] | None = None,
     batch_size: int = 16,
     rounds: int = 12,
     threads: int | None = None,
@@ -286,6 +287,7 @@ def cost(
         model: A timm VisionTransformer, or one that lape models lists.
         joins: Ways of joining; default: all that can be had with the model's table. The untouched model, timed twice,
             and folded LaPE stand beside them.
+        pe: Position embeddings, each with the joins default and lape or with those given; default: the model's own.
         batch_size: Images in a step.
         rounds: How often each model is timed; they take turns.
         threads: Threads of torch; default: one per core.
@@ -312,7 +314,15 @@ def cost(
     with Progress(*shown, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1)
         costs = measure(
-            model, joins, batch_size, rounds, device, precision, compile, lambda done: bar.update(task, completed=done)
+            model,
+            joins,
+            batch_size,
+            rounds,
+            device,
+            precision,
+            compile,
+            lambda done: bar.update(task, completed=done),
+            pe,
         )
     legend = explanation(model, batch_size, rounds, precision, compile)
     console().print(terminal(costs, legend))

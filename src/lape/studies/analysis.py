@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from lape import __version__
-from lape.analysis import Correlation, Shape, correlation, decomposition, entering
+from lape.analysis import Correlation, Shape, correlation, decomposition
 from lape.data.sources import Source, find_set
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.files import reading, writing
 from lape.studies.statistics import Way
 from lape.studies.study import Numbers, Result, RunAnalysis, Study
+from lape.surgery.operation import positions
 from lape.training.checkpoints import LAST
 from lape.training.evaluation import LoadedRun, load_run
 
@@ -69,7 +70,7 @@ def _analysis(result: Result) -> RunAnalysis:
     two_dimensionality, half_distance, layer_difference = map(
         _numbers, (correlations.two_dimensionality, correlations.half_distance, correlations.layer_difference)
     )
-    width = entering(model).shape[-1]
+    width = positions(model).width
     return RunAnalysis(width, two_dimensionality, half_distance, layer_difference, correlations.shape, None)
 
 
