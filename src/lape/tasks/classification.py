@@ -211,7 +211,7 @@ class ClassificationWork:
 
     def preparation(self, share: int, device: torch.device) -> Preparation:
         """Create what is left to do to a batch of `share` images on the device."""
-        return Preparation(self.source, self.chosen, self.size, share, device)
+        return Preparation(self.source, self.chosen, self.size, share, device, self.experiment.compile)
 
     def training(self) -> Dataset[Any]:
         """The training images, augmented."""
