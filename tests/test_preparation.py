@@ -166,6 +166,24 @@ def test_what_is_erased_becomes_nothing_a_colour_or_noise(mode, colours):
         assert made[::2].std() == pytest.approx(1, abs=0.05)
 
 
+def test_compiled_it_is_one_graph_whatever_is_drawn(digits, whole, monkeypatch):
+    """Mixup, cutmix and nothing of them; the numbers are those of before."""
+    graphs, compiler = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiler(f, backend=lambda g, _: graphs.append(g) or g, **options)
+    )
+    chosen = pipeline.augmentation(replace(MIXED, erase_after_mix=True, mix_epochs=4), digits)
+    made = {}
+    for compile in (False, True):
+        preparation = Preparation(digits, chosen, (8, 8), share=8, compile=compile)
+        for seed in range(5):
+            reseed(seed)
+            made[compile, seed] = preparation(whole, epoch=seed)
+    assert len(graphs) == 1
+    for seed in range(5):
+        assert all(map(torch.equal, made[False, seed], made[True, seed]))
+
+
 def test_mixing_ends_and_smoothing_does_not(digits, whole):
     images = Normalise(digits)(whole[0])
     asked = replace(MIXED, mix_epochs=2)
