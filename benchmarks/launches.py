@@ -210,11 +210,11 @@ def main(out: Path | None = None) -> None:
     said = (
         f"What a training step of CCT-7/3x1's recipe dispatches at batch {BATCH}, with LaPE and erasing, but for views "
         "and empty memory; on a card each is at least one kernel. Compiled, in bf16-mixed: kernels that the compiler "
-        "generates for a CPU, and what it calls. Replayed: the same, where the model's forward and backward are one "
-        "launch each, as CUDA graphs are. Attention is without dropout, one operation as on a card; the width is 32, "
-        "the batch 16, and no operation depends on them. Augmentation: a step's share on a card, where "
-        f"{ROWS_ON_A_CARD} images are augmented at once. Copies to a card, two of a batch and up to four of what was "
-        "drawn, are not counted."
+        "generates for a CPU, and what it calls. Replayed: the same, where the forward and the backward of the model "
+        "are one launch each, as CUDA graphs are, and those of the loss too. Attention is without dropout, one "
+        "operation as on a card; the width is 32, the batch 16, and no operation depends on them. Augmentation: a "
+        f"step's share on a card, where {ROWS_ON_A_CARD} images are augmented at once. Copies to a card, two of a "
+        "batch and up to four of what was drawn, are not counted."
     )
     operations = {name: {part: dict(found.most_common()) for part, found in way.items()} for name, way in ways.items()}
     file(out, rows, said, operations=operations)

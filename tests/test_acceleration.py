@@ -107,14 +107,17 @@ def test_graphs_are_off_where_something_forbids_them(changed, one_size, processe
 
 @pytest.mark.parametrize("changed", [{}, {"graphs": False}], ids=str)
 def test_a_run_on_a_card_records_its_compiled_model(products, tmp_path, monkeypatch, recwarn, changed):
-    """The card is made up: what is compiled is asked for, and not done; it is said in the log."""
+    """The card is made up: what is compiled is asked for, and not done; it is said in the log.
+
+    That is what finishes a batch, the loss and the model, which alone is recorded.
+    """
     modes = []
     monkeypatch.setattr(torch, "compile", lambda module, **options: modes.append(options) or module)
     monkeypatch.setattr(Card, "of", lambda device: CARD)
     experiment = replace(TINY, compile=True, **changed)
     run = TrainingRun(experiment, tmp_path, loop.launch(TINY))
     assert run.replayed == (not changed)
-    assert [options.get("mode") for options in modes] == [None, "reduce-overhead" if run.replayed else None]
+    assert [options.get("mode") for options in modes] == [None, None, "reduce-overhead" if run.replayed else None]
     run.check(lambda _: None)
     said = [str(warning.message) for warning in recwarn]
     assert any(line.startswith("Compiled") and ("--graphs is false" in line) == bool(changed) for line in said)

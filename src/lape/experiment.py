@@ -157,7 +157,7 @@ class Optimisation:
         teacher_weights: File of the teacher's weights; default: timm's pretrained ones.
         precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed, 64-true ...
         tf32: Compute float32 products on a CUDA card in TF32, which keeps 10 bits of a fraction; elsewhere in full.
-        compile: Compile the model, and what mixes and normalises a batch, with torch.compile.
+        compile: Compile the model, its loss, and what mixes and normalises a batch, with torch.compile.
         seed: Decides initial weights, order and augmentation.
     """
 

@@ -17,7 +17,7 @@ from lape.errors import UsageError
 from lape.experiment import Augmentation
 
 # So many samples are augmented at once: on a card, where a kernel takes as long for a few as for many, more of them.
-ROWS, ROWS_ON_A_CARD = 1024, 4096
+ROWS, ROWS_ON_A_CARD = 1024, 8192
 
 
 class Preparation:

@@ -60,12 +60,13 @@ class Classification:
     score = "val_accuracy"  # of what `Meter.compute` returns, the one by which the best weights are kept
     reported = ("val_accuracy", "val_loss")  # what is kept of a run's end, the score first
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, compile: bool = False) -> None:
         self.classes = classes
+        self.cross_entropy = torch.compile(_cross_entropy, dynamic=False) if compile else _cross_entropy
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
-        return F.cross_entropy(model(images), targets)
+        return self.cross_entropy(model(images), targets)
 
     def meter(self) -> "Meter":
         """A new account of validation results."""
@@ -76,6 +77,10 @@ class Classification:
         probabilities = model(image[None]).float().softmax(1)[0]
         likeliest = probabilities.topk(min(LIKELIEST, self.classes))
         return LikelyClasses(likeliest.indices, likeliest.values)
+
+
+def _cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
+    return F.cross_entropy(logits, shares)
 
 
 class Distillation(Classification):
@@ -188,7 +193,7 @@ class ClassificationWork:
         if experiment.teacher is None:
             if experiment.teacher_weights:
                 raise UsageError(f"teacher_weights {experiment.teacher_weights} are of no model: name it by --teacher.")
-            return Classification(len(self.source.classes))
+            return Classification(len(self.source.classes), experiment.compile)
         if not hasattr(module, "set_distilled_training"):
             raise UsageError(
                 f"{experiment.teacher} teaches a distillation head, and {experiment.model} has none. Take a distilled "

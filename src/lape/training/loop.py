@@ -138,6 +138,7 @@ class TrainingRun:
         self.ema = ModelEmaV3(self.module, decay=experiment.ema) if experiment.ema else None
         self.judged = self.ema.module if self.ema and experiment.ema_evaluated else self.module
         self.steps = experiment.all_steps(self.order.steps)
+        self.one = torch.ones(1, device=fabric.device)
         self.state = State()
         self.durations = deque[float](maxlen=1000)
 
@@ -233,14 +234,13 @@ class TrainingRun:
         overflow = torch.zeros(1, device=device)
         if getattr(self.fabric.strategy.precision, "scaler", None) is not None:
             return overflow
-        one = torch.ones(1, device=device)
         gradients = [value.grad for value in self.module.parameters() if value.grad is not None]
         if device.type in ("cpu", "cuda") and {gradient.dtype for gradient in gradients} == {torch.float32}:
             # The scaler's own look, multiplying by 1: one kernel, and a twentieth of the time of a norm.
             look: Any = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
-            look(gradients, overflow, one)
+            look(gradients, overflow, self.one)
             return overflow
-        return one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
+        return self.one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
 
     def _note_loss(self, step: int, news: Readout) -> bool:
         """Take note of the loss of a step, once; returns whether any process was told to stop."""
