@@ -1,16 +1,21 @@
 """What happens to a batch on its device: the order of augmenting, mixing, normalising and erasing."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.data import random_erasing
 from timm.data.mixup import FastCollateMixup, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy
 
 from lape.data import pipeline
+from lape.data.erasing import FILLINGS, Erasing
+from lape.data.mixing import Mixing
 from lape.data.pipeline import Normalise, Shifted, reseed
 from lape.data.preparation import Preparation
 from lape.data.sources import find_set
@@ -69,6 +74,34 @@ def test_what_the_workers_finished_is_only_mixed(digits, whole, seed):
     assert torch.equal(targets, expected[1])
 
 
+def erased(images, seed, mode="pixel", probability=0.5):
+    """What the preparation erases after its draws for mixup and cutmix, by timm's own code for one image."""
+    reseed(seed)
+    Mixing(0.8, 1.0, None).shares(0, (8, 8))
+    draws = np.random.random_sample((len(images), Erasing.columns))
+    colours = FILLINGS[mode](images).expand_as(images)
+    erase = RandomErasing(probability, mode=mode, device="cpu")
+    made = []
+    for image, colour, row in zip(images, colours, draws, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(random_erasing, "_get_pixels", lambda *_, **__: torch.full((), math.nan))
+            feed(patch, row)
+            where = erase(image.clone()).isnan()
+        made.append(torch.where(where, colour, image))
+    return torch.stack(made)
+
+
+def feed(patch, row):
+    """Let timm's erasing draw the numbers of a row."""
+    whether, tries, lies = row[0], iter(row[1:21].reshape(2, 10).T.ravel()), iter(row[21:])
+    source = SimpleNamespace(
+        random=lambda: whether,
+        uniform=lambda low, high: low + (high - low) * next(tries),
+        randint=lambda low, high: low + int(next(lies) * (high - low + 1)),
+    )
+    patch.setattr(random_erasing, "random", source)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_mixed_before_they_are_erased_images_are_those_of_timms_loader(digits, whole, seed):
     """Whole colour values are mixed and rounded, then normalised, then erased."""
@@ -78,7 +111,7 @@ def test_mixed_before_they_are_erased_images_are_those_of_timms_loader(digits, w
     mixed, expected = collate([(image.numpy(), int(label)) for image, label in zip(*whole, strict=True)])
     assert mixed.dtype == torch.uint8
     unerased = Normalise(digits)(mixed)
-    assert torch.equal(made, RandomErasing(0.5, mode="pixel", device="cpu")(unerased.clone()))
+    assert torch.equal(made, erased(unerased, seed))
     assert torch.equal(targets, expected)
     assert not torch.equal(made, unerased)
 
@@ -88,9 +121,78 @@ def test_erased_before_they_are_mixed(digits, whole, monkeypatch, seed):
     batch = (*whole, torch.rand(8, 3))
     monkeypatch.setattr("lape.data.batched.Augmenter", lambda *_: lambda images, draws: images.flip(3))
     made, _ = prepared(digits, replace(MIXED, batched=True), batch, seed)
+    first = erased(Normalise(digits)(whole[0].flip(3)), seed)
     reseed(seed)
-    erased = RandomErasing(0.5, mode="pixel", device="cpu")(Normalise(digits)(whole[0].flip(3)))
-    assert torch.equal(made, Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)(erased, whole[1])[0])
+    assert torch.equal(made, Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)(first, whole[1])[0])
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (3, 40)], ids=str)
+def test_what_is_erased_is_what_timm_erases_by_the_same_draws(size):
+    """Each of its tries, also those that do not fit, and images for which none does."""
+    reseed(0)
+    draws = np.random.random_sample((500, Erasing.columns))
+    rows, columns = Erasing(0.7, torch.zeros_like).marks(draws, size)
+    erase = RandomErasing(0.7, device="cpu")
+    counts = []
+    for row, down, right in zip(draws, rows, columns, strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            feed(patch, row)
+            expected = erase(torch.ones(1, *size))[0].numpy() == 0
+        assert (expected == down[:, None] & right).all()
+        counts.append(int(expected.sum()))
+    assert 0.2 < np.mean(np.equal(counts, 0)) < 0.8  # some are erased, and some are not
+    assert len(set(counts)) > 10
+
+
+def test_erased_images_follow_the_law():
+    """How many are erased, how large and how slim, where; each by its own row of draws."""
+    reseed(0)
+    erasing, draws = Erasing(0.25, torch.zeros_like), np.random.random_sample((20_000, Erasing.columns))
+    rows, columns = erasing.marks(draws, (32, 32))
+    hit = rows.any(1)
+    height, width = rows[hit].sum(1), columns[hit].sum(1)
+    assert abs(hit.mean() - 0.25) < 4 * (0.25 * 0.75 / len(draws)) ** 0.5
+    area, aspect = height * width / 1024, np.log(height / width)
+    assert 0.01 < area.min() < 0.03
+    assert 0.30 < area.max() < 0.36
+    assert area.mean() == pytest.approx((0.02 + 1 / 3) / 2, rel=0.05)  # but for what is as high as the image
+    assert np.abs(aspect).max() == pytest.approx(-math.log(0.3), abs=0.3)
+    assert abs(aspect.mean()) < 0.03
+    assert rows[hit].mean(0)[[0, 31]] == pytest.approx(rows[hit].mean(0)[[31, 0]], abs=0.02)
+    few = erasing.marks(draws[7:9], (32, 32))
+    assert all((part == whole[7:9]).all() for part, whole in zip(few, (rows, columns), strict=True))
+
+
+@pytest.mark.parametrize(("mode", "colours"), [("const", 1), ("rand", 3), ("pixel", 3 * 64)])
+def test_what_is_erased_becomes_nothing_a_colour_or_noise(mode, colours):
+    images = torch.full((400, 3, 8, 8), 5.0)
+    marks = torch.zeros(400, 8, dtype=torch.bool)
+    marks[::2] = True
+    torch.manual_seed(0)
+    made = Erasing(1.0, FILLINGS[mode])(images, marks, marks)
+    assert torch.equal(made[1::2], images[1::2])
+    assert all(len(image.unique()) == colours for image in made[::2])
+    if mode != "const":
+        assert abs(made[::2].mean()) < 0.1
+        assert made[::2].std() == pytest.approx(1, abs=0.05)
+
+
+def test_compiled_it_is_one_graph_whatever_is_drawn(digits, whole, monkeypatch):
+    """Mixup, cutmix and nothing of them; the numbers are those of before."""
+    graphs, compiler = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiler(f, backend=lambda g, _: graphs.append(g) or g, **options)
+    )
+    chosen = pipeline.augmentation(replace(MIXED, erase_after_mix=True, mix_epochs=4), digits)
+    made = {}
+    for compile in (False, True):
+        preparation = Preparation(digits, chosen, (8, 8), share=8, compile=compile)
+        for seed in range(5):
+            reseed(seed)
+            made[compile, seed] = preparation(whole, epoch=seed)
+    assert len(graphs) == 1
+    for seed in range(5):
+        assert all(map(torch.equal, made[False, seed], made[True, seed]))
 
 
 def test_mixing_ends_and_smoothing_does_not(digits, whole):

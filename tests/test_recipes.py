@@ -418,7 +418,7 @@ def test_a_full_model_of_every_recipe_can_be_made():
 def test_whatever_decides_a_result_counts_as_changed() -> None:
     recipe = recipes.load("imagenet/swin_tiny_patch4_window7_224")
     own = recipe.experiment()
-    yours = {"join", "seed", "weights", "accumulate", "grad_checkpointing", "compile"}
+    yours = {"join", "seed", "weights", "accumulate", "grad_checkpointing", "compile", "tf32"}
     for name, value in own.identity().items():
         another = (1, 2) if name in RANGES else (0.5, 0.9) if name == "betas" else 0.5 if name == "ema" else 1
         if isinstance(value, str | dict):

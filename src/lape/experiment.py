@@ -105,6 +105,7 @@ class Execution:
         accelerator: What computes: auto, cpu, cuda, gpu, mps.
         devices: Devices on each machine; torchrun's number of processes takes its place.
         nodes: Machines; torchrun's number takes its place.
+        graphs: Replay a compiled step on a CUDA card as CUDA graphs, where nothing forbids it.
         checkpoint_seconds: Shortest time between two checkpoints within an epoch; each epoch ends with one in any case.
     """
 
@@ -113,6 +114,7 @@ class Execution:
     accelerator: str = "auto"
     devices: int = 1
     nodes: int = 1
+    graphs: bool = True
     checkpoint_seconds: float = 60.0
 
 
@@ -156,7 +158,8 @@ class Optimisation:
         teacher: A timm model whose answers the second head of a distilled model learns; default: no teacher.
         teacher_weights: File of the teacher's weights; default: timm's pretrained ones.
         precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed, 64-true ...
-        compile: Compile the model with torch.compile.
+        tf32: Compute float32 products on a CUDA card in TF32, which keeps 10 bits of a fraction; elsewhere in full.
+        compile: Compile the model, its loss, and what mixes and normalises a batch, with torch.compile.
         seed: Decides initial weights, order and augmentation.
     """
 
@@ -194,6 +197,7 @@ class Optimisation:
     teacher: str | None = None
     teacher_weights: Path | None = None
     precision: str = "32-true"
+    tf32: bool = True
     compile: bool = False
     seed: int = 0
 

@@ -22,9 +22,10 @@ BICUBIC_SHARE: Mapping[str, float] = MappingProxyType({"bilinear": 0.0, "bicubic
 class Augmenter:
     """Random resized crop (or shift), flips and RandAugment of a whole batch of small images, on any device.
 
-    What a sample becomes depends on its pixels and its draws alone. Random erasing and mixup are not done here. `mean`
-    is the mean colour in [0, 1], which fills what a moved image leaves open. Raises UsageError for a policy other than
-    RandAugment with OPERATIONS, and for color_jitter without a policy (beside one it has no effect).
+    What a sample becomes depends on its pixels and its draws alone. The draws of images on a card may be on the host:
+    what they choose is then known there without waiting for the card. Random erasing and mixup are not done here.
+    `mean` is the mean colour in [0, 1], which fills what a moved image leaves open. Raises UsageError for a policy
+    other than RandAugment with OPERATIONS, and for color_jitter without a policy (beside one it has no effect).
     """
 
     def __init__(self, size: tuple[int, int], mean: tuple[float, ...], chosen: Augmentation) -> None:
@@ -47,14 +48,14 @@ class Augmenter:
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return uint8 images (B, C, *size) of uint8 images (B, C, H, W) and draws (B, columns)."""
         placing, others, policy = draws.split(self.parts, 1)
-        bicubic = others[:, 2] < self.bicubic
+        bicubic = sent(others[:, 2] < self.bicubic, images.device)
         rows, columns = (
             _weights(place, length, size, mirrored, bicubic)
             for place, length, size, mirrored in zip(
-                self.placing(placing, *images.shape[-2:]),
+                (span.to(images.device) for span in self.placing(placing, *images.shape[-2:])),
                 images.shape[-2:],
                 self.size,
-                (others[:, axis] < share for axis, share in enumerate(self.flips)),
+                (sent(others[:, axis] < share, images.device) for axis, share in enumerate(self.flips)),
                 strict=True,
             )
         )
@@ -79,6 +80,15 @@ class Span:
     start: Tensor
     extent: Tensor
     offset: Tensor
+
+    def to(self, device: torch.device) -> "Span":
+        """Return the same on a device."""
+        return Span(*(sent(part, device) for part in (self.start, self.extent, self.offset)))
+
+
+def sent(chosen: Tensor, device: torch.device) -> Tensor:
+    """Bring what was chosen to a device, without waiting for a card."""
+    return chosen.to(device, non_blocking=device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -192,24 +202,34 @@ class Policy:
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """Return images (B, C, H, W) after all layers."""
+        counts, *chosen = self.chosen(draws)
+        orders, backwards, drawn, fill = (sent(part, images.device) for part in (*chosen, self.fill))
+        for order, back, count, rows in zip(orders, backwards, counts, drawn, strict=True):
+            images = images.index_select(0, order)
+            parts = zip(self.operations, images.split(count), rows.split(count), strict=False)
+            for operation, part, row in parts:
+                if len(part):
+                    level, signed, bicubic = row.unbind(1)
+                    part.copy_(operation(part, Drawn(level, signed, bicubic, fill)))
+            images = images.index_select(0, back)
+        return images
+
+    def chosen(self, draws: Tensor) -> tuple[list[list[int]], Tensor, Tensor, Tensor]:
+        """Return for each layer how many images each operation has, and an order in which they stand together.
+
+        That is the number of images of each operation, and of none; the order, and the one back (layers, B); what was
+        drawn for each image, in the order (layers, B, 3, 1, 1, 1).
+        """
         which, whether, magnitude, sign, resampling = draws.view(-1, self.layers, 5).permute(2, 1, 0)  # (layers, B)
         nothing = len(self.operations)
         kinds = torch.where(whether < self.probability, (nothing * which).long(), nothing)
         level = self._magnitude(magnitude).clamp(0, self.most) / 10
         signed = torch.where(sign < 0.5, level, -level)
-        drawn = torch.stack((level, signed, (resampling < self.bicubic).to(level)), 2)[..., None, None, None]
-        fill = self.fill.to(images.device)
+        drawn = torch.stack((level, signed, (resampling < self.bicubic).to(level)), 2)
         counts = (kinds[..., None] == torch.arange(nothing + 1, device=kinds.device)).sum(1)
-        for layer, count in enumerate(counts.tolist()):  # the only wait for the device
-            order = kinds[layer].argsort()
-            images = images.index_select(0, order)
-            rows = drawn[layer].index_select(0, order).split(count)
-            for operation, part, row in zip(self.operations, images.split(count), rows, strict=False):
-                if len(part):
-                    level, signed, bicubic = row.unbind(1)
-                    part.copy_(operation(part, Drawn(level, signed, bicubic, fill)))
-            images = images.index_select(0, order.argsort())
-        return images
+        orders = kinds.argsort(1)
+        drawn = drawn.gather(1, orders[..., None].expand_as(drawn))[..., None, None, None]
+        return counts.tolist(), orders, orders.argsort(1), drawn
 
     def _magnitude(self, draws: Tensor) -> Tensor:
         if math.isinf(self.deviation):

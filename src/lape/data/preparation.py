@@ -1,20 +1,23 @@
 """What happens to a training batch on its device, before the model sees it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lape.data.batched import sent
 from lape.data.classes import ImageSource
+from lape.data.erasing import FILLINGS, Erasing
+from lape.data.mixing import Mixing
 from lape.data.pipeline import Batch, Normalise
 from lape.errors import UsageError
 from lape.experiment import Augmentation
 
-Step = Callable[[Tensor], Tensor]
-
-ROWS = 1024  # so many are augmented at once
+# So many samples are augmented at once: on a card, where a kernel takes as long for a few as for many, more of them.
+ROWS, ROWS_ON_A_CARD = 1024, 8192
 
 
 class Preparation:
@@ -22,7 +25,8 @@ class Preparation:
 
     The workers leave images normalised and, where asked for, erased: they are only mixed. Or they leave whole colour
     values, for which the rest is done here: augmented as a batch (`batched`), and mixed before they are erased
-    (`erase_after_mix`) or afterwards. What is random is drawn from the generators that `pipeline.reseed` sets.
+    (`erase_after_mix`) or afterwards. What is random is drawn on the host, from the generators that `pipeline.reseed`
+    sets: on the device a step is always the same, which can be compiled. Only what erased pixels become is drawn there.
 
     `share` is the number of images in a part, and `size` their (H, W). Raises UsageError where an odd number is mixed.
     """
@@ -34,25 +38,35 @@ class Preparation:
         size: tuple[int, int],
         share: int,
         device: torch.device | str = "cpu",
+        compile: bool = False,
     ) -> None:
+        self.size, self.device, self.chosen = size, torch.device(device), chosen
         self.augment = _augmenter(source, chosen, size)
-        self.at_once = max(1, ROWS // share) if chosen.batched else 1
-        self.mix = _mixing(len(source.classes), chosen, share)
-        finish: list[Step] = [Normalise(source, device), *_erasing(chosen, device)]
-        self.before: list[Step] = []
-        self.after: list[Step] = []
-        if chosen.erase_after_mix:
-            self.before, self.after = [Tensor.float], [torch.round, *finish]
-        elif chosen.batched:
-            self.before = finish
+        rows = ROWS_ON_A_CARD if self.device.type == "cuda" else ROWS
+        self.at_once = max(1, rows // share) if chosen.batched else 1
+        self.mixing = _mixing(chosen, share)
+        whole = chosen.erase_after_mix or chosen.batched  # colour values, and nothing is erased yet
+        self.normalise = Normalise(source, device) if whole else nn.Identity()
+        self.erasing = Erasing(chosen.reprob, FILLINGS[chosen.remode or "const"]) if whole and chosen.reprob else None
+        self.classes = torch.arange(len(source.classes), device=device)
+        self.off = (chosen.smoothing or 0.0) / len(source.classes)
+        self.on = 1 - (chosen.smoothing or 0.0) + self.off
+        self.finish: Callable[..., tuple[Tensor, Tensor]] = self._finished
+        if compile:
+            self.finish = torch.compile(self._finished, dynamic=False)
 
     def ahead(self, batches: Iterator[Batch], to_device: Callable[[Any], Any]) -> Iterator[Batch]:
         """Bring batches to the device, and augment some of them at once where the device does it.
 
         A sample's augmentation depends on its own draws alone, so that only the time is another: a thousand rows take
-        half the time at once that eight parts of them take one by one.
+        half the time at once that eight parts of them take one by one. Draws stay on the host: what they choose is
+        known there without waiting for the device.
         """
-        while few := [to_device(batch) for batch in islice(batches, self.at_once)]:
+
+        def moved(batch: Batch) -> Batch:
+            return (*to_device(tuple(batch[:2])), *batch[2:])
+
+        while few := [moved(batch) for batch in islice(batches, self.at_once)]:
             if len(few) == 1 or len(few[0]) == 2:
                 yield from few
                 continue
@@ -65,12 +79,32 @@ class Preparation:
         images, labels, *draws = batch
         if draws:
             images = self.augment(images, *draws)
-        for step in self.before:
-            images = step(images)
-        images, targets = self.mix(images, labels, epoch)
-        for step in self.after:
-            images = step(images)
-        return images, targets
+        shares = self.mixing.shares(epoch, self.size) if self.mixing else []
+        marks: list[Any] = []
+        if self.erasing:
+            marks = self.erasing.marks(np.random.random_sample((len(labels), self.erasing.columns)), self.size)
+        return self.finish(images, labels, *(self._sent(part) for part in (shares, marks)))
+
+    def _sent(self, arrays: Sequence[Any]) -> list[Tensor]:
+        return [sent(torch.from_numpy(array), self.device) for array in arrays]
+
+    def _finished(
+        self, images: Tensor, labels: Tensor, shares: Sequence[Tensor], marks: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Mix, normalise and erase, by what was drawn."""
+        targets = torch.where(labels[:, None] == self.classes, self.on, self.off)
+        if self.chosen.erase_after_mix:
+            images = self._erased(self._mixed(images, shares[:1]).round(), marks)
+        else:
+            images = self._mixed(self._erased(images, marks), shares[:1])
+        return images, self._mixed(targets, shares[1:])
+
+    def _mixed(self, values: Tensor, shares: Sequence[Tensor]) -> Tensor:
+        return self.mixing(values, *shares) if self.mixing else values
+
+    def _erased(self, images: Tensor, marks: Sequence[Tensor]) -> Tensor:
+        images = self.normalise(images)
+        return self.erasing(images, *marks) if self.erasing else images
 
 
 class Finishing:
@@ -97,28 +131,12 @@ def _augmenter(source: ImageSource, chosen: Augmentation, size: tuple[int, int])
     return Augmenter(size, source.mean, chosen)
 
 
-def _mixing(classes: int, chosen: Augmentation, share: int) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
-    """Mixup and cutmix, one draw for a batch, in the epochs that have them; targets are smoothed in all."""
-    from timm.data.mixup import Mixup, mixup_target
-
-    smoothing = chosen.smoothing or 0.0
+def _mixing(chosen: Augmentation, share: int) -> Mixing | None:
     if not (chosen.mixup or chosen.cutmix):
-        return lambda images, labels, _: (images, mixup_target(labels, classes, smoothing=smoothing))
+        return None
     if share % 2:
         raise UsageError(
             f"mixup and cutmix pair the images of a part, and {share} is odd: use an even number of images "
             "on each process (batch_size / accumulate / processes)."
         )
-    mixup = Mixup(chosen.mixup or 0.0, chosen.cutmix or 0.0, label_smoothing=smoothing, num_classes=classes)
-
-    def mix(images: Tensor, labels: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        mixup.mixup_enabled = chosen.mix_epochs is None or epoch < chosen.mix_epochs
-        return mixup(images, labels)
-
-    return mix
-
-
-def _erasing(chosen: Augmentation, device: torch.device | str) -> list[Step]:
-    from timm.data.random_erasing import RandomErasing
-
-    return [RandomErasing(chosen.reprob, mode=chosen.remode or "const", device=str(device))] if chosen.reprob else []
+    return Mixing(chosen.mixup or 0.0, chosen.cutmix or 0.0, chosen.mix_epochs)

@@ -26,7 +26,15 @@ SHARED = "families"  # parts of recipes, no rows
 PARTS = ("extends", "paper", "expected", "at_epoch_100", "command", "hardware", "open", "settings")
 
 DEEPEST = 50  # parts of YAML within each other
-YOURS = ("join", "seed", "weights", "accumulate", "grad_checkpointing", "compile")  # it stays the same experiment
+YOURS = (
+    "join",
+    "seed",
+    "weights",
+    "accumulate",
+    "grad_checkpointing",
+    "compile",
+    "tf32",
+)  # it stays the same experiment
 
 
 class Numbers(yaml.SafeLoader):

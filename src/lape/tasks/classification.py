@@ -30,11 +30,18 @@ from lape.weights import fill, read
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, classes) and the shares of classes (B, classes) to a scalar
 
+
+def _cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
+    return F.cross_entropy(logits, shares)
+
+
+def _binary_cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
+    """Each class for itself, as DeiT-III has it."""
+    return F.binary_cross_entropy_with_logits(logits, shares)
+
+
 CROSS_ENTROPY = "cross-entropy"
-LOSSES: dict[str, Loss] = {
-    CROSS_ENTROPY: F.cross_entropy,
-    "binary-cross-entropy": F.binary_cross_entropy_with_logits,  # each class for itself, as DeiT-III has it
-}
+LOSSES: dict[str, Loss] = {CROSS_ENTROPY: _cross_entropy, "binary-cross-entropy": _binary_cross_entropy}
 
 SETTINGS = {"train_images", "img_size", "teacher", "loss", *(field.name for field in fields(Augmentation))}
 LIKELIEST = 5  # classes of a picture
@@ -67,8 +74,9 @@ class Classification:
     score = "val_accuracy"  # of what `Meter.compute` returns, the one by which the best weights are kept
     reported = ("val_accuracy", "val_loss")  # what is kept of a run's end, the score first
 
-    def __init__(self, classes: int, loss: Loss = F.cross_entropy) -> None:
-        self.classes, self.loss_of_logits = classes, loss
+    def __init__(self, classes: int, loss: Loss = _cross_entropy, compile: bool = False) -> None:
+        self.classes = classes
+        self.loss_of_logits: Loss = torch.compile(loss, dynamic=False) if compile else loss
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
@@ -196,7 +204,7 @@ class ClassificationWork:
         if experiment.teacher is None:
             if experiment.teacher_weights:
                 raise UsageError(f"teacher_weights {experiment.teacher_weights} are of no model: name it by --teacher.")
-            return Classification(len(self.source.classes), self.loss)
+            return Classification(len(self.source.classes), self.loss, experiment.compile)
         if experiment.loss is not None:
             raise UsageError(f"A distilled model learns by {CROSS_ENTROPY}: leave out loss {experiment.loss}.")
         if not hasattr(module, "set_distilled_training"):
@@ -221,7 +229,7 @@ class ClassificationWork:
 
     def preparation(self, share: int, device: torch.device) -> Preparation:
         """Create what is left to do to a batch of `share` images on the device."""
-        return Preparation(self.source, self.chosen, self.size, share, device)
+        return Preparation(self.source, self.chosen, self.size, share, device, self.experiment.compile)
 
     def training(self) -> Dataset[Any]:
         """The training images, augmented."""

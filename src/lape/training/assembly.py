@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment
+from lape.training.acceleration import Card, choose_products, without_advice
 
 # Those of timm.scheduler that need nothing but the number of the step.
 SCHEDULES: tuple[str, ...] = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
@@ -33,8 +34,10 @@ def launch(experiment: Experiment) -> Fabric:
         )
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise UsageError(f"Fabric does not take these settings: {error}") from error
+    choose_products(Card.of(fabric.device), experiment)
     _meet_anew(fabric)
-    fabric.launch()
+    with without_advice():
+        fabric.launch()
     return fabric
 
 

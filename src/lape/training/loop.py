@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from statistics import fmean, median
 from time import monotonic
@@ -30,6 +31,7 @@ from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.surgery.operation import pools_patches
 from lape.tasks.measures import TITLES
 from lape.tasks.work import describe_set, work_of
+from lape.training.acceleration import Card, Readout, against_graphs, remarks
 from lape.training.assembly import launch, optimizer_of, schedule_of
 from lape.training.checkpoints import (
     BEST,
@@ -129,18 +131,26 @@ class TrainingRun:
         self.module = _synchronised(self.work.module, experiment, fabric)
         optimizer = optimizer_of(experiment, self.module)
         self.set_rates = schedule_of(experiment, optimizer, self.order.steps)
-        compiled: Any = torch.compile(self.module) if experiment.compile else self.module
-        self.model, self.optimizer = fabric.setup(compiled, optimizer)
+        card = Card.of(fabric.device)
+        against = against_graphs(card, experiment, one_size=self.work.one_size, processes=fabric.world_size)
+        self.replayed = against is None
+        self.remarks = list(remarks(card, experiment, against))
+        self.model, self.optimizer = fabric.setup(_compiled(self.module, experiment, self.replayed), optimizer)
         self.ema = ModelEmaV3(self.module, decay=experiment.ema) if experiment.ema else None
         self.judged = self.ema.module if self.ema and experiment.ema_evaluated else self.module
         self.steps = experiment.all_steps(self.order.steps)
+        self.one = torch.ones(1, device=fabric.device)
         self.state = State()
         self.durations = deque[float](maxlen=1000)
 
     def check(self, checked: Callable[[float], None]) -> None:
-        """Say what the model starts from, and open every file of a dense set once; raises RunError for a bad one."""
-        if self.started and self.fabric.is_global_zero:
-            warnings.warn(str(self.started), stacklevel=1)
+        """Say what the model starts from and how a card computes it, and open every file of a dense set once.
+
+        Raises RunError for a bad one.
+        """
+        if self.fabric.is_global_zero:
+            for remark in [*([self.started] if self.started else []), *self.remarks]:
+                warnings.warn(str(remark), stacklevel=1)
         trouble = ""
         if self.fabric.is_global_zero:
             try:
@@ -157,14 +167,15 @@ class TrainingRun:
         saved = reported = monotonic()
         self.begun, self.noted = saved - self.state.seconds, self.state.step
         prepared = self.preparation.ahead(batches, self.fabric.to_device)
-        before: tuple[int, Tensor] | None = None  # the last step, and what it returned
+        before: tuple[int, Readout] | None = None  # the last step, and what it returned
         if self._validation_is_missing():
             self._validate_and_save()
         with closing(batches), signals() as heard:
             for step in range(self.state.step, self.steps):
                 begun = monotonic()
-                news = self._step(step, prepared, stop=bool(heard))
+                news = Readout(self._step(step, prepared, stop=bool(heard)))
                 # Reading a number waits for the device: the loss of the step before is read while this one is computed.
+                # All processes read it here, and so stop at one step.
                 stop = before is not None and self._note_loss(*before)
                 before = step, news
                 self.durations.append(monotonic() - begun)
@@ -190,7 +201,9 @@ class TrainingRun:
         """One optimiser step; returns (3,): its loss, and whether any process was told to stop, or overflowed."""
         settings, fabric = self.experiment, self.fabric
         self.set_rates(step)
-        total = torch.zeros((), device=fabric.device)
+        losses: list[Tensor] = []
+        if self.replayed:
+            torch.compiler.cudagraph_mark_step_begin()
         for part in range(settings.accumulate):
             batch = next(batches)
             seed = seed_of(settings.seed, step, part, fabric.global_rank)
@@ -199,9 +212,11 @@ class TrainingRun:
                 torch.cuda.manual_seed(seed)
             images, targets = self.preparation(batch, step // self.order.steps)
             with fabric.no_backward_sync(self.model, enabled=part + 1 < settings.accumulate):
-                loss = self.task.loss(self.model, images, targets) / settings.accumulate
+                loss = self.task.loss(self.model, images, targets)
+                if settings.accumulate > 1:
+                    loss = loss / settings.accumulate
                 fabric.backward(loss)
-            total += loss.detach()
+            losses.append(loss.detach())
         overflow = self._overflow()
         if settings.clip_grad:
             fabric.clip_gradients(self.model, self.optimizer, max_norm=settings.clip_grad, error_if_nonfinite=False)
@@ -209,26 +224,28 @@ class TrainingRun:
         self.optimizer.zero_grad()
         if self.ema:
             self.ema.update(self.module)
-        news = torch.stack([total, total.new_tensor(float(stop)), overflow[0].to(total)])
+        total = reduce(torch.add, losses)
+        told = torch.full_like(total, stop)  # filled on the device: a copy from the host would wait for it
+        news = torch.stack([total, told, overflow[0].to(total)])
         return news if fabric.world_size == 1 else fabric.all_reduce(news, reduce_op="mean")  # pyright: ignore
 
     def _overflow(self) -> Tensor:
         """Return (1,): 1 where the gradient is not finite, 0 where it is, or where a scaler looks for that itself."""
         device = self.fabric.device
-        overflow, one = (torch.full((1,), value, device=device) for value in (0.0, 1.0))
-        gradients = [value.grad for value in self.module.parameters() if value.grad is not None]
+        overflow = torch.zeros(1, device=device)
         if getattr(self.fabric.strategy.precision, "scaler", None) is not None:
             return overflow
+        gradients = [value.grad for value in self.module.parameters() if value.grad is not None]
         if device.type in ("cpu", "cuda") and {gradient.dtype for gradient in gradients} == {torch.float32}:
             # The scaler's own look, multiplying by 1: one kernel, and a twentieth of the time of a norm.
             look: Any = torch._amp_foreach_non_finite_check_and_unscale_  # pyright: ignore[reportPrivateImportUsage]
-            look(gradients, overflow, one)
+            look(gradients, overflow, self.one)
             return overflow
-        return one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
+        return self.one - torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite().to(overflow)
 
-    def _note_loss(self, step: int, news: Tensor) -> bool:
+    def _note_loss(self, step: int, news: Readout) -> bool:
         """Take note of the loss of a step, once; returns whether any process was told to stop."""
-        loss, stop, overflow = news.tolist()
+        loss, stop, overflow = news.read()
         if not math.isfinite(loss):
             self._refuse(step, f"The loss is {loss}", "" if self.experiment.clip_grad else " or with --clip_grad 1")
         if overflow:
@@ -396,6 +413,13 @@ class TrainingRun:
             "final": {name: curve[-1][name] for name in self.task.reported},
             "best": max(curve, key=lambda row: row[score]),
         }
+
+
+def _compiled(module: nn.Module, experiment: Experiment, replayed: bool) -> Any:
+    """Compile a module where that is asked for; `replayed`: its kernels are recorded as CUDA graphs."""
+    if not experiment.compile:
+        return module
+    return torch.compile(module, mode="reduce-overhead", dynamic=False) if replayed else torch.compile(module)
 
 
 def _synchronised(module: nn.Module, experiment: Experiment, fabric: Fabric) -> nn.Module:
