@@ -156,6 +156,12 @@ def test_where_a_file_system_has_no_links_a_lock_is_one_all_the_same(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nobody_works_where_there_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    assert occupant(tmp_path / "file") is None
+    assert occupant(tmp_path / "none") is None
+
+
 def test_a_lock_that_was_removed_by_hand_and_taken_by_another_stays_the_others(tmp_path):
     with working_in(tmp_path):
         (tmp_path / LOCK).unlink()

@@ -115,12 +115,12 @@ def occupant(folder: Path) -> Occupied | None:
 
 def _record(path: Path) -> bytes | None:
     """Return what a lock holds, None where there is none; what cannot be read is empty."""
+    if not os.path.lexists(path):
+        return None
     try:
         return reading.content(path, reading.SETTINGS)
-    except FileNotFoundError:
-        return b"" if path.is_symlink() else None
     except (OSError, RunError):
-        return b""
+        return b"" if os.path.lexists(path) else None
 
 
 def _occupied(path: Path, worker: Worker | None) -> Occupied:

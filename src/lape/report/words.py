@@ -194,6 +194,8 @@ def _remarks(study: Study) -> list[str]:
         remarks.append(f"The join {BASELINE} was not trained, so no differences are shown.")
     for combination, error in study.failures.items():
         remarks.append(f"Failed and missing: {combination} ({error}).")
+    for combination in study.elsewhere:
+        remarks.append(f"Not finished yet, another process works on it: {combination}.")
     for row in rows:
         if row.difference is not None and row.difference.unpaired:
             lost = listed(row.difference.unpaired)
