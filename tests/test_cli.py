@@ -270,7 +270,7 @@ def test_where_there_is_nothing_to_go_on_with_resume_alone_is_refused(lape, tmp_
 def test_resume_beside_what_is_to_be_trained_begins_and_says_so(lape):
     status, out, err = lape("train", "--resume", *SMALL, "--epochs", "1", "--out", "x")
     assert (status, out) == (0, "Done: x/result.json\n")
-    assert "lape: x holds no run to go on with, so a new one begins." in err.splitlines()
+    assert "x holds no run to go on with, so a new one begins." in err.splitlines()
     assert "a new one begins" not in lape("train", "--resume", "--out", "x")[2]
 
 
@@ -423,9 +423,8 @@ def test_compare_trains_draws_its_page_and_says_where_it_is(lape):
         assert Path("x/index.analysis.json").read_text() == analysis
         (left,) = Path("x/runs").rglob("last.pt")
         assert left.parent.name.startswith("default-")
-    status, out, _ = lape(
-        "compare", *SMALL, "--epochs", "1", "--pe", "none", "--seeds", "2", "--plan", "x/plan.txt", "--out", "x"
-    )
+    words = ("--joins", "default", "--pe", "none", "--seeds", "2", "--plan", "x/plan.txt", "--out", "x")
+    status, out, _ = lape("compare", *SMALL, "--epochs", "1", *words)
     assert (status, out) == (0, "2 runs to train. Commands: x/plan.txt\n")
     command, *_ = Path("x/plan.txt").read_text().splitlines()
     assert lape(*command.split()[1:])[0] == 0

@@ -116,24 +116,38 @@ except Occupied as error:
 
 
 def test_of_many_that_find_a_dead_ones_lock_one_gets_it(tmp_path):
-    """Several rounds: in each all see the same record of a process that has ended."""
-    for number in range(3):
-        folder = tmp_path / str(number)
-        left_by(folder, started="another time")
-        command = [sys.executable, "-c", RACE, str(folder)]
-        racers = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-            for _ in range(4)
-        ]
-        for racer in racers:
-            racer.stdout.readline()
-        for racer in racers:
-            racer.stdin.write("\n")
-        told = [racer.stdout.readline().split()[0] for racer in racers]
-        for racer in racers:
-            racer.communicate("\n")
-        assert sorted(told) == ["in", "out", "out", "out"]
-        assert list(folder.iterdir()) == []
+    left_by(tmp_path / "a", started="another time")
+    command = [sys.executable, "-c", RACE, str(tmp_path / "a")]
+    racers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) for _ in range(4)
+    ]
+    for racer in racers:
+        racer.stdout.readline()
+    for racer in racers:
+        racer.stdin.write("\n")
+    told = [racer.stdout.readline().split()[0] for racer in racers]
+    for racer in racers:
+        racer.communicate("\n")
+    assert sorted(told) == ["in", "out", "out", "out"]
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_one_that_is_late_leaves_the_lock_to_the_faster(tmp_path, monkeypatch):
+    """Both saw the same dead one; the faster has taken it over when this one begins to."""
+    left_by(tmp_path, started="another time")
+    create, faster = writing.create, []
+
+    def late(path, content):
+        if path.name != LOCK and not faster:
+            faster.append(json.dumps(asdict(Worker.this())).encode())
+            (tmp_path / LOCK).write_bytes(faster[0])
+        return create(path, content)
+
+    monkeypatch.setattr(writing, "create", late)
+    with pytest.raises(Occupied, match=f"process {os.getpid()} "), working_in(tmp_path):
+        pass
+    assert (tmp_path / LOCK).read_bytes() == faster[0]
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_turn_waits_and_tells_once(tmp_path):

@@ -34,7 +34,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
 
     folder = out or folder_of(experiment)
     if resume and first_process() and not (folder / SETTINGS).exists():
-        say(f"lape: {folder} holds no run to go on with, so a new one begins.", error=True)
+        say(f"{folder} holds no run to go on with, so a new one begins.", error=True)
     with Bar(console(stderr=True)) as bar:
         result = train(experiment, folder, resume=resume, report=bar, checked=bar.check)
     if first_process():
