@@ -417,7 +417,7 @@ def test_compare_trains_draws_its_page_and_says_where_it_is(lape):
     for _ in range(2):  # the second time there is no last.pt to look at
         words = ("--joins", "lape", "--seed-list", "0", "--prune")
         status, out, err = lape("compare", *SMALL, "--epochs", "1", "--pe", "learnable", *words, "--out", "x")
-        assert (status, "Report: x/index.html" in out, err) == (0, True, "1 finished run kept.\n")
+        assert (status, "Report: x/index.html" in out, err.strip()) == (0, True, "1 finished run kept.")
         table = json.loads(Path("x/table.json").read_text())
         assert sorted(run["join"] for run in table["runs"]) == ["default", "lape"]  # the other one stays on the page
         assert Path("x/index.analysis.json").read_text() == analysis

@@ -211,9 +211,9 @@ class Study:
         return [record for place, record in enumerate(records) if record not in records[:place]]
 
     def raise_missing(self) -> None:
-        """Raise one error for all failed runs, UsageError where each was a wrong request; or one for those elsewhere.
+        """Raise one error for all failed runs: UsageError where every one of them was a wrong request, else RunError.
 
-        RunError in all other cases.
+        Where none has failed, raise RunError for those that others work on.
         """
         if self.failures:
             reasons = " ".join(f"{combination}: {error}" for combination, error in self.failures.items())
