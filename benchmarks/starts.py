@@ -18,6 +18,7 @@ from jsonargparse import auto_cli
 from lape.experiment import Experiment
 from lape.report import words
 from lape.studies.parallel import Done, side_by_side
+from lape.studies.places import Places
 from lape.studies.statistics import FinishedRun, Sample, difference
 from lape.studies.study import read_result
 from lape.training.provenance import provenance
@@ -58,7 +59,7 @@ def _train(plan: Plan, tell: Callable[[object], None]) -> None:
 def trained(plans: list[Plan], jobs: int) -> None:
     """Train what is not finished."""
     todo = [plan for plan in plans if not (plan.folder / "result.json").exists()]
-    with closing(side_by_side(_train, todo, jobs, 1)) as events:
+    with closing(side_by_side(_train, todo, Places.of(jobs, [], jobs, 1), 1)) as events:
         for event in events:
             if isinstance(event, Done):
                 if event.error:

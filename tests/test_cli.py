@@ -252,6 +252,28 @@ def test_a_used_folder(lape):
     assert "lr is" in refused(lape("train", "--resume", "--out", "x", "--lr", "0.5"))
 
 
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["--out", "typo"], "typo"),
+        (["--out", "typo", "--epochs", "60", "--accelerator", "cpu", "--weights", "vit.pt"], "typo"),
+        ([], "runs/digits/lape-learnable-seed0"),
+        (["--seed", "7"], "runs/digits/lape-learnable-seed7"),
+    ],
+)
+def test_where_there_is_nothing_to_go_on_with_resume_alone_is_refused(lape, tmp_path, words, folder):
+    line = refused(lape("train", "--resume", *words))
+    assert f"{folder} holds no run to go on with (no experiment.json)" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume_beside_what_is_to_be_trained_begins_and_says_so(lape):
+    status, out, err = lape("train", "--resume", *SMALL, "--epochs", "1", "--out", "x")
+    assert (status, out) == (0, "Done: x/result.json\n")
+    assert "x holds no run to go on with, so a new one begins." in err.splitlines()
+    assert "a new one begins" not in lape("train", "--resume", "--out", "x")[2]
+
+
 def test_a_configuration_that_was_printed_is_read(lape, tmp_path):
     _, out, _ = lape("train", *SMALL, "--epochs", "1", "--betas", "0.8,0.9", "--out", "x", "--print_config")
     (tmp_path / "run.yaml").write_text(out)
@@ -388,8 +410,25 @@ def test_compare_trains_draws_its_page_and_says_where_it_is(lape):
     table = json.loads(Path("x/table.json").read_text())
     assert sorted(run["join"] for run in table["runs"]) == ["default", "lape"]
     assert "<table" in Path("x/index.html").read_text()
-    again, out, _ = lape("compare", *SMALL, "--epochs", "1", "--pe", "learnable", "--seeds", "1", "--out", "x")
-    assert (again, "Report: x/index.html" in out) == (0, True)
+    lasts = {path: path.stat().st_size for path in Path("x/runs").rglob("last.pt")}
+    assert len(lasts) == 2
+    assert all("optimizer" not in checkpoints.read(path) for path in lasts)  # what evaluation needs is kept
+    analysis = Path("x/index.analysis.json").read_text()
+    for _ in range(2):  # the second time there is no last.pt to look at
+        words = ("--joins", "lape", "--seed-list", "0", "--prune")
+        status, out, err = lape("compare", *SMALL, "--epochs", "1", "--pe", "learnable", *words, "--out", "x")
+        assert (status, "Report: x/index.html" in out, err.strip()) == (0, True, "1 finished run kept.")
+        table = json.loads(Path("x/table.json").read_text())
+        assert sorted(run["join"] for run in table["runs"]) == ["default", "lape"]  # the other one stays on the page
+        assert Path("x/index.analysis.json").read_text() == analysis
+        (left,) = Path("x/runs").rglob("last.pt")
+        assert left.parent.name.startswith("default-")
+    words = ("--joins", "default", "--pe", "none", "--seeds", "2", "--plan", "x/plan.txt", "--out", "x")
+    status, out, _ = lape("compare", *SMALL, "--epochs", "1", *words)
+    assert (status, out) == (0, "2 runs to train. Commands: x/plan.txt\n")
+    command, *_ = Path("x/plan.txt").read_text().splitlines()
+    assert lape(*command.split()[1:])[0] == 0
+    assert len(list(Path("x/runs").rglob("result.json"))) == 3
 
 
 @pytest.mark.parametrize(

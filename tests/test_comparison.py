@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,11 +15,16 @@ import pytest
 import torch
 from made_up_runs import BASE, write_run
 
+from lape.cli.command_line import parsed
+from lape.data.sources import set_of
 from lape.errors import RunError, UsageError
+from lape.files import writing
+from lape.files.locks import LOCK, working_in
 from lape.studies.analysis import load_result
-from lape.studies.comparison import Factors, Watch, compare, plans, seeds_of
+from lape.studies.comparison import Factors, Watch, compare, plans, seeds_of, with_others, write_plan
 from lape.studies.statistics import Combination, FinishedRun, Point, Sample, Verdict, Way, difference, gaps, rows
 from lape.studies.study import Result, read_result
+from lape.training.contents import contents
 
 T_2 = 4.302652729911275  # Student's 97.5 % point with 2 degrees of freedom, from a printed table
 
@@ -172,6 +178,15 @@ def test_seeds_that_mean_nothing_are_refused(given):
         seeds_of(given)
 
 
+def test_seeds_are_listed_also_one_alone_or_counted_and_not_both():
+    assert (seeds_of(None, [7]), seeds_of(None, [7, 3]), seeds_of()) == ((7,), (7, 3), (0, 1, 2))
+    for listed in ([], [3, 3], [-1]):
+        with pytest.raises(UsageError, match="seed_list is different seeds from 0 on"):
+            seeds_of(None, listed)
+    with pytest.raises(UsageError, match="seeds and seed_list both"):
+        seeds_of([3], [7])
+
+
 def planned(asked, out, base=BASE):
     return plans(base, asked, out)[0]
 
@@ -293,7 +308,10 @@ class Heard(Watch):
     """Keeps what it is told."""
 
     def __init__(self):
-        self.kept, self.todo, self.moved, self.ended = [], [], [], {}
+        self.kept, self.todo, self.moved, self.ended, self.left = [], [], [], {}, {}
+
+    def elsewhere(self, combination, occupied):
+        self.left[combination] = occupied
 
     def begins(self, kept, todo, jobs):
         self.kept, self.todo = kept, todo
@@ -319,7 +337,7 @@ def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is
     assert list(study.failures) == [Combination(Way("lape"), "learnable", 1)]
     assert [row.score.count for row in study.rows] == [2, 1]
     with pytest.raises(UsageError, match="lape × learnable, seed 1"):
-        study.raise_failures()
+        study.raise_missing()
 
     broken.folder.unlink()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
@@ -330,12 +348,88 @@ def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is
     assert study.failures == {}
     assert [row.score.count for row in study.rows] == [2, 2]
     assert study.images == (1198, 599)
-    study.raise_failures()
+    study.raise_missing()
 
     result = study.of(Way("lape"), "learnable")[0]
     model = load_result(result).work.module
     stored = torch.load(result.folder / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+def finished(asked, out, base=TINY, **other):
+    """Write finished runs of a comparison, as it would have trained them; returns their folders by combination."""
+    made = planned(asked, out, base)
+    other = {"contents": contents(set_of(base))} | other
+    for plan in made:
+        write_run(plan.folder, plan.combination, [50.0 + plan.combination.seed, 60.0], base, **other)
+    return {plan.combination: plan.folder for plan in made}
+
+
+def test_runs_of_the_same_settings_in_the_folder_join_the_study_and_others_are_named(tmp_path):
+    asked = Factors(["default"], ["learnable"], [0])
+    finished(asked, tmp_path)
+    finished(Factors(["lape"], ["learnable"], [0, 7]), tmp_path)
+    (longer,) = finished(asked, tmp_path, replace(TINY, epochs=9)).values()
+    (changed,) = finished(Factors(["shared"], ["learnable"], [0]), tmp_path, contents={"classes": ["a"]}).values()
+    study, left_out = with_others(compare(TINY, asked, tmp_path), tmp_path)
+    assert [(one.way.join, one.seed) for one in study.results] == [("default", 0), ("lape", 0), ("lape", 7)]
+    assert left_out == {
+        longer: f"epochs is 9 there, 2 here. lape report {tmp_path} shows it.",
+        changed: f"it is of other data. lape report {tmp_path} shows it.",
+    }
+
+
+def test_what_others_work_on_is_left_to_them_and_told(tmp_path):
+    asked = Factors(["default", "lape"], ["learnable"], [0])
+    folders = finished(asked, tmp_path)
+    lape = Combination(Way("lape"), "learnable", 0)
+    (folders[lape] / "result.json").unlink()
+    heard = Heard()
+    with working_in(folders[lape]):
+        study = compare(TINY, asked, tmp_path, watch=heard)
+    assert list(heard.left) == list(study.elsewhere) == [lape]
+    assert f"Somebody works in {folders[lape]}: process {os.getpid()} on " in str(study.elsewhere[lape])
+    assert len(study.results) == 1
+    with pytest.raises(RunError, match=r"1 of 2 runs are not finished, and others work on them.*lape × learnable"):
+        study.raise_missing()
+
+
+def test_what_another_finishes_meanwhile_is_among_the_results(tmp_path):
+    asked = Factors(["default", "lape"], ["learnable"], [0])
+    folders = finished(asked, tmp_path)
+    result = folders[Combination(Way("lape"), "learnable", 0)] / "result.json"
+    text = result.read_text()
+    result.unlink()
+
+    class Finishing(Heard):
+        def elsewhere(self, combination, occupied):
+            result.write_text(text)
+
+    heard = Finishing()
+    with working_in(result.parent):
+        study = compare(TINY, asked, tmp_path, watch=heard)
+    assert (len(study.results), study.elsewhere) == (2, {})
+    assert len(heard.ended) == 1
+
+
+def test_a_plan_has_a_command_for_each_run_that_is_not_finished_and_that_nobody_works_on(tmp_path):
+    asked = Factors(["default", "lape", "shared"], ["learnable"], [0], pe_norms=["norm"])
+    base = replace(TINY, weights="some vit.pt", epochs=1)
+    first, second, third = planned(asked, tmp_path / "x", base)
+    write_run(first.folder, first.combination, [50.0], base, contents=contents(set_of(base)))
+    with working_in(third.folder):
+        assert write_plan(base, asked, tmp_path / "x", tmp_path / "plan.txt") == 1
+    line, mark = (tmp_path / "plan.txt").read_text().splitlines()
+    assert mark == f"# {writing.MARK}"
+    words = ["lape", "train", "--resume", "--out", str(second.folder), "--weights", "some vit.pt"]
+    assert shlex.split(line) == words
+    _, arguments = parsed(words[1:])
+    assert (arguments["experiment"], arguments["resume"]) == (second.experiment, True)
+    assert write_plan(base, asked, tmp_path / "x", tmp_path / "plan.txt") == 2  # it may be written again
+    (tmp_path / "precious").write_text("theirs")
+    with pytest.raises(UsageError, match="precious is there and was not written by lape"):
+        write_plan(base, asked, tmp_path / "y", tmp_path / "precious")
+    assert not (tmp_path / "y").exists()
 
 
 class Interrupted(Heard):
@@ -360,11 +454,14 @@ from pathlib import Path
 from lape.studies.comparison import Factors, Watch, compare
 from lape.experiment import Experiment
 class Say(Watch):
+    def elsewhere(self, combination, occupied):
+        print("elsewhere", str(occupied).replace(" ", "_"), flush=True)
     def moves(self, combination, progress):
         print(combination.way.join, progress.step, flush=True)
 if __name__ == "__main__":
     base = Experiment.of(json.loads(sys.argv[1]))
-    study = compare(base, Factors(["default", "lape"], ["learnable"], [0]), Path(sys.argv[2]), jobs=2, watch=Say())
+    asked = Factors(["default", "lape"], ["learnable"], [0])
+    study = compare(base, asked, Path(sys.argv[2]), jobs=int(sys.argv[3]), watch=Say())
     print("finished", len(study.results))
 """
 
@@ -375,7 +472,7 @@ def test_after_ctrl_c_the_same_call_goes_on(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(STOPPABLE)
     settings = replace(TINY, batch_size=40, epochs=60).settings()  # 1800 steps, some seconds
-    command = [sys.executable, str(script), json.dumps(settings), str(tmp_path / "out")]
+    command = [sys.executable, str(script), json.dumps(settings), str(tmp_path / "out"), "2"]
 
     def started():
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
@@ -412,7 +509,7 @@ def test_sigterm_keeps_what_there_is_and_ends_every_process(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(STOPPABLE)
     settings = replace(TINY, batch_size=40, epochs=1000, checkpoint_seconds=1e6).settings()
-    command = [sys.executable, str(script), json.dumps(settings), str(tmp_path / "out")]
+    command = [sys.executable, str(script), json.dumps(settings), str(tmp_path / "out"), "2"]
     stopped = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
     assert stopped.stdout is not None
     join, step = stopped.stdout.readline().split()
@@ -426,3 +523,28 @@ def test_sigterm_keeps_what_there_is_and_ends_every_process(tmp_path):
     (kept,) = (torch.load(path, weights_only=True) for path in tmp_path.rglob(f"{join}-*/last.pt"))
     assert kept["state"]["step"] >= int(step)
     assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.slow
+def test_two_comparisons_share_a_folder_and_take_over_what_a_killed_one_leaves(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(STOPPABLE)
+    settings = replace(TINY, epochs=20).settings()
+    command = [sys.executable, str(script), json.dumps(settings), str(tmp_path / "out"), "1"]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+    assert first.stdout is not None
+    while not list(tmp_path.rglob("last.pt")):
+        assert first.poll() is None
+        time.sleep(0.001)
+    os.killpg(first.pid, signal.SIGSTOP)  # it is there, and stays where it is
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
+    assert second.stdout is not None
+    assert second.stdout.readline().startswith(f"elsewhere Somebody_works_in_{tmp_path}/out/runs/default-learnable")
+    assert second.stdout.readline().split()[0] == "lape"
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    *news, end = second.communicate(timeout=300)[0].splitlines()
+    assert end == "finished 2"
+    moved = [int(line.split()[1]) for line in news if line.startswith("default ")]
+    assert moved[0] > 3  # it went on from what the first had kept, an epoch at least
+    assert not list(tmp_path.rglob(f"{LOCK}*"))

@@ -22,6 +22,7 @@ ELSEWHERE = {
     ("sharing/hub.py", "safe_open"): "takes a path, which reading has opened before",
     ("sharing/hub.py", "(Path(room) / name).read_bytes"): "of a folder that it has just made",
     ("files/writing.py", "part.open"): "to write",
+    ("files/writing.py", "path.open"): "to write, where there are no links",
     ("cli/terminal.py", "os.open"): "nowhere, for what nobody reads any more",
     ("report/page.py", "files('lape.report').joinpath('page.html.j2').read_text"): "of the package",
 }

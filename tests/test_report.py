@@ -150,7 +150,7 @@ def test_a_failed_run_is_named_and_its_pair_left_out(tmp_path):
     assert "paired with default without seed 1" in remarks
     assert "2 pairs of runs" in words.findings(study).main[0]
     with pytest.raises(RunError, match="1 of 6 runs failed"):
-        study.raise_failures()
+        study.raise_missing()
 
 
 @pytest.mark.parametrize(

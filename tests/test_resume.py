@@ -12,8 +12,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.files import writing
+from lape.files.locks import LOCK, Occupied
 from lape.training import checkpoints
 from lape.training.interruption import Stopped
 from lape.training.loop import TrainingRun, train
@@ -180,6 +182,93 @@ def test_a_signal_keeps_the_step_that_it_came_in(uninterrupted, tmp_path, number
 def test_resuming_where_there_is_nothing_begins(uninterrupted, tmp_path):
     train(EXPERIMENT, tmp_path / "a", resume=True)
     assert_same_run(uninterrupted, tmp_path / "a")
+
+
+def test_settings_are_there_before_anything_slow_and_a_refused_run_leaves_nothing(uninterrupted, tmp_path, monkeypatch):
+    folder, before = tmp_path / "new" / "a", TrainingRun.__init__
+
+    def killed(*_, **__):
+        assert Experiment.of(json.loads((folder / "experiment.json").read_text())) == EXPERIMENT
+        raise Cut
+
+    monkeypatch.setattr(TrainingRun, "__init__", killed)
+    with pytest.raises(Cut):
+        train(EXPERIMENT, folder)
+    assert [path.name for path in folder.iterdir()] == ["experiment.json"]
+    monkeypatch.setattr(TrainingRun, "__init__", before)
+    train(EXPERIMENT, folder, resume=True)
+    assert_same_run(uninterrupted, folder)
+    with pytest.raises(UsageError, match="optimiser"):
+        train(replace(EXPERIMENT, optimizer="adamv"), tmp_path / "other" / "a")
+    assert not (tmp_path / "other").exists()
+
+
+# A length that was asked for later
+
+STEADY = replace(EXPERIMENT, schedule="constant", warmup_epochs=1, epochs=2)
+
+
+def test_a_run_that_is_asked_to_be_longer_is_what_asking_at_once_would_have_made(tmp_path, monkeypatch):
+    longer, folder = replace(STEADY, epochs=3), tmp_path / "a"
+    train(longer, tmp_path / "whole")
+    train(STEADY, folder)
+    fit = TrainingRun.fit
+    for cut in (True, False):  # the first time it is cut off when all is written that a longer run writes first
+        monkeypatch.setattr(TrainingRun, "fit", (lambda run, _: run._open_folder() and 1 / 0) if cut else fit)
+        with pytest.raises(ZeroDivisionError) if cut else contextlib.nullcontext():
+            train(longer, folder, resume=True)
+    assert_same_run(tmp_path / "whole", folder)
+    assert json.loads((folder / "experiment.json").read_text())["epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "why"),
+    [
+        (EXPERIMENT, {"epochs": 4}, r"by the schedule cosine .* --cooldown_epochs, which go on at the lowest rate"),
+        (replace(STEADY, warmup_epochs=None), {"epochs": 20}, "its warm-up the learning rate of step 2 was"),
+        (STEADY, {"epochs": 1}, "holds a run of 10 steps, and 5 are fewer"),
+        (replace(STEADY, validate_every=3), {"epochs": 3}, "validate_every 3 would pass it over"),
+        (replace(STEADY, steps=8), {"steps": 10}, "step 8 was validated as the last one"),
+        (STEADY, {"epochs": 3, "lr": 0.5}, "another experiment"),
+    ],
+    ids=["cosine", "warm-up", "shorter", "validation", "within an epoch", "other"],
+)
+def test_a_length_that_makes_another_run_is_refused_with_the_reason(tmp_path, before, asked, why):
+    train(before, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(UsageError, match=why):
+        train(replace(before, **asked), tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == files
+
+
+def test_a_cosine_goes_on_at_its_lowest_rate_and_a_lean_run_does_not_go_on(tmp_path):
+    longer, folder = replace(EXPERIMENT, cooldown_epochs=1), tmp_path / "a"
+    train(longer, tmp_path / "whole")
+    train(EXPERIMENT, folder)
+    train(longer, folder, resume=True, lean=True)
+    with pytest.raises(RunError, match="holds weights alone"):
+        train(replace(EXPERIMENT, cooldown_epochs=2), folder, resume=True)
+    whole, lean = (checkpoints.read(place / checkpoints.LAST) for place in (tmp_path / "whole", folder))
+    assert whole.keys() - lean.keys() == {"optimizer", "precision"}
+    assert all(torch.equal(value, lean["model"][name]) for name, value in whole["model"].items())
+
+
+# One at a time
+
+
+def test_a_second_launch_into_a_folder_leaves_it_alone(tmp_path):
+    def another(_):
+        if (tmp_path / LOCK).exists():
+            for resume in (True, False):
+                with pytest.raises((Occupied, UsageError)) as told:
+                    train(EXPERIMENT, tmp_path, resume=resume)
+                assert ("Somebody works in" in str(told.value)) is resume
+            seen.append(1)
+
+    seen = []
+    train(EXPERIMENT, tmp_path, report=another)
+    assert seen
+    assert not (tmp_path / LOCK).exists()
 
 
 def test_the_scale_of_half_precision_is_taken_up(tmp_path, monkeypatch):

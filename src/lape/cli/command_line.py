@@ -16,10 +16,10 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from lape import __version__
-from lape.cli.commands import COMMANDS, Command, first_process
+from lape.cli.commands import COMMANDS, Command, first_process, folder_of
 from lape.cli.terminal import close_streams, open_streams, say
 from lape.errors import RunError, UsageError, lacking
-from lape.experiment import SECTIONS, Experiment
+from lape.experiment import SECTIONS, DataAndModel, Experiment
 from lape.extras import EXTRAS, require
 from lape.files import reading
 from lape.files.characters import LONE
@@ -249,19 +249,32 @@ def _refuse_misreading(word: str) -> None:
 
 
 def _with_kept_settings(words: list[str]) -> list[str]:
-    """Let `lape train --resume --out FOLDER` take its settings from the folder."""
+    """Let `lape train --resume --out FOLDER` take its settings from the folder; raises UsageError where it has none."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--out", type=Path)
     options.add_argument("--config", type=Path, action="append", default=[])
     options.add_argument("--resume", default="false")
-    seen, _ = options.parse_known_args(words)
+    options.add_argument("--seed", default="0")
+    seen, others = options.parse_known_args(words)
     for config in seen.config:
         _refuse_unsound(config)
-    if not seen.config and seen.out and seen.resume == "true" and (kept := seen.out / "experiment.json").exists():
+    if seen.resume != "true" or seen.config:
+        return words
+    typed = {word[2:].partition("=")[0].partition(".")[0] for word in others}
+    named = typed & ({field.name for field in dataclasses.fields(DataAndModel)} - {"weights"})
+    folder = seen.out
+    if folder is None and not named and seen.seed.isdecimal():
+        folder = folder_of(Experiment(seed=int(seen.seed)))
+    if folder and (kept := folder / "experiment.json").exists():
         from lape.training.checkpoints import kept_settings
 
         _refuse_opening(kept, kept_settings(kept), words)
         return [f"--config={kept}", *words]
+    if folder and not named:
+        raise UsageError(
+            f"{folder} holds no run to go on with (no experiment.json). Name the folder of a run by --out; or say what "
+            "is to be trained, as with --data, and a new run begins there."
+        )
     return words
 
 

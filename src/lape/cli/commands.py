@@ -24,18 +24,28 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
 
     Args:
         out: Folder of the run; default: runs/DATA/JOIN-PE-seedSEED, with a recipe runs/RECIPE/JOIN-PE-seedSEED.
-        resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped.
+        resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped. More
+            --epochs may be asked for, where that makes the run that asking at once would have made. Settings typed
+            beside it begin a run where there is none.
     """
     from lape.report.run import Bar
+    from lape.training.checkpoints import SETTINGS
     from lape.training.loop import train
 
-    recipe = experiment.recipe or Path(experiment.data).name
-    row = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
-    folder = out or Path("runs") / row / f"{experiment.join}-{experiment.pe}-seed{experiment.seed}"
+    folder = out or folder_of(experiment)
+    if resume and first_process() and not (folder / SETTINGS).exists():
+        say(f"{folder} holds no run to go on with, so a new one begins.", error=True)
     with Bar(console(stderr=True)) as bar:
         result = train(experiment, folder, resume=resume, report=bar, checked=bar.check)
     if first_process():
         say(f"Done: {result}")
+
+
+def folder_of(experiment: Experiment) -> Path:
+    """Return where a run is kept, unless another folder is asked for."""
+    recipe = experiment.recipe or Path(experiment.data).name
+    row = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+    return Path("runs") / row / f"{experiment.join}-{experiment.pe}-seed{experiment.seed}"
 
 
 def evaluate(
@@ -155,10 +165,13 @@ def compare(
     pe: list[str] = ["learnable", "sinusoidal-1d"],  # noqa: B006
     pe_norm: list[str] = ["layernorm"],  # noqa: B006
     start: list[str] = ["fresh"],  # noqa: B006
-    seeds: list[int] = [3],  # noqa: B006
+    seeds: list[int] | None = None,
+    seed_list: list[int] | None = None,
     out: Path = Path("runs/compare"),
     jobs: int | None = None,
     sizes: list[str] | None = None,
+    plan: Path | None = None,
+    prune: bool | None = None,
 ) -> None:
     """Train several ways of joining side by side and report how they differ.
 
@@ -167,38 +180,56 @@ def compare(
         pe: Position embeddings, as lape train --pe takes them: learnable, rope-mixed, learnable+alibi-2d.
         pe_norm: PE norms of the joins that have them: layernorm, and what stands in its place in Table 8.
         start: Starts of the joins that have PE norms, among fresh, preserve.
-        seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves.
-        out: Folder of the report and the runs; finished runs in it are kept.
-        jobs: Runs at once; default: one per core, or one on a GPU.
+        seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves; default: 3.
+        seed_list: The seeds themselves in place of seeds, as 7 for this one alone.
+        out: Folder of the report and the runs; finished runs in it are kept, and those of the same settings are on the
+            page. Several calls may share it, also from several machines: each run is trained by one of them.
+        jobs: Runs at once; default: one per core, or on each GPU as many as its memory and the cores allow.
         sizes: Classification: sizes of images, as 28,42,28x56 (height x width), at which every trained model is judged
             too; default: the size of training alone.
+        plan: Train nothing, and write the commands of all runs that are not finished to this file, one a line.
+        prune: Remove last.pt of all finished runs when the page is written (best.pt stays; what is not analysed by then
+            cannot be analysed later). false: keep it whole, so that a run can be trained longer; default: keep of it
+            what evaluation needs.
     """
     from lape.data.sizes import sizes_of
 
     asked = () if sizes is None else sizes_of(sizes)
     from lape import report
     from lape.files import writing
+    from lape.files.locks import in_turn
     from lape.report import tables
     from lape.report.progress import Display
+    from lape.studies import comparison
     from lape.studies.analysis import Kept
     from lape.studies.comparison import Factors, compare, seeds_of
 
+    factors = Factors(joins, pe, seeds_of(seeds, seed_list), pe_norm, start)
+    if plan:
+        count = comparison.write_plan(experiment, factors, out, plan)
+        say(f"{plural(count, 'run')} to train. Commands: {plan}")
+        return
     if asked:
         from lape.studies.sizes import refuse_dense
 
         refuse_dense(experiment)
     writing.refuse_others(report.places(out, at_sizes=bool(asked)))
-    kept = Kept(out / report.PAGE)
+    Kept(out / report.PAGE)  # refuses another's file, before anything is trained
     with Display(console(stderr=True)) as display:
-        study = compare(experiment, Factors(joins, pe, seeds_of(seeds), pe_norm, start), out, jobs, display)
+        study = compare(experiment, factors, out, jobs, display, lean=prune is not False)
     if study.results:
-        (study,) = _analysed([study], kept)
-        if asked:
-            study = _judged_at(study, asked, experiment)
-        page = report.write(study, report.maps(study), out)
-        console().print(tables.terminal(study))
+        with in_turn(out, lambda there: say(f"The page waits. {there}", error=True)):
+            whole, left_out = comparison.with_others(study, out)
+            _name_left_out(left_out, others=[whole])
+            (whole,) = _analysed([whole], Kept(out / report.PAGE))
+            if asked:
+                whole = _judged_at(whole, asked, experiment)
+            page = report.write(whole, report.maps(whole), out, left_out)
+            if prune:
+                comparison.prune(study)
+        console().print(tables.terminal(whole))
         say(f"Report: {page}")
-    study.raise_failures()
+    study.raise_missing()
 
 
 def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
@@ -233,9 +264,13 @@ def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None: 
 
 
 def _name_left_out(left_out: Mapping[Path, str], others: "Sequence[object]") -> None:
-    """Say which runs are left out, and why; raise RunError where there are no others."""
+    """Say which runs are left out, and why, a line a reason; raise RunError where there are no others."""
+    folders: dict[str, list[Path]] = {}
     for folder, reason in left_out.items():
-        say(f"left out: {folder}: {reason}", error=True)
+        folders.setdefault(reason, []).append(folder)
+    for reason, (first, *more) in folders.items():
+        rest = f" and {len(more)} more" if more else ""
+        say(f"left out: {first}{rest}: {reason}", error=True)
     if not others:
         first = next(iter(left_out.values()))
         raise RunError(

@@ -30,7 +30,7 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
     A link of that name is replaced, and what it points to stays. Raises RunError where the disk refuses; the old file
     then stays.
     """
-    part = path.with_name(f".lape-{token_hex(4)}-{path.name}.part")
+    part = _part_of(path)
     try:
         file = part.open("xb")  # it is made now, so it is no one else's, and no link
         try:
@@ -49,6 +49,41 @@ def write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
             f"{path} could not be written ({getattr(cause, 'strerror', None) or cause}); {kept}. "
             "Make room or name another folder; a run goes on with --resume."
         ) from error
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".lape-{token_hex(4)}-{path.name}.part")
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Make a file that is not there yet, whole at once; returns whether this call made it.
+
+    Of several that try, one succeeds, also on other machines that share the folder. Raises FileNotFoundError where
+    there is no folder, RunError where the disk refuses.
+    """
+    part = _part_of(path)
+    try:
+        with part.open("xb") as file:
+            file.write(content)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            return part.stat().st_nlink > 1  # a network that asked twice is told no, after a yes
+        except OSError:  # a file system without links: then it is there for a moment before it is whole
+            with path.open("xb") as file:
+                file.write(content)
+        return True
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written ({error.strerror or error}). Make room or name another folder."
+        ) from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -137,3 +172,9 @@ def remove(paths: Iterable[Path]) -> None:
     for path in paths:
         if stat.S_ISREG(path.lstat().st_mode):
             path.unlink()
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a folder in which nothing is; another one stays."""
+    with suppress(OSError):
+        folder.rmdir()

@@ -46,10 +46,11 @@ def places(folder: Path, at_sizes: bool = False) -> list[Path]:
     return [*(folder / name for name in names), *folder.glob("correlation-*.png")]
 
 
-def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
+def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path, left_out: Mapping[Path, str] | None = None) -> Path:
     """Write table.md, .csv and .json, the pictures and index.html into a folder; return the page's path.
 
-    Where the runs are judged at sizes of images, sizes.csv and sizes.png too.
+    Where the runs are judged at sizes of images, sizes.csv and sizes.png too. `left_out` are runs that the page names
+    with the reason.
     `maps` are by panel. Raises UsageError where another's file is in the way, RunError where the disk refuses.
     """
     from lape.files import writing
@@ -57,7 +58,7 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
 
     texts = tables.markdown(study) + writing.COMMENT, tables.as_csv(study), tables.as_json(study)
     contents: dict[str, str | bytes] = dict(zip(TABLES, texts, strict=True))
-    contents[PAGE] = page.page([page.Section(study, maps)])
+    contents[PAGE] = page.page([page.Section(study, maps)], left_out=left_out)
     contents[CURVES] = plots.png(plots.learning_curves(study))
     if any(row.difference for row in study.rows):
         contents[DIFFERENCES] = plots.png(plots.differences(study))

@@ -5,6 +5,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Self
 
 from lape.files.characters import plural
+from lape.files.locks import Occupied
 from lape.studies.comparison import Watch
 from lape.studies.statistics import Combination
 from lape.studies.study import Result
@@ -77,6 +78,11 @@ class Display(Watch):
         else:
             self._say(f"{combination}: {outcome.run.measure} {outcome.run.score:.2f} %")
         self._move_all()
+
+    def elsewhere(self, combination: Combination, occupied: Occupied) -> None:
+        """Say who works on a run."""
+        self.shares.pop(combination, None)
+        self._say(f"{combination}: left to another. {occupied}")
 
     def _move_all(self) -> None:
         done = sum(self.shares.values())

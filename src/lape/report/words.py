@@ -206,6 +206,8 @@ def _remarks(study: Study) -> list[str]:
     remarks += _under_pooling(study)
     for combination, error in study.failures.items():
         remarks.append(f"Failed and missing: {combination} ({error}).")
+    for combination in study.elsewhere:
+        remarks.append(f"Not finished yet, another process works on it: {combination}.")
     for row in rows:
         if row.difference is not None and row.difference.unpaired:
             lost = listed(row.difference.unpaired)

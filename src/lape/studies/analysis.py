@@ -41,8 +41,8 @@ def correlation_of(result: Result) -> Correlation:
 def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None) -> Study:
     """Return the study with the analysis of each run; `tell` hears of every run that is done.
 
-    What is kept is computed again where its checkpoint has changed. What cannot be analysed is in
-    `not_analysed`, with the reason, and costs nothing else.
+    What is kept is computed again where its checkpoint has changed; where that is gone it stands. What cannot be
+    analysed is in `not_analysed`, with the reason, and costs nothing else.
     """
     analyses: dict[Any, RunAnalysis] = {}
     reasons: dict[str, dict[tuple[Way, str], None]] = {}
@@ -129,11 +129,11 @@ class Kept:
             self.entries.update(reading.values(self.path, reading.RECORD)["analyses"])
 
     def of(self, result: Result) -> RunAnalysis | None:
-        """Return the analysis of a run, as long as its checkpoint is as it was; None where there is none."""
-        key = state_of_checkpoint(result)
+        """Return the analysis of a run, unless its checkpoint is another than it was; None where there is none."""
         try:
             entry = self.entries[self._name(result)]
-            if entry["checkpoint"] != key:
+            there = (result.folder / LAST).exists()  # where it was removed, what was computed before stands
+            if there and entry["checkpoint"] != state_of_checkpoint(result):
                 return None
             lists = {name: _back(entry[name]) for name in ("two_dimensionality", "half_distance", "layer_difference")}
             shape = Shape(**{name: float(value) for name, value in entry["shape"].items()})

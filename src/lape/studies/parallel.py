@@ -8,14 +8,13 @@ import os
 import signal
 import traceback
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from lape.errors import RunError, UsageError, first_line, lacking
 from lape.files.characters import visible
@@ -33,6 +32,7 @@ class Reported(Generic[Task, Report]):
 
     task: Task
     report: Report
+    card: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,45 @@ class Done(Generic[Task]):
     error: UsageError | RunError | None
 
 
-def side_by_side(
-    work: Callable[[Task, Send[Report]], None], tasks: Sequence[Task], jobs: int, threads: int
-) -> Generator[Reported[Task, Report] | Done[Task], None, None]:
-    """Run `work(task, send)` for every task, `jobs` at a time with `threads` torch threads each; yield what happens.
+class Room(Protocol):
+    """Says where there is room for one more task."""
 
-    `work` is a function of a module, so that a new process finds it. Close the generator (`contextlib.closing`) to end
+    def free(self, busy: Iterable[str]) -> str | None:
+        """Return the CUDA card for one more beside those that are busy, empty for a process that sees what this one
+        does; None where there is no room."""
+        ...
+
+
+def side_by_side(
+    work: Callable[[Task, Send[Report]], None], tasks: Iterable[Task], room: Room, threads: int
+) -> Generator[Reported[Task, Report] | Done[Task], None, None]:
+    """Run `work(task, send)` for every task, where `room` says, with `threads` torch threads each; yield what happens.
+
+    `work` is a function of a module, so that a new process finds it. An iterator of tasks is asked whenever there is
+    room, and one that has none is asked again when a task is done. Close the generator (`contextlib.closing`) to end
     the processes, also after an exception such as Ctrl-C: work must be such that it can be cut off at any moment.
     """
-    waiting, processes = deque(tasks), dict[Connection, BaseProcess]()
+    waiting, processes = iter(tasks), dict[Connection, BaseProcess]()
+    cards = dict[Connection, str]()  # on which a process computes, as long as it lives
     idle, busy = list[Connection](), dict[Connection, Task]()
+    asked_in_vain: int | None = None  # while so many were busy
     try:
-        while waiting or busy:
-            while waiting and len(busy) < jobs:
-                link = idle.pop() if idle else _start(processes, work, threads)
-                busy[link] = waiting.popleft()
+        while True:
+            while asked_in_vain != len(busy) and (card := room.free([cards[link] for link in busy])) is not None:
+                if (task := next(waiting, None)) is None:
+                    asked_in_vain = len(busy)
+                    break
+                link = next((link for link in idle if cards[link] == card), None)
+                if link is None:
+                    link = _start(processes, work, threads, card)
+                    cards[link] = card
+                else:
+                    idle.remove(link)
+                busy[link] = task
                 with suppress(ConnectionError):  # a process that died in between is noticed below
-                    link.send(busy[link])
+                    link.send(task)
+            if not busy:
+                return
             ready = wait(list(busy))
             for link in [link for link in busy if link in ready]:
                 try:
@@ -71,18 +93,18 @@ def side_by_side(
                     idle.append(link)
                     yield Done(busy.pop(link), report.error)
                 else:
-                    yield Reported(busy[link], report)
+                    yield Reported(busy[link], report, cards[link])
     finally:
         _end(processes)
 
 
 def _start(
-    processes: dict[Connection, BaseProcess], work: Callable[[Task, Send[Report]], None], threads: int
+    processes: dict[Connection, BaseProcess], work: Callable[[Task, Send[Report]], None], threads: int, card: str
 ) -> Connection:
     context = multiprocessing.get_context("spawn")
     link, theirs = context.Pipe()
     # Not a daemon: data loaders in it may have processes of their own.
-    process = context.Process(target=_work_through, args=(theirs, work, threads))
+    process = context.Process(target=_work_through, args=(theirs, work, threads, card))
     process.start()
     theirs.close()  # the one other end is the process's, so its death ends the link
     processes[link] = process
@@ -116,8 +138,10 @@ def _ended_early(process: BaseProcess) -> RunError:
     )
 
 
-def _work_through(link: Connection, work: Callable[[Task, Send[Report]], None], threads: int) -> None:
+def _work_through(link: Connection, work: Callable[[Task, Send[Report]], None], threads: int, card: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
+    if card:
+        os.environ["CUDA_VISIBLE_DEVICES"] = card  # CUDA reads it when it is first used
     os.environ["OMP_NUM_THREADS"] = str(threads)
     warnings.formatwarning = _on_one_line  # of the loaders that this process starts too
     import torch

@@ -64,8 +64,10 @@ def with_kept(study: Study) -> Study:
 
 
 def _known(result: Result) -> RunAtSizes:
-    with suppress(RunError):  # without a checkpoint, what is kept is of none
-        return _kept(result.folder / KEPT, state_of_checkpoint(result))
+    """Return what a run's folder keeps; where its checkpoint is gone, what was judged before stands."""
+    gone = not (result.folder / LAST).exists()
+    with suppress(RunError):
+        return _kept(result.folder / KEPT, None if gone else state_of_checkpoint(result))
     return RunAtSizes(None, {})
 
 
@@ -88,25 +90,24 @@ class _Images:
 
 
 def _of_run(result: Result, sizes: Sequence[Size], images: _Images) -> RunAtSizes:
+    known = _known(result)
     try:
-        state = state_of_checkpoint(result)
-        known = _kept(result.folder / KEPT, state)
         missing = [size for size in sizes if size not in known.by_size]
         if missing:
-            run = images.load(result)
+            state, run = state_of_checkpoint(result), images.load(result)
             for one in at_sizes(run, missing):
                 known = RunAtSizes(trained_size(run), {**known.by_size, one.size: one})
                 _keep(result.folder / KEPT, state, known)
     except (UsageError, RunError, OSError) as error:
-        return RunAtSizes(None, {size: AtSize(size, {}, str(error)) for size in sizes})
+        known = replace(known, by_size={**{size: AtSize(size, {}, str(error)) for size in sizes}, **known.by_size})
     return RunAtSizes(known.trained, {size: known.by_size[size] for size in sizes})
 
 
-def _kept(path: Path, state: dict[str, Any]) -> RunAtSizes:
-    """Return what a folder keeps of a run whose checkpoint is in this state; nothing where that cannot be read."""
+def _kept(path: Path, state: dict[str, Any] | None) -> RunAtSizes:
+    """Return what a folder keeps of a run whose checkpoint is in this state, or gone; nothing where it is no record."""
     with suppress(RunError, UsageError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         content = reading.values(path, reading.RECORD)
-        if content["checkpoint"] == state:
+        if state is None or content["checkpoint"] == state:
             (trained,), sizes = sizes_of([content["trained"]]), sizes_of(list(content["sizes"]))
             of_sizes = map(_back, sizes, content["sizes"].values())
             return RunAtSizes(trained, dict(zip(sizes, of_sizes, strict=True)))

@@ -124,6 +124,7 @@ class Study:
     results: Mapping[Combination, Result]  # tables outside, then ways, then seeds
     command: str
     failures: Mapping[Combination, Exception] = field(default_factory=dict)
+    elsewhere: Mapping[Combination, Exception] = field(default_factory=dict)  # at work in other processes, and whose
     left_out: LeftOut = field(default_factory=dict)  # combinations of what was asked for that mean nothing
     images: tuple[int, int] | None = None  # for training, for validation
     jobs: int | None = None  # runs side by side; None where that is not known
@@ -139,8 +140,8 @@ class Study:
 
     @cached_property
     def asked(self) -> tuple[Combination, ...]:
-        """The finished runs and the failed ones."""
-        return (*self.results, *self.failures)
+        """The finished runs, the failed ones, and those that others work on."""
+        return (*self.results, *self.failures, *self.elsewhere)
 
     @property
     def ways(self) -> tuple[Way, ...]:
@@ -210,15 +211,22 @@ class Study:
         ]
         return [record for place, record in enumerate(records) if record not in records[:place]]
 
-    def raise_failures(self) -> None:
-        """Raise one error for all failed runs: UsageError where every one of them was a wrong request."""
-        if not self.failures:
-            return
-        reasons = " ".join(f"{combination}: {error}" for combination, error in self.failures.items())
-        usage = all(isinstance(error, UsageError) for error in self.failures.values())
-        raise (UsageError if usage else RunError)(
-            f"{len(self.failures)} of {plural(len(self.asked), 'run')} failed. {reasons}"
-        )
+    def raise_missing(self) -> None:
+        """Raise one error for all failed runs: UsageError where every one of them was a wrong request, else RunError.
+
+        Where none has failed, raise RunError for those that others work on.
+        """
+        if self.failures:
+            reasons = " ".join(f"{combination}: {error}" for combination, error in self.failures.items())
+            usage = all(isinstance(error, UsageError) for error in self.failures.values())
+            raise (UsageError if usage else RunError)(
+                f"{len(self.failures)} of {plural(len(self.asked), 'run')} failed. {reasons}"
+            )
+        for combination, error in self.elsewhere.items():
+            raise RunError(
+                f"{len(self.elsewhere)} of {plural(len(self.asked), 'run')} are not finished, and others work on them: "
+                f"the same command puts them on the page later. The first: {combination}. {error}"
+            )
 
 
 PROVENANCE: Mapping[str, Any] = {"commit": None, "versions": {}, "machine": "an unknown machine"}

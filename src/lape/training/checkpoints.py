@@ -1,7 +1,6 @@
 """The checkpoints of a run, and what stands beside them in its folder."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.files import reading, writing
 from lape.training.contents import differences
-from lape.training.curves import CSV, TENSORBOARD
 from lape.weights import opened
 
 LAST, BEST = "last.pt", "best.pt"
 SETTINGS, RESULT, BROKEN_BATCH = "experiment.json", "result.json", "broken-batch.json"
+TO_GO_ON = ("optimizer", "precision")  # parts of a checkpoint
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -56,14 +55,21 @@ def kept_settings(path: Path) -> Any:
     return stored
 
 
-def refuse_other(path: Path, stored: Any, asked: Experiment) -> None:
-    """Raise UsageError where a file belongs to another experiment, saying in what they differ."""
-    mine = asked.identity()
-    known = {name: value for name, value in stored.items() if name in mine} if isinstance(stored, dict) else stored
-    theirs = experiment_of(known, path).identity()
-    if different := [
-        f"{name} is {theirs[name]} there, {mine[name]} here" for name in mine if mine[name] != theirs[name]
-    ]:
+def other_settings(theirs: Experiment, mine: Experiment, but: Collection[str] = ()) -> list[str]:
+    """Say in which settings two experiments differ, apart from those in `but`; nothing where in none."""
+    there, here = theirs.identity(), mine.identity()
+    return [
+        f"{name} is {there[name]} there, {here[name]} here"
+        for name in here
+        if there[name] != here[name] and name not in but
+    ]
+
+
+def refuse_other(path: Path, stored: Any, asked: Experiment, but: Collection[str] = ()) -> None:
+    """Raise UsageError where a file belongs to another experiment, saying in what they differ; `but` may differ."""
+    known = asked.identity().keys()
+    kept = {name: value for name, value in stored.items() if name in known} if isinstance(stored, dict) else stored
+    if different := other_settings(experiment_of(kept, path), asked, but):
         raise UsageError(
             f"{path} belongs to another experiment ({'; '.join(different)}). Ask for the same, or give another --out."
         )
@@ -80,21 +86,7 @@ def refuse_other_data(path: Path, stored: Mapping[str, Any], here: Mapping[str, 
         )
 
 
-def claim(folder: Path, asked: Experiment, resume: bool) -> None:
-    """See that a run folder is free for `asked`, or holds it and may be gone on with; raises UsageError otherwise."""
-    settings = folder / SETTINGS
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, and a run needs a folder. Give another --out.")
-    if not settings.exists():
-        names = (LAST, BEST, RESULT, BROKEN_BATCH, CSV, TENSORBOARD)
-        if there := [name for name in names if os.path.lexists(folder / name)]:
-            raise UsageError(
-                f"A run would replace {', '.join(there)} in {folder}, and without {SETTINGS} there they are of no run. "
-                "Give another --out."
-            )
-        return
-    writing.refuse_links(folder, folder / TENSORBOARD)
-    refuse_other(settings, kept_settings(settings), asked)
-    if not resume:
-        state = "a finished" if (folder / RESULT).exists() else "an unfinished"
-        raise UsageError(f"{folder} holds {state} run of this experiment. Add --resume to go on, or another --out.")
+def keep_for_evaluation(path: Path) -> None:
+    """Leave out of a finished run's checkpoint what it takes to go on: the optimiser's numbers, twice the weights."""
+    state = read(path)
+    save(path, {name: value for name, value in state.items() if name not in TO_GO_ON})

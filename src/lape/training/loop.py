@@ -39,7 +39,9 @@ from lape.training.checkpoints import (
     LAST,
     RESULT,
     SETTINGS,
-    claim,
+    TO_GO_ON,
+    experiment_of,
+    keep_for_evaluation,
     read,
     refuse_other,
     refuse_other_data,
@@ -48,7 +50,9 @@ from lape.training.checkpoints import (
 from lape.training.contents import contents
 from lape.training.curves import Curves
 from lape.training.evaluation import evaluate
+from lape.training.folder import claimed, is_finished
 from lape.training.interruption import Stopped, signals
+from lape.training.longer import LENGTH, refuse_another_beginning
 from lape.training.progress import Progress
 from lape.training.provenance import provenance
 from lape.weights import fill, load_backbone
@@ -75,26 +79,31 @@ def train(
     resume: bool = False,
     report: Callable[[Progress], None] | None = None,
     checked: Callable[[float], None] | None = None,
+    lean: bool = False,
 ) -> Path:
     """Train one model in a folder of its own and return the path of its `result.json`.
 
     With `resume` a run that was cut off goes on from its last checkpoint and ends with the weights, bit for bit, that
-    it would have had; a finished one is left as it is, and a new one begins. `report` is told how it goes, and before
-    that `checked` which share of the files of a set for detection or segmentation has been opened, both in the first
-    process alone.
+    it would have had; a finished one is left as it is, and a new one begins. More epochs or steps than before may be
+    asked for, where the run is then the one that asking at once would have made. `report` is told how it goes, and
+    before that `checked` which share of the files of a set for detection or segmentation has been opened, both in the
+    first process alone. With `lean` the last checkpoint of a finished run holds what evaluation needs, and no more.
 
     Raises UsageError for settings that do not fit each other, the data or the folder; RunError for an unreadable
-    image, a loss that is not finite, and a full disk; Stopped after SIGINT and SIGTERM.
+    image, a loss that is not finite, a full disk, and a folder in which another process works; Stopped after SIGINT
+    and SIGTERM.
     """
     fabric = launch(experiment)
-    claim(folder, experiment, resume)
-    if not (folder / RESULT).exists():
-        run = TrainingRun(experiment, folder, fabric, resume)
-        if resume:
-            run.restore()
-        if run.state.step == 0:
-            run.check(checked or (lambda _: None))
-        run.fit(report or (lambda _: None))
+    with claimed(folder, experiment, resume, fabric):
+        if not is_finished(folder, experiment):
+            run = TrainingRun(experiment, folder, fabric, resume)
+            if resume:
+                run.restore()
+            if run.state.step == 0:
+                run.check(checked or (lambda _: None))
+            run.fit(report or (lambda _: None))
+            if lean and fabric.is_global_zero:
+                keep_for_evaluation(folder / LAST)
     if fabric.world_size > 1:  # gloo aborts where one process leaves while another still speaks
         fabric.barrier()
         torch.distributed.destroy_process_group()
@@ -140,6 +149,8 @@ class TrainingRun:
         self.judged = self.ema.module if self.ema and experiment.ema_evaluated else self.module
         self.steps = experiment.all_steps(self.order.steps)
         self.one = torch.ones(1, device=fabric.device)
+        if self.saved:
+            self._refuse_another_beginning(self.saved)
         self.state = State()
         self.durations = deque[float](maxlen=1000)
 
@@ -342,9 +353,21 @@ class TrainingRun:
         if not path.exists():
             return None
         saved = read(path)
-        refuse_other(path, saved["experiment"], self.experiment)
+        refuse_other(path, saved["experiment"], self.experiment, but=LENGTH)
         refuse_other_data(path, saved, self.contents, self.experiment)
+        if not saved.keys() >= {*TO_GO_ON}:
+            raise RunError(
+                f"{path} holds weights alone, as lape compare leaves them unless --prune false is given, so the run "
+                "cannot be trained longer. Begin anew with another --out."
+            )
         return saved
+
+    def _refuse_another_beginning(self, saved: dict[str, Any]) -> None:
+        path = self.folder / LAST
+        before = experiment_of(saved["experiment"], path)
+        done = saved["state"].get("step") if isinstance(saved.get("state"), dict) else None
+        if isinstance(done, int):  # else it cannot be taken up, and is told then
+            refuse_another_beginning(self.folder, before, self.experiment, self.order.steps, done)
 
     def restore(self) -> None:
         """Take up the last checkpoint, where there is one."""
@@ -365,13 +388,14 @@ class TrainingRun:
             raise RunError(f"{path} cannot be continued ({first_line(error)}). Remove it to begin anew.") from error
 
     def _open_folder(self) -> Curves | None:
-        """Claim the folder, once everything that could be refused has been made; None beside the first process."""
-        self.fabric.barrier()  # all have looked whether the folder is free
+        """Tidy the folder, once everything that could be refused has been made; None beside the first process."""
+        self.fabric.barrier()
         if not self.fabric.is_global_zero:
             return None
-        writing.make_folder(self.folder)
         writing.remove(writing.unfinished(self.folder))
         writing.write_json(self.folder / SETTINGS, self.experiment.settings())
+        if (self.folder / RESULT).exists():  # of a shorter run, which this one goes on with
+            writing.remove([self.folder / RESULT])
         return Curves(self.folder, self.state.curve)
 
     def _training_batches(self) -> Batches:
