@@ -40,6 +40,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
 
 def evaluate(
     checkpoint: Path,
+    split: str = "val",
     data: str | None = None,
     data_dir: Path | None = None,
     batch_size: int | None = None,
@@ -51,11 +52,13 @@ def evaluate(
     sizes: list[str] | None = None,
     out: Path | None = None,
 ) -> None:
-    """Measure a checkpoint on validation images.
+    """Measure a checkpoint on validation images, or on those of another split: all of them, and class by class.
 
     Args:
         checkpoint: A run's best.pt or last.pt, or its folder.
-        data: Another set of the same classes; default: the one that the run validated on.
+        split: Which images: train, val, or test where the set has one.
+        data: Another set of the same classes, or a folder that holds a folder for each class, of which all pictures
+            are judged; default: the set that the run validated on.
         data_dir: Folder of a named set; default: that of the run.
         batch_size: Images at once; default: as in training.
         workers: Processes that prepare images; default: none for sets held in memory, else one per core, at most 24.
@@ -65,12 +68,15 @@ def evaluate(
         test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
         sizes: Classification: sizes of the images, as 28,42,28x56 (height x width), at which the same weights are
             measured one after another; default: the size of the run alone.
-        out: With sizes: folder for sizes.json and sizes.csv; default: the table is only printed.
+        out: Folder for evaluation.json, and of a classifier for every prediction (CSV, JSON), the table of its classes
+            and the confusion matrix (CSV, picture) and a sheet of the worst mistakes; with sizes: for sizes.json and
+            sizes.csv; default: no file, what is printed alone.
     """
     from lape.data.sizes import sizes_of
 
     asked = None if sizes is None else sizes_of(sizes)
     changed: dict[str, Any] = {
+        "split": split,
         "data": data,
         "data_dir": data_dir,
         "batch_size": batch_size,
@@ -83,15 +89,26 @@ def evaluate(
     if asked is not None:
         _evaluate_at_sizes(checkpoint, asked, out, changed)
         return
+    from lape.files import writing
+
     if out:
-        raise UsageError(f"out {out} is the folder for measurements at several sizes: give sizes, or leave it out.")
-    from lape.tasks.measures import TITLES
+        from lape.extras import EXTRAS, require
+
+        require("lape eval --out", *EXTRAS["report"])
+    from lape.report import evaluation as report
+
+    writing.refuse_others(report.places(out) if out else [])
     from lape.training.evaluation import evaluate_checkpoint
 
     evaluation = evaluate_checkpoint(checkpoint, **changed)
-    scores = ", ".join(f"{TITLES[name]} {value:.2f} %" for name, value in evaluation.metrics.items() if name in TITLES)
-    images = plural(evaluation.images, "validation image")
-    say(f"{scores} on {images} of {evaluation.data} ({evaluation.checkpoint})")
+    if not first_process():
+        return
+    say(report.line(evaluation))
+    console().print(report.terminal(evaluation), end="")
+    if out:
+        first, *others = report.write(evaluation, out)
+        say("")
+        say(f"Written: {', '.join([str(first), *(path.name for path in others)])}")
 
 
 def _evaluate_at_sizes(checkpoint: Path, sizes: "Sequence[Size]", out: Path | None, changed: Mapping[str, Any]) -> None:
@@ -114,18 +131,28 @@ def predict(
     checkpoint: Path,
     pictures: list[Path],
     out: Path = Path("predictions"),
+    csv: Path | None = None,
+    json: Path | None = None,
+    no_draw: bool = False,
+    batch_size: int | None = None,
     threshold: float = 0.5,
     test_scales: tuple[float, ...] | None = None,
     test_flip: bool | None = None,
     accelerator: str | None = None,
 ) -> None:
-    """Draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map.
+    """Say and draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map.
+
+    A picture that cannot be read is reported, the others are told all the same, and the exit status is 1.
 
     Args:
         checkpoint: A run's best.pt or last.pt, or its folder.
-        pictures: Pictures, or folders of them.
+        pictures: Pictures, or folders of them; of a folder all that are in it, at any depth.
         out: Folder for the pictures with what was found drawn on them.
-        threshold: Detection: lowest score of an object that is drawn.
+        csv: File for a table of what was found; default: none.
+        json: File for what was found, with all numbers; default: none.
+        no_draw: Draw nothing, and write nothing to the folder.
+        batch_size: Pictures at once; default: 32, and 1 in detection and segmentation.
+        threshold: Detection: lowest score of an object that is told.
         test_scales: Segmentation: factors by which an image is resized, predictions are averaged; default: the run's.
         test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
         accelerator: What computes: auto, cpu, cuda, gpu, mps; default: auto.
@@ -133,20 +160,41 @@ def predict(
     from rich.progress import track
 
     from lape.files import writing
-    from lape.report.prediction import line, png
-    from lape.training.prediction import files_of
+    from lape.report.prediction import Listing, line, png
+    from lape.training.prediction import Predicted, Unread, files_of
     from lape.training.prediction import predict as answers
 
     files = files_of(pictures)
     digits = len(str(len(files)))
     targets = [out / f"{number:0{digits}d}-{path.stem}.png" for number, path in enumerate(files, start=1)]
-    writing.refuse_others(targets)
+    writing.refuse_others([*filter(None, (csv, json)), *(() if no_draw else targets)])
     changed = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
-    predictions = answers(checkpoint, files, threshold, **changed)
+    predictions = answers(checkpoint, files, threshold, batch_size, **changed)
     shown = track(predictions, "looking", len(files), console=console(stderr=True), transient=True)
-    for predicted, target in zip(shown, targets, strict=True):
-        writing.write_marked({target: png(predicted)})
-        say(f"{line(predicted)} -> {target}")
+    listing, unread = Listing(), 0
+
+    def drawn(one: Predicted) -> bytes | Unread:
+        try:
+            return png(one)
+        except RunError as error:  # it was there a moment ago
+            return Unread(one.path, str(error))
+
+    for one, target in zip(shown, targets, strict=True):
+        picture = drawn(one) if isinstance(one, Predicted) and not no_draw else None
+        outcome = picture if isinstance(picture, Unread) else one
+        listing.add(outcome)
+        if isinstance(outcome, Unread):
+            unread += 1
+            say(f"lape: {outcome.reason}", error=True)
+            continue
+        if isinstance(picture, bytes):
+            writing.write_marked({target: picture})
+        say(line(outcome) if no_draw else f"{line(outcome)} -> {target}")
+    writing.write_marked(
+        ({csv: listing.as_csv()} if csv else {}) | ({json: listing.as_json(checkpoint)} if json else {})
+    )
+    if unread:
+        raise RunError(f"{unread} of {plural(len(files), 'picture')} could not be read, and are named above.")
 
 
 def compare(
@@ -527,7 +575,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "predict": Command(
         predict,
-        "lape predict runs/first holiday.jpg more_pictures/",
+        "lape predict runs/first holiday.jpg more_pictures/ --csv found.csv",
         bare=("checkpoint", "pictures"),
     ),
     "export": Command(

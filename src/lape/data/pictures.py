@@ -86,6 +86,15 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if orientation(image) in LYING else (width, height)
 
 
+def read_picture(path: Path) -> Image.Image:
+    """Return a picture in colour as people see it, RGB; raises as `open_picture` does.
+
+    Whoever looks at pictures, in training, validation or prediction, looks at what this returns.
+    """
+    with open_picture(path) as image:
+        return upright(image)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Return an open picture in colour as people see it: turned as EXIF says."""
     turn = TURNS.get(orientation(image))
