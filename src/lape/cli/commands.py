@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -370,6 +370,8 @@ def export(
     out: Path | None = None,
     fold: bool = False,
     dynamic_size: bool = False,
+    opset: int | None = None,
+    license: str | None = None,
     push: str | None = None,
     model_args: dict[str, Any] = {},  # noqa: B006 (only read)
 ) -> None:
@@ -381,25 +383,38 @@ def export(
             configuration); without a suffix it is a folder for the Hub; default: model.onnx, and with push no file.
         fold: Turn positions into constants first (.onnx and .pt2).
         dynamic_size: Leave height and width open (.onnx and .pt2).
+        opset: Version of ONNX's operators (.onnx); default: the one that torch writes by itself.
+        license: What others may do with the model, by the Hub's name for that, as apache-2.0, mit or other; needed with
+            push; default: the one of a folder that has one, else it is not said.
         push: Upload weights and configuration to this repository of the Hub, as user/name, with the account of `hf
             auth login` or of HF_TOKEN; default: nothing is uploaded.
         model_args: More keywords for the model, as {"dynamic_img_size": true}, which dynamic_size needs in timm's
             ViTs.
     """
     from lape.sharing.exporting import export, load_model
-    from lape.sharing.hub import push_to_hub, save_pretrained
+    from lape.sharing.hub import Known, push_to_hub, save_pretrained
 
     out = out or (None if push else Path("model.onnx"))
     weights = out is None or out.suffix in ("", ".safetensors")
-    if weights and (fold or dynamic_size):
+    if weights and (fold or dynamic_size or opset):
         raise UsageError(
-            f"fold and dynamic_size mean nothing for {out or push}, which holds weights. Give --out a .onnx or .pt2."
+            f"fold, dynamic_size and opset mean nothing for {out or push}, which holds weights. Give --out a .onnx or "
+            ".pt2."
         )
+    Known(license=license)  # a wrong name is refused before the model is made
     model, known = load_model(checkpoint, **model_args)
+    known = replace(known, license=license or known.license)
+    if push and known.license is None:
+        raise UsageError(
+            f"{push} is for others, and its license says what they may do with it. Give --license with the Hub's name "
+            "of one, as apache-2.0, mit or other."
+        )
     if out and weights:
         say(f"{save_pretrained(model, out, known)}: loaded again, the same outputs to the last bit")
+        if known.license is None:
+            say("No license is said in it: others may not use it. To name one, add --license, as in --license mit")
     elif out:
-        exported = export(model, out, fold, dynamic_size)
+        exported = export(model, out, fold, dynamic_size, opset=opset, known=known)
         shapes = ", ".join("x".join(map(str, shape)) for shape in exported.shapes)
         difference = f"largest difference from the model {exported.difference:.1e} of its output"
         say(f"{exported.path}: {difference}, for images {shapes}")
