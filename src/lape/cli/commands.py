@@ -92,9 +92,9 @@ def evaluate(
     from lape.files import writing
 
     if out:
-        from lape.extras import EXTRAS, require
+        from lape.extras import require
 
-        require("lape eval --out", *EXTRAS["report"])
+        require("lape eval --out", "matplotlib")
     from lape.report import evaluation as report
 
     writing.refuse_others(report.places(out) if out else [])
@@ -249,31 +249,54 @@ def compare(
     study.raise_failures()
 
 
-def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
-    """Put finished runs beside one another and beside the paper's claims, as one page.
+def gather(
+    runs: list[Path] = [],  # noqa: B006 (only read)
+    model: str | None = None,
+    model_args: dict[str, Any] = {},  # noqa: B006
+    weights: str | None = None,
+    join: str = "default",
+    out: Path | None = None,
+) -> None:
+    """Put finished runs beside one another and beside the paper's claims, as one page; or tell of models alone.
 
     Args:
-        runs: Folders in which finished runs, and measurements by lape cost, are looked for.
+        runs: Folders in which finished runs, and measurements by lape cost, are looked for; and folders or .safetensors
+            that lape export wrote, each of which is a model on the page; default: runs, and with a model none.
+        model: A model of timm's, or one that lape models lists, to be told of on the page.
+        model_args: More keywords for it, as {"depth": 6}.
+        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; needed with a model.
+        join: The join of these weights.
         out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
-            default: report.html in the first folder.
+            default: report.html in the first folder of runs, without runs in the folder where one is.
     """
     from lape import report
     from lape.files import writing
     from lape.report import tables
+    from lape.report.models import told_of, told_of_weights
     from lape.studies.analysis import Kept
-    from lape.studies.study import gather
+    from lape.studies.study import Gathered, gather
 
-    page = out or runs[0] / "report.html"
+    if bool(model) != bool(weights):
+        raise UsageError("A page tells of a trained model: give --model with the name and --weights with its file.")
+    from lape.sharing.exporting import is_saved
+
+    saved = [path for path in runs if is_saved(path)]
+    folders = [path for path in runs if path not in saved] or ([] if saved or model else [Path("runs")])
+    page = out or (folders[0] if folders else Path()) / "report.html"
     if page.suffix != ".html":
         raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
     writing.refuse_others([page, page.with_suffix(".md")])
     kept = Kept(page)
-    gathered = gather(runs)
-    _name_left_out(gathered.left_out, others=gathered.studies)
-    studies = _analysed(gathered.studies, kept)
-    costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
-    report.write_page(studies, gathered.left_out, costs, page)
-    console().print(tables.terminal_of_claims(studies))
+    gathered = gather(folders) if folders else Gathered((), {})
+    models = [*told_of(saved), *(told_of_weights(model, model_args, weights, join) if model and weights else ())]
+    _name_left_out(gathered.left_out, others=(*gathered.studies, *models))
+    studies = _analysed(gathered.studies, kept) if folders else []
+    costs = sorted({file for folder in folders for file in folder.rglob("cost.json")})
+    report.write_page(studies, gathered.left_out, costs, page, models)
+    for one in models:
+        console().print(one.terminal())
+    if studies:
+        console().print(tables.terminal_of_claims(studies))
     say(f"Report: {page}")
 
 
@@ -517,15 +540,16 @@ def analyze(
 
     Args:
         what: correlation, or decomposition.
-        checkpoints: Runs' best.pt or last.pt, or their folders.
+        checkpoints: Runs' best.pt or last.pt, or their folders; or folders and .safetensors that lape export wrote.
         model: In place of checkpoints: a new model that lape models lists, or a VisionTransformer of timm's; default:
             the checkpoints' models.
         model_args: More keywords for the new model, as {"depth": 6}.
-        weights: Its first weights: a file of lape's, timm's or the authors', or a name of timm's; default: random ones.
-        joins: Its ways of joining; default: default and lape for correlation, default for decomposition.
+        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; default: random ones.
+        joins: Its ways of joining; default: default and lape for correlation, default for decomposition and weights.
         pe: Its position embedding; default: the one that it was designed with.
         grid: Correlation: rows and columns of patches; default: those of the model.
-        data: Decomposition: a set, or a folder of images; default: the one that the run validated on, or digits.
+        data: Decomposition: a set, or a folder of images; default: the one that the run validated on, and digits for a
+            new model without weights.
         data_dir: Folder of a named set; default: that of the run, or the user's cache.
         img_size: Decomposition: side of the images for a new model; default: that of the set, or of the model.
         images: Decomposition: how many validation images; default: 64.

@@ -131,7 +131,7 @@ def _record(evaluation: Evaluation, answers: NamedClasses, at: int) -> dict[str,
         "true_class": names[label],
         "right": label == int(likely.labels[0]),
         "probability_of_true_class": _finite(float(answers.of_truth[at])),
-        "answers": [{**one, "probability": _finite(one["probability"])} for one in likely.records(names)],
+        "answers": likely.records(names),
     }
 
 

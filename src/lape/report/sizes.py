@@ -70,6 +70,7 @@ def as_json(evaluation: SizesEvaluation) -> str:
         writing.MARK: __version__,
         "checkpoint": str(evaluation.checkpoint),
         "data": evaluation.data,
+        "split": evaluation.split,
         "images": evaluation.images,
         "trained": str(evaluation.trained),
         "sizes": _records(evaluation),

@@ -1,5 +1,6 @@
 """Image classification: soft cross-entropy, with or without a teacher; accuracy in percent."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy, deepcopy
@@ -51,9 +52,11 @@ class LikelyClasses:
         return [(label, f"{classes[label]} {share:.1%}") for label, share in shares]
 
     def records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Each class with its probability."""
+        """Each class with its probability; None where a model that diverged answers no number."""
         shares = zip(self.labels.tolist(), self.probabilities.tolist(), strict=True)
-        return [{"class": classes[label], "probability": share} for label, share in shares]
+        return [
+            {"class": classes[label], "probability": share if math.isfinite(share) else None} for label, share in shares
+        ]
 
     def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
         """One row: the likeliest class, and behind it the others by their rank."""
