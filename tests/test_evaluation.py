@@ -144,6 +144,9 @@ def test_of_a_folder_without_splits_all_pictures_are_judged_by_the_names_of_thei
 ) -> None:
     photographs(root := tmp_path / "new", (0, 2, 3))
     (root / "ant").rmdir()
+    for name in ("bee/._0.png", ".cache/0.png", "cat/.ipynb_checkpoints/0.png", "__MACOSX/bee/0.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
     assert lape("eval", run, "--data", root, "--out", tmp_path / "out") == 0
     assert "on 5 validation images of new" in capsys.readouterr().out
     rows = rows_of(tmp_path / "out/predictions.csv")

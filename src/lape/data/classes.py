@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lape.data.pictures import MODES, read_picture
+from lape.data.pictures import MODES, is_hidden, read_picture
 from lape.data.sources import PictureSource, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation
@@ -270,18 +270,22 @@ def images_of_test(root: Path, classes: Sequence[str]) -> Split:
 
 
 def _labelled(root: Path, classes: Sequence[str]) -> Split:
-    """Return all images in `root`/<class>/, at any depth, of classes that are known."""
+    """Return all images in `root`/<class>/, at any depth, of classes that are known; what is hidden is left out."""
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    folders = {path.name for path in root.glob("*/") if not path.name.startswith(".")}
+    folders = {path.name for path in root.glob("*/") if not is_hidden(path.relative_to(root))}
     if foreign := sorted(folders - set(classes)):
         raise UsageError(
             f"{root / foreign[0]} is no class that the model was trained to tell ({', '.join(classes[:3])} ...). Name "
             "a folder that holds a folder for each class, or remove that one."
         )
     here = {name: number for number, name in enumerate(classes) if name in folders}
-    samples = ImageFolder.make_dataset(str(root), here, extensions=IMG_EXTENSIONS, allow_empty=True) if here else []
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden(Path(path).relative_to(root))
+
+    samples = ImageFolder.make_dataset(str(root), here, is_valid_file=is_image, allow_empty=True) if here else []
     if not samples:
         raise UsageError(
             f"{root} has no image in a folder for its class ({', '.join(classes[:3])} ...; "

@@ -27,6 +27,11 @@ TURNS = {
 LYING = (5, 6, 7, 8)  # those that exchange width and height
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file, named from the folder that a person gave, is one that programs keep beside a person's own."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
 @contextmanager
 def open_picture(path: Path) -> Generator[Image.Image, None, None]:
     """Open a picture; raises RunError as `open_image`, and for one whose values do not say which of them is white."""

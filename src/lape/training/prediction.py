@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lape.data.pictures import read_picture
+from lape.data.pictures import is_hidden, read_picture
 from lape.data.sources import Source
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
@@ -51,15 +51,11 @@ def files_of(paths: Sequence[Path]) -> list[Path]:
             pictures.append(path)
             continue
         inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        seen = [file for file in inside if not _is_hidden(file.relative_to(path)) and file.is_file()]
+        seen = [file for file in inside if not is_hidden(file.relative_to(path)) and file.is_file()]
         if not seen:
             raise UsageError(f"{path} holds no picture ({', '.join(IMG_EXTENSIONS)}). Name another folder, or files.")
         pictures += seen
     return pictures
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def predict(
