@@ -4,16 +4,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+import lape as library
 from lape.analysis import Correlation, correlation, decomposition
 from lape.analysis.subjects import ANALYSES, Subject
 from lape.cli import command_line as cli
 from lape.data.classes import digits
+from lape.data.sources import find_set
 from lape.models.registry import create_model
 from lape.report import plots
 from lape.report.analysis import SHEETS
@@ -259,3 +263,69 @@ def test_help_loads_no_torch() -> None:
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "correlation" in told.stdout
     assert told.stdout.splitlines()[-1] == "False", told.stderr
+
+
+# --- Models that were saved, and checkpoints of timm
+
+
+@pytest.fixture(scope="module")
+def saved(runs: Path) -> Path:
+    """The run on pets as `lape export` writes it."""
+    assert cli.main(["export", str(runs / "petted"), "--out", str(runs / "saved"), "--license", "mit"]) == 0
+    return runs / "saved"
+
+
+def test_a_saved_model_is_analysed_as_the_run_that_it_is_of(lape, runs, saved) -> None:
+    assert lape("correlation", runs / "petted", saved)[0] == 0
+    of_run, of_folder = written("correlation")[0]
+    assert of_folder["name"] == "saved"
+    assert of_folder["of_token"] == of_run["of_token"]
+    words = ["--data", str(runs / "pets"), "--images", "4", "--out", "weights"]
+    assert lape("decomposition", runs / "petted", saved, *words)[0] == 0
+    of_run, of_folder = written("decomposition", "weights")[0]
+    assert of_folder["data"] == of_run["data"] == "4 validation images of pets"
+    assert np.allclose(of_folder["mean"], of_run["mean"], rtol=0, atol=1e-6)
+    assert "tells of no set to look at. Give --data" in refused(lape("decomposition", saved, "--out", "none"))
+    assert "looks at images of 3 channels" in refused(lape("decomposition", saved, "--data", "digits", "--out", "none"))
+
+
+def test_weights_of_timm_are_analysed_with_the_images_that_they_know(lape, runs, monkeypatch) -> None:
+    args = {"depth": 2, "embed_dim": 16, "num_heads": 2, "img_size": 32}
+    model: Any = timm.create_model("vit_tiny_patch16_224.augreg_in21k", **args)
+    assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    with torch.no_grad():
+        model.pos_embed.normal_()
+    torch.save({"state_dict": model.state_dict()}, "timm.pth")
+    words = ["--model", "vit_tiny_patch16_224.augreg_in21k", "--model-args", json.dumps(args), "--weights", "timm.pth"]
+    assert lape("correlation", *words)[0] == 0
+    (told,), _ = written("correlation")
+    assert (told["name"], told["settings"]["weights"]) == ("default", "timm.pth")
+    joined = library.apply(model.eval(), join="default")
+    assert told["of_token"] == correlation(joined).of_token.tolist()
+    assert lape("decomposition", *words, "--data", runs / "pets", "--images", "3", "--out", "weights")[0] == 0
+    (told,), _ = written("decomposition", "weights")
+    source = find_set(str(runs / "pets"))
+    half = (0.5, 0.5, 0.5)
+    see = timm.data.create_transform((3, 32, 32), mean=half, std=half, crop_pct=0.9, interpolation="bicubic")
+    some = source.validation.some(3)
+    images = torch.stack([see(some.picture(index, 3)) for index in range(3)])
+    assert np.allclose(told["mean"], decomposition(joined, [images]).mean, rtol=0, atol=1e-6)
+
+
+def test_a_page_tells_of_saved_models_and_of_weights(runs, saved, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["report", str(saved)]) == 0
+    page, told = Path("report.html").read_text(), capsys.readouterr().out
+    expected = correlation(library.from_pretrained(saved))
+    for layer, value in enumerate(expected.two_dimensionality.tolist(), start=1):
+        assert f"<td>{layer}</td><td>{value:.3f}</td>" in page
+        assert f"| {layer} | {value:.3f} |" in Path("report.md").read_text()
+    for text in (page, told):
+        assert "cat, dog" in text
+        assert "mit" in text
+    assert "data:image/webp" in page
+    assert not list(saved.glob("report*"))
+    assert cli.main(["report", "--model", "vit_nano_patch2_8"]) == 2
+    assert "give --model with the name and --weights with its file" in capsys.readouterr().err
+    assert cli.main(["report", str(runs), str(saved), "--out", "all.html"]) == 0
+    assert "<h2>saved</h2>" in Path("all.html").read_text()

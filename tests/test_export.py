@@ -109,8 +109,19 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     path = lape.export(model, tmp_path / "model.onnx", fold=True).path
     proto = onnx.load(path)
     (told,) = (json.loads(entry.value) for entry in proto.metadata_props if entry.key == hub.HEADER)
-    assert (told["label_names"], told["mean"]) == (["cat", "dog"], [0.4, 0.4, 0.4])
+    assert (told["label_names"], told["mean"], told["softmax"]) == (["cat", "dog"], [0.4, 0.4, 0.4], False)
     assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_the_version_of_operators_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    model = joined(depth=1)
+    (version,) = onnx.load(lape.export(model, tmp_path / "model.onnx", opset=18).path).opset_import
+    assert (version.domain, version.version) == ("", 18)
+    with pytest.raises(UsageError, match=r"opset is a version .* 99 was received, and it wrote 18\. Give --opset 18"):
+        lape.export(model, tmp_path / "other.onnx", opset=99)
+    with pytest.raises(UsageError, match=r"opset 18 is a version of ONNX's operators, and a \.pt2 has none"):
+        lape.export(model, tmp_path / "model.pt2", opset=18)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
 # --- What differs is not left behind
@@ -240,9 +251,13 @@ def test_the_command_takes_a_run_out_of_the_house(
         assert run(tmp_path / "open.pt2", torch.randn(2, 1, 12, 14)).shape == (2, 10)
     status, out, err = lape_export(trained, "--out", tmp_path / "folder", "--fold")
     assert (status, out, err.count("\n")) == (cli.USAGE, "", 1)
-    assert "fold and dynamic_size mean nothing for" in err
+    assert "fold, dynamic_size and opset mean nothing for" in err
     status, out, err = lape_export(trained, "--push", "user/digits", "--fold")
     assert (status, out, "mean nothing for user/digits, which holds weights" in err) == (cli.USAGE, "", True)
+    status, out, err = lape_export(trained, "--push", "user/digits")
+    assert (status, out, err.count("\n"), "Give --license with" in err) == (cli.USAGE, "", 1, True)
+    status, out, err = lape_export(trained, "--license", "My Own")
+    assert (status, out, "'My Own' was received" in err) == (cli.USAGE, "", True)
     monkeypatch.chdir(tmp_path / "digits")
     assert lape_export(trained)[0] == 0
     assert Path("model.onnx").exists()

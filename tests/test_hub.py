@@ -303,12 +303,12 @@ for missing in ("user/dogs", "user/pets@v2"):
         lape.from_pretrained(missing)
     except lape.RunError as error:
         print(error)
-print(cli.main(["export", folder, "--push", "user/typed"]))
-print(cli.main(["export", folder, "--push", "refused/typed"]))
+print(cli.main(["export", folder, "--push", "user/typed", "--license", "mit"]))
+print(cli.main(["export", folder, "--push", "refused/typed", "--license", "mit"]))
 huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"  # nobody there
-print(cli.main(["export", folder, "--push", "user/unreached"]))
+print(cli.main(["export", folder, "--push", "user/unreached", "--license", "mit"]))
 huggingface_hub.constants.HF_HUB_OFFLINE = True
-print(cli.main(["export", folder, "--out", folder + ".safetensors", "--push", "user/offline"]))
+print(cli.main(["export", folder, "--out", folder + ".safetensors", "--push", "user/offline", "--license", "mit"]))
 """
 
 

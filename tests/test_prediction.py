@@ -1,5 +1,7 @@
 """What is said of pictures: the answers are those that were judged, and are drawn where they are, with their names."""
 
+import csv
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from dense_sets import ade20k, coco
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lape.cli.command_line import main
 from lape.experiment import Experiment
@@ -37,8 +39,8 @@ def plain(width: int, height: int, shade: tuple[int, int, int] = (0, 0, 0)) -> I
     return Image.new("RGB", (width, height), shade)
 
 
-def said(answer: Any, picture: Image.Image | None = None) -> Predicted:
-    return Predicted(Path("one.png"), picture or plain(128, 96), answer, CLASSES)
+def drawing(answer: Any, picture: Image.Image | None = None) -> Image.Image:
+    return drawn(answer, picture or plain(128, 96), CLASSES)
 
 
 def objects(*labels: int) -> DetectedObjects:
@@ -63,7 +65,7 @@ def veiled(label: int, shade: int = 0) -> Any:
 
 
 def test_a_box_and_a_mask_lie_where_their_object_is_in_the_enlarged_picture() -> None:
-    sheet = pixels(drawn(said(objects(2, 5))))
+    sheet = pixels(drawing(objects(2, 5)))
     seen = sheet[: 4 * 96, : 4 * 128]
     for label, left in ((2, 10), (5, 50)):
         mask = seen[4 * 30 : 4 * 45, 4 * (left + 5) : 4 * (left + 15)]
@@ -77,7 +79,7 @@ def test_a_box_and_a_mask_lie_where_their_object_is_in_the_enlarged_picture() ->
 def test_where_nothing_is_found_a_picture_stays_as_it_is(recwarn: pytest.WarningsRecorder) -> None:
     random = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 500, 3), dtype=np.uint8))
     nothing = replace(objects(), masks=torch.zeros(0, 400, 500, dtype=torch.bool))
-    assert np.array_equal(pixels(drawn(said(nothing, random))), pixels(random))
+    assert np.array_equal(pixels(drawing(nothing, random)), pixels(random))
     assert not recwarn.list
 
 
@@ -89,7 +91,7 @@ def test_a_map_is_drawn_in_the_colours_of_its_classes_over_the_picture() -> None
     answer = torch.zeros(400, 500, dtype=torch.int64)
     answer[:, 300:] = 3
     answer[350:] = 5
-    seen = pixels(drawn(said(ClassMap(answer), plain(500, 400, (80, 80, 80)))))
+    seen = pixels(drawing(ClassMap(answer), plain(500, 400, (80, 80, 80))))
     for label in (0, 3, 5):
         part = seen[:400, :500][answer.numpy() == label]
         assert part.min(0).tolist() == part.max(0).tolist() == veiled(label, 80)
@@ -101,7 +103,7 @@ def test_a_map_is_drawn_in_the_colours_of_its_classes_over_the_picture() -> None
     ids=str,
 )
 def test_a_small_picture_is_enlarged_and_a_large_one_is_not_made_smaller(size: tuple[int, int], times: int) -> None:
-    sheet = drawn(said(named([0], [1.0]), plain(*size)))
+    sheet = drawing(named([0], [1.0]), plain(*size))
     assert sheet.width == times * size[0]
     assert pixels(sheet)[: times * size[1]].max() == 0
     assert pixels(sheet)[times * size[1]].min() == 255
@@ -122,7 +124,7 @@ def test_the_legend_has_each_class_that_was_found_in_its_colour(
 ) -> None:
     told: list[Any] = []
     monkeypatch.setattr(prediction, "_with_legend", lambda picture, names: told.extend(names) or picture)
-    drawn(said(answer))
+    drawing(answer)
     assert told == [(colour(label), text or CLASSES[label]) for label, text in legend]
 
 
@@ -169,18 +171,21 @@ def test_no_two_classes_of_a_large_set_have_one_colour() -> None:
     ids=["objects", "nothing", "map", "classes"],
 )
 def test_a_line_says_what_there_is_most_of(answer: Any, text: str) -> None:
-    assert line(said(answer)) == f"one.png: {text}"
+    assert line(Predicted(Path("one.png"), answer, CLASSES)) == f"one.png: {text}"
 
 
 # --- Pictures
 
 
-def test_a_folder_stands_for_its_pictures_by_name_and_other_files_are_left_out(tmp_path: Path) -> None:
-    for name in ("b.PNG", "a.jpg", "c.txt", "d.jpeg", "first.png"):
-        (tmp_path / "many" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "many" / name).touch()
-    given = [tmp_path / "many/first.png", tmp_path / "many", tmp_path / "many/b.PNG"]
-    names = ["first.png", "a.jpg", "b.PNG", "d.jpeg", "first.png", "b.PNG"]
+def test_a_folder_stands_for_its_pictures_at_any_depth_and_other_files_are_left_out(tmp_path: Path) -> None:
+    hidden = ("._d.jpeg", "__MACOSX/d.jpeg", ".ipynb_checkpoints/a.jpg", "deep/.trash/a.jpg")
+    for name in ("b.PNG", "a.jpg", "c.txt", "d.jpeg", "first.png", "deep/er/c.jpg", "deep.png/e.png", *hidden):
+        (tmp_path / ".many" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".many" / name).touch()
+    given = [tmp_path / ".many/first.png", tmp_path / ".many", tmp_path / ".many/b.PNG"]
+    names = ["first.png", "a.jpg", "b.PNG", "d.jpeg", "c.jpg", "e.png", "first.png", "b.PNG"]
+    assert {path.name for path in files_of(given[1:2])} == set(names)
+    names = ["first.png", *(path.name for path in files_of(given[1:2])), "b.PNG"]
     assert [path.name for path in files_of(given)] == names
 
 
@@ -222,13 +227,12 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_map_of_a_picture_is_the_one_that_was_judged(segmenter: Path) -> None:
     root = segmenter.parent / "set"
     right = labelled = 0
+    found: Any
     for found in predict(segmenter, sorted(root.glob("images/validation/*.jpg"))):
         with Image.open(root / f"annotations/validation/{found.path.stem}.png") as file:
             truth = torch.from_numpy(np.array(file)).long() - 1
         right += int((found.answer.labels == truth).sum())
         labelled += int((truth >= 0).sum())
-        with Image.open(found.path) as picture:
-            assert np.array_equal(pixels(found.picture), pixels(picture.convert("RGB")))
     judged = evaluate_checkpoint(segmenter).metrics["val_pixel_accuracy"]
     assert right
     assert 100 * right / labelled == pytest.approx(judged)
@@ -238,7 +242,8 @@ def test_what_is_found_at_a_threshold_is_what_has_that_score(detector: Path) -> 
     pictures = sorted(detector.parent.glob("set/val2017/*.jpg"))
 
     def found(threshold: float) -> list[Any]:
-        return [one.answer for one in predict(detector, pictures, threshold)]
+        answers: list[Any] = list(predict(detector, pictures, threshold))
+        return [one.answer for one in answers]
 
     everything = found(0.0)
     scores = torch.cat([answer.scores for answer in everything])
@@ -251,22 +256,38 @@ def test_what_is_found_at_a_threshold_is_what_has_that_score(detector: Path) -> 
                 assert torch.equal(getattr(some, name), getattr(every, name)[sure])
 
 
-def test_the_class_of_a_picture_is_the_one_that_was_judged(tmp_path: Path) -> None:
-    """Coloured pictures, for a set of one channel: the run's set says how they are seen."""
-    random = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on photographs held in all ways, whose set lies in set/ beside it."""
+    root, random = tmp_path_factory.mktemp("classes"), np.random.default_rng(0)
+    exif = Image.Exif()
     for part, count in (("train", 4), ("val", 6)):
         for name, shade in (("dark", 60), ("light", 190)):
-            (tmp_path / "set" / part / name).mkdir(parents=True)
+            (root / "set" / part / name).mkdir(parents=True)
             for number in range(count):
+                exif[ExifTags.Base.Orientation] = number + 3
                 grey = random.integers(shade - 60, shade + 60, (20, 24, 3), dtype=np.uint8)
-                Image.fromarray(grey).save(tmp_path / "set" / part / name / f"{number}.png")
+                Image.fromarray(grey).save(root / "set" / part / name / f"{number}.png", exif=exif)
     args = {"depth": 1, "embed_dim": 16, "num_heads": 2}
-    train(Experiment(data=str(tmp_path / "set"), img_size=16, batch_size=4, model_args=args, **SMALL), tmp_path / "run")
-    found = list(predict(tmp_path / "run", sorted(tmp_path.glob("set/val/*/*.png"))))
-    likeliest = [one.classes[one.answer.labels[0]] for one in found if isinstance(one.answer, LikelyClasses)]
-    right = [name == one.path.parent.name for name, one in zip(likeliest, found, strict=True)]
-    judged = evaluate_checkpoint(tmp_path / "run").metrics["val_accuracy"]
-    assert 100 * sum(right) / len(right) == pytest.approx(judged)
+    train(Experiment(data=str(root / "set"), img_size=16, batch_size=4, model_args=args, **SMALL), root / "run")
+    return root / "run"
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 5])
+def test_the_class_of_a_picture_is_the_one_that_was_judged(at_once: int | None, classifier: Path) -> None:
+    pictures = sorted(classifier.parent.glob("set/val/*/*.png"))
+    found: list[Any] = list(predict(classifier, pictures, batch_size=at_once))
+    assert [one.path for one in found] == pictures
+    right = [one.classes[one.answer.labels[0]] == one.path.parent.name for one in found]
+    judged = evaluate_checkpoint(classifier).metrics
+    assert 100 * sum(right) / len(right) == pytest.approx(judged["val_accuracy"])
+    of_truth = [
+        record["probability"]
+        for one in found
+        for record in one.answer.records(one.classes)
+        if record["class"] == one.path.parent.name
+    ]
+    assert -np.log(of_truth).mean() == pytest.approx(judged["val_loss"], rel=1e-5)
 
 
 def test_pictures_are_looked_at_by_one_process_however_many_trained(
@@ -301,10 +322,10 @@ def test_every_option_of_eval_reaches_the_judgement(monkeypatch: pytest.MonkeyPa
         *("eval", "runs/a", "--data", "ade20k", "--data_dir", "pictures", "--batch_size", "3", "--workers", "2"),
         *("--accelerator", "cpu", "--stride", "32", "--test_scales", "0.5,1", "--test_flip"),
     ]
-    main(words)
+    main([*words, "--split", "test"])
     assert told == {
-        "checkpoint": Path("runs/a"), "data": "ade20k", "data_dir": Path("pictures"), "batch_size": 3, "workers": 2,
-        "accelerator": "cpu", "stride": 32, "test_scales": (0.5, 1.0), "test_flip": True,
+        "checkpoint": Path("runs/a"), "split": "test", "data": "ade20k", "data_dir": Path("pictures"),
+        "batch_size": 3, "workers": 2, "accelerator": "cpu", "stride": 32, "test_scales": (0.5, 1.0), "test_flip": True,
     }  # fmt: skip
 
 
@@ -325,19 +346,20 @@ def test_eval_says_every_measure_by_its_title(
 def test_every_option_of_predict_reaches_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lape.training.prediction.predict", noting(told, "checkpoint", "pictures", "threshold"))
+    monkeypatch.setattr("lape.training.prediction.predict", noting(told, "checkpoint", "pictures", "threshold", "size"))
     for name in ("a.png", "b.png"):
         (tmp_path / name).touch()
     main(["predict", "runs/a", "b.png", "a.png"])
     pictures = [Path("b.png"), Path("a.png")]
     assert told == {
-        "checkpoint": Path("runs/a"), "pictures": pictures, "threshold": 0.5, "test_scales": None, "test_flip": None,
-        "accelerator": None,
+        "checkpoint": Path("runs/a"), "pictures": pictures, "threshold": 0.5, "size": None, "test_scales": None,
+        "test_flip": None, "accelerator": None,
     }  # fmt: skip
     asked = ["--threshold", "0.3", "--test_scales", "0.5", "1", "--test_flip", "--accelerator", "cpu"]
+    asked += ["--batch_size", "3"]
     main(["predict", "runs/a", "b.png", "a.png", *asked])
     assert told == {
-        "checkpoint": Path("runs/a"), "pictures": pictures, "threshold": 0.3, "test_scales": (0.5, 1.0),
+        "checkpoint": Path("runs/a"), "pictures": pictures, "threshold": 0.3, "size": 3, "test_scales": (0.5, 1.0),
         "test_flip": True, "accelerator": "cpu",
     }  # fmt: skip
 
@@ -377,3 +399,65 @@ def test_nothing_is_left_of_a_prediction_that_could_not_begin(tmp_path: Path) ->
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     assert main(["predict", str(tmp_path / "no.pt"), str(tmp_path / "one.png"), "--out", str(tmp_path / "out")]) == 1
     assert not (tmp_path / "out").exists()
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_a_broken_picture_is_reported_and_costs_no_other(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = sorted(classifier.parent.glob("set/val/light/*.png"))[:2]
+    for place, content in {"a.png": files[0], "deep/er/c.png": files[1]}.items():
+        (tmp_path / "some" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "some" / place).write_bytes(content.read_bytes())
+    (tmp_path / "some/b.jpg").write_text("no picture")
+    words = ["predict", str(classifier), "some", "--csv", "found/all.csv", "--json", "found/all.json"]
+    assert main([*words, "--accelerator", "cpu"]) == 1
+    out, err = capsys.readouterr()
+    assert [row.split(": ")[0] for row in out.splitlines()] == ["some/a.png", "some/deep/er/c.png"]
+    first, last = filter(str.strip, err.splitlines())
+    assert first.startswith("lape: some/b.jpg cannot be read as an image")
+    assert last == "lape: 1 of 3 pictures could not be read, and are named above."
+    assert sorted(path.name for path in Path("predictions").iterdir()) == ["1-a.png", "3-c.png"]
+    told = json.loads(Path("found/all.json").read_text())["pictures"]
+    rows = rows_of(Path("found/all.csv"))
+    assert [one["picture"] for one in told] == [row["picture"] for row in rows] == [
+        "some/a.png", "some/b.jpg", "some/deep/er/c.png",
+    ]  # fmt: skip
+    assert told[1]["error"] == rows[1]["error"] == first.removeprefix("lape: ")
+    same: list[Any] = list(predict(classifier, files))
+    for number, one in zip((0, 2), same, strict=True):
+        records = one.answer.records(one.classes)
+        assert told[number]["answers"] == [{**record, "probability": approx(record)} for record in records]
+        ranked = [(rows[number][f"class{at}"], float(rows[number][f"probability{at}"])) for at in ("", "_2")]
+        assert ranked == [(record["class"], approx(record)) for record in records]
+
+
+def approx(record: dict[str, Any]) -> Any:
+    return pytest.approx(record["probability"], rel=1e-5)
+
+
+def test_nothing_is_drawn_where_that_is_asked_and_files_of_others_stay(
+    segmenter: Path, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run, measure, count in ((segmenter, "share", 1), (detector, "score", 2)):
+        picture = next((run.parent / "set").rglob("0.jpg"))
+        words = ["predict", str(run), str(picture), "--no_draw", "--threshold", "0", "--accelerator", "cpu"]
+        assert main([*words, "--csv", "found.csv"]) == 0
+        assert capsys.readouterr().out.startswith(f"{picture}: ")
+        found: Any
+        (found,) = predict(run, [picture], threshold=0.0)
+        records, rows = found.answer.records(found.classes), rows_of(Path("found.csv"))
+        assert len(records) >= count
+        assert [row["class"] for row in rows] == [record["class"] for record in records]
+        assert [float(row[measure]) for row in rows] == pytest.approx([record[measure] for record in records])
+        assert [path.name for path in tmp_path.iterdir()] == ["found.csv"]
+    Path("found.csv").write_text("another's")
+    assert main([*words, "--csv", "found.csv"]) == 2
+    assert "found.csv is there and was not written by lape" in capsys.readouterr().err
+    assert main([*words, "--batch_size", "0"]) == 2
+    assert "batch_size must be at least 1, not 0" in capsys.readouterr().err

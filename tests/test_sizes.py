@@ -180,9 +180,8 @@ def test_words_that_yaml_reads_as_numbers_stay_words() -> None:
     assert _normal("models", ["--name", "224", "cct"]) == ['--name=["224",cct]']
 
 
-def test_a_folder_without_sizes_and_sizes_of_a_dense_model_are_refused(lape, monkeypatch) -> None:  # noqa: F811
+def test_sizes_of_a_dense_model_are_refused(monkeypatch) -> None:
     checkpoint(FEW)
-    assert "give sizes, or leave it out" in refused(lape("eval", "run", "--out", "filed"))
     run = load_run(Path("run"), lambda *_: FEW_DIGITS)
     monkeypatch.setattr(type(run.work), "one_size", False)
     with pytest.raises(UsageError, match="sizes are for classifiers"):

@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ def folder_of(experiment: Experiment) -> Path:
 
 def evaluate(
     checkpoint: Path,
+    split: str = "val",
     data: str | None = None,
     data_dir: Path | None = None,
     batch_size: int | None = None,
@@ -61,11 +62,13 @@ def evaluate(
     sizes: list[str] | None = None,
     out: Path | None = None,
 ) -> None:
-    """Measure a checkpoint on validation images.
+    """Measure a checkpoint on validation images, or on those of another split: all of them, and class by class.
 
     Args:
         checkpoint: A run's best.pt or last.pt, or its folder.
-        data: Another set of the same classes; default: the one that the run validated on.
+        split: Which images: train, val, or test where the set has one.
+        data: Another set of the same classes, or a folder that holds a folder for each class, of which all pictures
+            are judged; default: the set that the run validated on.
         data_dir: Folder of a named set; default: that of the run.
         batch_size: Images at once; default: as in training.
         workers: Processes that prepare images; default: none for sets held in memory, else one per core, at most 24.
@@ -75,12 +78,15 @@ def evaluate(
         test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
         sizes: Classification: sizes of the images, as 28,42,28x56 (height x width), at which the same weights are
             measured one after another; default: the size of the run alone.
-        out: With sizes: folder for sizes.json and sizes.csv; default: the table is only printed.
+        out: Folder for evaluation.json, and of a classifier for every prediction (CSV, JSON), the table of its classes
+            and the confusion matrix (CSV, picture) and a sheet of the worst mistakes; with sizes: for sizes.json and
+            sizes.csv; default: no file, what is printed alone.
     """
     from lape.data.sizes import sizes_of
 
     asked = None if sizes is None else sizes_of(sizes)
     changed: dict[str, Any] = {
+        "split": split,
         "data": data,
         "data_dir": data_dir,
         "batch_size": batch_size,
@@ -93,15 +99,26 @@ def evaluate(
     if asked is not None:
         _evaluate_at_sizes(checkpoint, asked, out, changed)
         return
+    from lape.files import writing
+
     if out:
-        raise UsageError(f"out {out} is the folder for measurements at several sizes: give sizes, or leave it out.")
-    from lape.tasks.measures import TITLES
+        from lape.extras import require
+
+        require("lape eval --out", "matplotlib")
+    from lape.report import evaluation as report
+
+    writing.refuse_others(report.places(out) if out else [])
     from lape.training.evaluation import evaluate_checkpoint
 
     evaluation = evaluate_checkpoint(checkpoint, **changed)
-    scores = ", ".join(f"{TITLES[name]} {value:.2f} %" for name, value in evaluation.metrics.items() if name in TITLES)
-    images = plural(evaluation.images, "validation image")
-    say(f"{scores} on {images} of {evaluation.data} ({evaluation.checkpoint})")
+    if not first_process():
+        return
+    say(report.line(evaluation))
+    console().print(report.terminal(evaluation), end="")
+    if out:
+        first, *others = report.write(evaluation, out)
+        say("")
+        say(f"Written: {', '.join([str(first), *(path.name for path in others)])}")
 
 
 def _evaluate_at_sizes(checkpoint: Path, sizes: "Sequence[Size]", out: Path | None, changed: Mapping[str, Any]) -> None:
@@ -124,18 +141,28 @@ def predict(
     checkpoint: Path,
     pictures: list[Path],
     out: Path = Path("predictions"),
+    csv: Path | None = None,
+    json: Path | None = None,
+    no_draw: bool = False,
+    batch_size: int | None = None,
     threshold: float = 0.5,
     test_scales: tuple[float, ...] | None = None,
     test_flip: bool | None = None,
     accelerator: str | None = None,
 ) -> None:
-    """Draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map.
+    """Say and draw what a checkpoint finds in pictures: classes, boxes and masks, or a segmentation map.
+
+    A picture that cannot be read is reported, the others are told all the same, and the exit status is 1.
 
     Args:
         checkpoint: A run's best.pt or last.pt, or its folder.
-        pictures: Pictures, or folders of them.
+        pictures: Pictures, or folders of them; of a folder all that are in it, at any depth.
         out: Folder for the pictures with what was found drawn on them.
-        threshold: Detection: lowest score of an object that is drawn.
+        csv: File for a table of what was found; default: none.
+        json: File for what was found, with all numbers; default: none.
+        no_draw: Draw nothing, and write nothing to the folder.
+        batch_size: Pictures at once; default: 32, and 1 in detection and segmentation.
+        threshold: Detection: lowest score of an object that is told.
         test_scales: Segmentation: factors by which an image is resized, predictions are averaged; default: the run's.
         test_flip: Segmentation: average the predictions for an image and its mirror image; default: as in the run.
         accelerator: What computes: auto, cpu, cuda, gpu, mps; default: auto.
@@ -143,20 +170,41 @@ def predict(
     from rich.progress import track
 
     from lape.files import writing
-    from lape.report.prediction import line, png
-    from lape.training.prediction import files_of
+    from lape.report.prediction import Listing, line, png
+    from lape.training.prediction import Predicted, Unread, files_of
     from lape.training.prediction import predict as answers
 
     files = files_of(pictures)
     digits = len(str(len(files)))
     targets = [out / f"{number:0{digits}d}-{path.stem}.png" for number, path in enumerate(files, start=1)]
-    writing.refuse_others(targets)
+    writing.refuse_others([*filter(None, (csv, json)), *(() if no_draw else targets)])
     changed = {"test_scales": test_scales, "test_flip": test_flip, "accelerator": accelerator}
-    predictions = answers(checkpoint, files, threshold, **changed)
+    predictions = answers(checkpoint, files, threshold, batch_size, **changed)
     shown = track(predictions, "looking", len(files), console=console(stderr=True), transient=True)
-    for predicted, target in zip(shown, targets, strict=True):
-        writing.write_marked({target: png(predicted)})
-        say(f"{line(predicted)} -> {target}")
+    listing, unread = Listing(), 0
+
+    def drawn(one: Predicted) -> bytes | Unread:
+        try:
+            return png(one)
+        except RunError as error:  # it was there a moment ago
+            return Unread(one.path, str(error))
+
+    for one, target in zip(shown, targets, strict=True):
+        picture = drawn(one) if isinstance(one, Predicted) and not no_draw else None
+        outcome = picture if isinstance(picture, Unread) else one
+        listing.add(outcome)
+        if isinstance(outcome, Unread):
+            unread += 1
+            say(f"lape: {outcome.reason}", error=True)
+            continue
+        if isinstance(picture, bytes):
+            writing.write_marked({target: picture})
+        say(line(outcome) if no_draw else f"{line(outcome)} -> {target}")
+    writing.write_marked(
+        ({csv: listing.as_csv()} if csv else {}) | ({json: listing.as_json(checkpoint)} if json else {})
+    )
+    if unread:
+        raise RunError(f"{unread} of {plural(len(files), 'picture')} could not be read, and are named above.")
 
 
 def compare(
@@ -232,34 +280,57 @@ def compare(
     study.raise_missing()
 
 
-def gather(runs: list[Path] = [Path("runs")], out: Path | None = None) -> None:  # noqa: B006 (only read)
-    """Put finished runs beside one another and beside the paper's claims, as one page.
+def gather(
+    runs: list[Path] = [],  # noqa: B006 (only read)
+    model: str | None = None,
+    model_args: dict[str, Any] = {},  # noqa: B006
+    weights: str | None = None,
+    join: str = "default",
+    out: Path | None = None,
+) -> None:
+    """Put finished runs beside one another and beside the paper's claims, as one page; or tell of models alone.
 
     What lape compare --sizes found of them at other sizes of images stands on it too.
 
     Args:
-        runs: Folders in which finished runs, and measurements by lape cost, are looked for.
+        runs: Folders in which finished runs, and measurements by lape cost, are looked for; and folders or .safetensors
+            that lape export wrote, each of which is a model on the page; default: runs, and with a model none.
+        model: A model of timm's, or one that lape models lists, to be told of on the page.
+        model_args: More keywords for it, as {"depth": 6}.
+        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; needed with a model.
+        join: The join of these weights.
         out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
-            default: report.html in the first folder.
+            default: report.html in the first folder of runs, without runs in the folder where one is.
     """
     from lape import report
     from lape.files import writing
     from lape.report import tables
+    from lape.report.models import told_of, told_of_weights
     from lape.studies.analysis import Kept
     from lape.studies.sizes import with_kept
-    from lape.studies.study import gather
+    from lape.studies.study import Gathered, gather
 
-    page = out or runs[0] / "report.html"
+    if bool(model) != bool(weights):
+        raise UsageError("A page tells of a trained model: give --model with the name and --weights with its file.")
+    from lape.sharing.exporting import is_saved
+
+    saved = [path for path in runs if is_saved(path)]
+    folders = [path for path in runs if path not in saved] or ([] if saved or model else [Path("runs")])
+    page = out or (folders[0] if folders else Path()) / "report.html"
     if page.suffix != ".html":
         raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
     writing.refuse_others([page, page.with_suffix(".md")])
     kept = Kept(page)
-    gathered = gather(runs)
-    _name_left_out(gathered.left_out, others=gathered.studies)
-    studies = [with_kept(study) for study in _analysed(gathered.studies, kept)]
-    costs = sorted({file for folder in runs for file in folder.rglob("cost.json")})
-    report.write_page(studies, gathered.left_out, costs, page)
-    console().print(tables.terminal_of_claims(studies))
+    gathered = gather(folders) if folders else Gathered((), {})
+    models = [*told_of(saved), *(told_of_weights(model, model_args, weights, join) if model and weights else ())]
+    _name_left_out(gathered.left_out, others=(*gathered.studies, *models))
+    studies = [with_kept(study) for study in _analysed(gathered.studies, kept)] if folders else []
+    costs = sorted({file for folder in folders for file in folder.rglob("cost.json")})
+    report.write_page(studies, gathered.left_out, costs, page, models)
+    for one in models:
+        console().print(one.terminal())
+    if studies:
+        console().print(tables.terminal_of_claims(studies))
     say(f"Report: {page}")
 
 
@@ -370,6 +441,8 @@ def export(
     out: Path | None = None,
     fold: bool = False,
     dynamic_size: bool = False,
+    opset: int | None = None,
+    license: str | None = None,
     push: str | None = None,
     model_args: dict[str, Any] = {},  # noqa: B006 (only read)
 ) -> None:
@@ -381,25 +454,38 @@ def export(
             configuration); without a suffix it is a folder for the Hub; default: model.onnx, and with push no file.
         fold: Turn positions into constants first (.onnx and .pt2).
         dynamic_size: Leave height and width open (.onnx and .pt2).
+        opset: Version of ONNX's operators (.onnx); default: the one that torch writes by itself.
+        license: What others may do with the model, by the Hub's name for that, as apache-2.0, mit or other; needed with
+            push; default: the one of a folder that has one, else it is not said.
         push: Upload weights and configuration to this repository of the Hub, as user/name, with the account of `hf
             auth login` or of HF_TOKEN; default: nothing is uploaded.
         model_args: More keywords for the model, as {"dynamic_img_size": true}, which dynamic_size needs in timm's
             ViTs.
     """
     from lape.sharing.exporting import export, load_model
-    from lape.sharing.hub import push_to_hub, save_pretrained
+    from lape.sharing.hub import Known, push_to_hub, save_pretrained
 
     out = out or (None if push else Path("model.onnx"))
     weights = out is None or out.suffix in ("", ".safetensors")
-    if weights and (fold or dynamic_size):
+    if weights and (fold or dynamic_size or opset):
         raise UsageError(
-            f"fold and dynamic_size mean nothing for {out or push}, which holds weights. Give --out a .onnx or .pt2."
+            f"fold, dynamic_size and opset mean nothing for {out or push}, which holds weights. Give --out a .onnx or "
+            ".pt2."
         )
+    Known(license=license)  # a wrong name is refused before the model is made
     model, known = load_model(checkpoint, **model_args)
+    known = replace(known, license=license or known.license)
+    if push and known.license is None:
+        raise UsageError(
+            f"{push} is for others, and its license says what they may do with it. Give --license with the Hub's name "
+            "of one, as apache-2.0, mit or other."
+        )
     if out and weights:
         say(f"{save_pretrained(model, out, known)}: loaded again, the same outputs to the last bit")
+        if known.license is None:
+            say("No license is said in it: others may not use it. To name one, add --license, as in --license mit")
     elif out:
-        exported = export(model, out, fold, dynamic_size)
+        exported = export(model, out, fold, dynamic_size, opset=opset, known=known)
         shapes = ", ".join("x".join(map(str, shape)) for shape in exported.shapes)
         difference = f"largest difference from the model {exported.difference:.1e} of its output"
         say(f"{exported.path}: {difference}, for images {shapes}")
@@ -502,15 +588,16 @@ def analyze(
 
     Args:
         what: correlation, or decomposition.
-        checkpoints: Runs' best.pt or last.pt, or their folders.
+        checkpoints: Runs' best.pt or last.pt, or their folders; or folders and .safetensors that lape export wrote.
         model: In place of checkpoints: a new model that lape models lists, or a VisionTransformer of timm's; default:
             the checkpoints' models.
         model_args: More keywords for the new model, as {"depth": 6}.
-        weights: Its first weights: a file of lape's, timm's or the authors', or a name of timm's; default: random ones.
-        joins: Its ways of joining; default: default and lape for correlation, default for decomposition.
+        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; default: random ones.
+        joins: Its ways of joining; default: default and lape for correlation, default for decomposition and weights.
         pe: Its position embedding; default: the one that it was designed with.
         grid: Correlation: rows and columns of patches; default: those of the model.
-        data: Decomposition: a set, or a folder of images; default: the one that the run validated on, or digits.
+        data: Decomposition: a set, or a folder of images; default: the one that the run validated on, and digits for a
+            new model without weights.
         data_dir: Folder of a named set; default: that of the run, or the user's cache.
         img_size: Decomposition: side of the images for a new model; default: that of the set, or of the model.
         images: Decomposition: how many validation images; default: 64.
@@ -575,7 +662,7 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "predict": Command(
         predict,
-        "lape predict runs/first holiday.jpg more_pictures/",
+        "lape predict runs/first holiday.jpg more_pictures/ --csv found.csv",
         bare=("checkpoint", "pictures"),
     ),
     "export": Command(

@@ -4,7 +4,7 @@ import gzip
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lape.data.pictures import MODES, open_picture
+from lape.data.pictures import MODES, is_hidden, read_picture
 from lape.data.sources import PictureSource, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation
@@ -85,12 +85,11 @@ class Split:
         return str(self.pictures[index])
 
     def picture(self, index: int, channels: int) -> Image.Image:
-        """Open image `index`; raises RunError naming a file that cannot be read."""
+        """Return image `index` as people see it; raises RunError naming a file that cannot be read."""
         mode = MODES[channels]
         if isinstance(self.pictures, Tensor):
             return Image.fromarray(self.pictures[index].permute(1, 2, 0).squeeze(-1).numpy()).convert(mode)
-        with open_picture(self.pictures[index]) as image:
-            return image.convert(mode)
+        return read_picture(self.pictures[index]).convert(mode)
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,27 @@ class ImageSource(PictureSource[Split]):
     """A dataset for classification."""
 
     kind = "classes"
+
+    def on_split(self, name: str, folder: Path) -> Self:
+        """Return the set with the images of another split, train or test, in the place of its validation images.
+
+        Those of test are read from `folder`. Raises UsageError where there are none.
+        """
+        splits: Mapping[str, Callable[[], Split]] = {
+            "train": lambda: self.train,
+            "val": lambda: self.validation,
+            "test": lambda: images_of_test(folder, self.classes),
+        }
+        return replace(self, validation=splits[name]())
+
+    def with_folder(self, root: Path) -> Self | None:
+        """Return the set with all images in `root`/<class>/ as its validation images; None where there is a train/.
+
+        A class may be missing. Raises UsageError for a folder that is no class of the set.
+        """
+        if not root.is_dir() or (root / "train").is_dir():
+            return None
+        return replace(self, name=root.resolve().name, validation=_labelled(root, self.classes))
 
     def with_training_images(self, count: int) -> Self:
         """Return the set with that many of its training images, as `Split.some` draws them."""
@@ -237,6 +257,42 @@ def folder(root: Path) -> ImageSource:
         validation=split(held_out, own),
         augmentation=PHOTOGRAPHS,
     )
+
+
+def images_of_test(root: Path, classes: Sequence[str]) -> Split:
+    """Return the images of `root`/test/<class>/, which no training sees, labelled by their places in `classes`.
+
+    Raises UsageError where there is no such folder, and for a class that is not among those.
+    """
+    if not (root / "test").is_dir():
+        raise UsageError(f"There is no folder {root / 'test'}, whose images are those of the split test. Put it there.")
+    return _labelled(root / "test", classes)
+
+
+def _labelled(root: Path, classes: Sequence[str]) -> Split:
+    """Return all images in `root`/<class>/, at any depth, of classes that are known; what is hidden is left out."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folders = {path.name for path in root.glob("*/") if not is_hidden(path.relative_to(root))}
+    if foreign := sorted(folders - set(classes)):
+        raise UsageError(
+            f"{root / foreign[0]} is no class that the model was trained to tell ({', '.join(classes[:3])} ...). Name "
+            "a folder that holds a folder for each class, or remove that one."
+        )
+    here = {name: number for number, name in enumerate(classes) if name in folders}
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(IMG_EXTENSIONS) and not is_hidden(Path(path).relative_to(root))
+
+    samples = ImageFolder.make_dataset(str(root), here, is_valid_file=is_image, allow_empty=True) if here else []
+    if not samples:
+        raise UsageError(
+            f"{root} has no image in a folder for its class ({', '.join(classes[:3])} ...; "
+            f"{', '.join(IMG_EXTENSIONS)}). Name another folder."
+        )
+    paths, labels = zip(*samples, strict=True)
+    return Split(root.name, [Path(path) for path in paths], torch.tensor(labels))
 
 
 def _downloaded(name: str, root: Path, read: Callable[[], Read]) -> Read:

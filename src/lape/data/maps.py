@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lape.data.pictures import open_image, open_picture, orientation, read_through, upright, upright_size
+from lape.data.pictures import open_image, open_picture, orientation, read_picture, read_through, upright_size
 from lape.data.sources import PictureSource, PictureSplit, others_left_out
 from lape.errors import RunError, UsageError
 from lape.experiment import Augmentation, Dense
@@ -72,8 +72,7 @@ class AdeSplit:
 
     def picture(self, index: int) -> Image.Image:
         """Return picture `index`, RGB, upright; raises RunError naming a file that cannot be read."""
-        with open_picture(self.pictures[index]) as image:
-            return upright(image)
+        return read_picture(self.pictures[index])
 
     def map(self, index: int) -> Tensor:
         """Return the class of every pixel of picture `index` (H, W), int64 from 0, or IGNORED.

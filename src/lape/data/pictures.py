@@ -27,6 +27,11 @@ TURNS = {
 LYING = (5, 6, 7, 8)  # those that exchange width and height
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file, named from the folder that a person gave, is one that programs keep beside a person's own."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
 @contextmanager
 def open_picture(path: Path) -> Generator[Image.Image, None, None]:
     """Open a picture; raises RunError as `open_image`, and for one whose values do not say which of them is white."""
@@ -84,6 +89,15 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height of an open picture as people see it; its pixels are not read."""
     width, height = image.size
     return (height, width) if orientation(image) in LYING else (width, height)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Return a picture in colour as people see it, RGB; raises as `open_picture` does.
+
+    Whoever looks at pictures, in training, validation or prediction, looks at what this returns.
+    """
+    with open_picture(path) as image:
+        return upright(image)
 
 
 def upright(image: Image.Image) -> Image.Image:

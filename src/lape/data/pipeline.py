@@ -244,7 +244,7 @@ class Posterize:
         return self.keep(image, bits, **options) if bits else image.point(lambda _: 0)
 
 
-def _settled(chosen: Augmentation) -> str:
+def settled(chosen: Augmentation) -> str:
     """How images are resized where nothing may be random."""
     asked = chosen.interpolation or "bilinear"
     return SETTLED.get(asked, asked)
@@ -255,7 +255,7 @@ def _shift(size: tuple[int, int], chosen: Augmentation) -> Callable[[Image.Image
     from timm.data.transforms import str_to_interp_mode
     from torchvision import transforms
 
-    mode: Any = str_to_interp_mode(_settled(chosen))
+    mode: Any = str_to_interp_mode(settled(chosen))
     resize = transforms.Resize(size, mode)
     return transforms.Compose([resize, transforms.RandomCrop(size, padding=chosen.shift)])
 
@@ -272,7 +272,7 @@ def validation_transform(source: Source, chosen: Augmentation, size: tuple[int, 
     """Return what makes a normalised image (C, H, W) of a picture as validation sees it."""
     from timm.data.transforms_factory import create_transform
 
-    options: dict[str, Any] = {"interpolation": _settled(chosen), "crop_pct": chosen.crop_pct}
+    options: dict[str, Any] = {"interpolation": settled(chosen), "crop_pct": chosen.crop_pct}
     return create_transform(size, mean=source.mean, std=source.std, **options)
 
 

@@ -1,9 +1,10 @@
 """What a set is, whatever is to be learnt from it, and how one is found by its name or its folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from PIL import Image
@@ -13,6 +14,9 @@ from lape.errors import UsageError, choose
 from lape.experiment import Augmentation, Experiment
 
 SplitType = TypeVar("SplitType")
+
+# The splits of sets, and what people call the images in each.
+SPLITS: Mapping[str, str] = MappingProxyType({"train": "training", "val": "validation", "test": "test"})
 
 
 class PictureSplit(Protocol):
@@ -62,6 +66,22 @@ class PictureSource(Generic[SplitType]):
     train: SplitType
     validation: SplitType
     augmentation: Augmentation
+
+    def on_split(self, name: str, folder: Path) -> Self:
+        """Return the set with another split in the place of its validation pictures; `folder` is where it was read.
+
+        Raises UsageError for one that models of its kind are not judged on.
+        """
+        if name != "val":
+            raise UsageError(f"{self.name} is judged on its validation pictures alone: leave out split {name}.")
+        return self
+
+    def with_folder(self, root: Path) -> Self | None:
+        """Return the set with all pictures of a folder that has no splits as its validation images.
+
+        None where the folder is of another layout. Raises UsageError where it has other classes.
+        """
+        return None
 
     def with_training_images(self, count: int) -> Self:
         """Return the set with that many of its training images; raises UsageError where no such part is drawn."""

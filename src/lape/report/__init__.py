@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lape.report.models import ModelTold
     from lape.report.plots import Maps
     from lape.studies.study import Study
 
@@ -72,8 +73,14 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path, left_out: Ma
     return folder / PAGE
 
 
-def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: Sequence[Path], path: Path) -> None:
-    """Write studies, the `cost.json` of `costs`, and why runs are in no study, as one page; tables beside it, in a .md.
+def write_page(
+    studies: "Sequence[Study]",
+    left_out: Mapping[Path, str],
+    costs: Sequence[Path],
+    path: Path,
+    models: "Sequence[ModelTold]" = (),
+) -> None:
+    """Write studies, models, the `cost.json` of `costs`, and why runs are in no study, as one page; tables in a .md.
 
     Raises UsageError where another's file is in the way, RunError where the disk refuses.
     """
@@ -88,6 +95,6 @@ def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: 
             measured.append(filed(file))
         except RunError as error:
             missing[file] = str(error)
-    text = page.page([page.Section(study, maps(study)) for study in studies], measured, missing)
-    markdown = "\n".join(map(tables.markdown, studies)) + writing.COMMENT
+    text = page.page([page.Section(study, maps(study)) for study in studies], measured, missing, models)
+    markdown = "\n".join([*map(tables.markdown, studies), *(one.markdown() for one in models)]) + writing.COMMENT
     writing.write_marked({path: text, path.with_suffix(".md"): markdown})

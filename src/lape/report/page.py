@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lape.files import writing
 from lape.files.characters import plural
 from lape.report import cost, plots, tables, words
+from lape.report.models import ModelTold
 from lape.studies.analysis import IMAGES
 from lape.studies.statistics import BASELINE
 from lape.studies.study import Study
@@ -50,9 +51,12 @@ def _uri(figure: "Figure") -> str:
 
 
 def page(
-    sections: Sequence[Section], costs: Sequence[cost.Filed] = (), left_out: Mapping[Path, str] | None = None
+    sections: Sequence[Section],
+    costs: Sequence[cost.Filed] = (),
+    left_out: Mapping[Path, str] | None = None,
+    models: Sequence[ModelTold] = (),
 ) -> str:
-    """Return the page of studies, filed costs, and of runs in no study with the reason."""
+    """Return the page of studies, models, filed costs, and of runs in no study with the reason."""
     from jinja2 import Environment, StrictUndefined
 
     source = files("lape.report").joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -60,7 +64,8 @@ def page(
     runs = sum(len(section.study.results) for section in sections)
     content = {
         "mark": writing.MARK,
-        "title": words.question(sections[0].study) if len(sections) == 1 else words.several(len(sections), runs),
+        "title": _title(sections, models, runs),
+        "models": list(map(_of_model, models)),
         "studies": list(map(_content, sections, words.apart([section.study for section in sections]))),
         "baseline": BASELINE,
         "images": IMAGES,
@@ -68,6 +73,23 @@ def page(
         "left_out": left_out or {},
     }
     return environment.from_string(source).render(content)
+
+
+def _title(sections: Sequence[Section], models: Sequence[ModelTold], runs: int) -> str:
+    if len(sections) == 1:
+        return words.question(sections[0].study)
+    return words.several(len(sections), runs) if sections else words.listed(one.name for one in models)
+
+
+def _of_model(one: ModelTold) -> dict[str, Any]:
+    found = one.correlation
+    return {
+        "name": one.name,
+        "facts": one.facts,
+        "layers": one.layers,
+        "explanation": one.explanation,
+        "maps": None if found is None else picture(lambda theme: plots.correlations({one.name: found}, theme)),
+    }
 
 
 def _content(section: Section, apart: str) -> dict[str, Any]:

@@ -7,9 +7,13 @@ from itertools import cycle
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+from torch import Tensor
+
 from lape.analysis import Correlation, Decomposition
 from lape.data.sizes import Size
 from lape.files import writing
+from lape.files.characters import visible
 from lape.studies.statistics import BASELINE, LAPE, Combination, FinishedRun, Way
 from lape.studies.study import Study
 
@@ -358,6 +362,70 @@ def decompositions(by_model: Mapping[str, Decomposition], theme: Theme = LIGHT) 
         *above.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False, labelcolor=theme.ink
     )
     return figure
+
+
+# --- A classifier's answers
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture on a contact sheet, and the lines below it."""
+
+    picture: Image.Image
+    lines: tuple[str, ...]
+
+
+NUMBERED, NAMED = 25, 60  # most classes of a confusion matrix whose counts, and whose names, can be read
+TILE, ACROSS, LETTERS = 1.7, 4, 24  # inches, tiles side by side, letters that stand below one
+
+
+def confusion(matrix: Tensor, names: Sequence[str], theme: Theme = LIGHT) -> "Figure":
+    """Draw a confusion matrix (C, C), true classes from above down: counts, coloured by their share of the row."""
+    count = len(names)
+    side = min(max(0.36 * count, 2.4), 14)
+    names = [_short(name) for name in names]
+    margin = 0.9 + (0.07 * max(map(len, names)) if count <= NAMED else 0)
+    figure = _figure(theme, side + margin + 0.4, side + margin)
+    panel = figure.subplots()
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    panel.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    _style(panel, theme)
+    panel.set(xlabel="named", ylabel="true class")
+    if count <= NAMED:
+        panel.set_xticks(range(count), names, rotation=90, parse_math=False)
+        panel.set_yticks(range(count), names, parse_math=False)
+    if count <= NUMBERED:
+        for true, named in matrix.nonzero().tolist():
+            ink = "#ffffff" if shares[true, named] > 0.5 else "#1d1f21"
+            panel.text(named, true, str(int(matrix[true, named])), ha="center", va="center", fontsize=8, color=ink)
+    return figure
+
+
+def contact_sheet(title: str, tiles: Sequence[Tile], theme: Theme = LIGHT) -> "Figure":
+    """Draw pictures side by side, each with its lines below it."""
+    deep = -(-len(tiles) // ACROSS)
+    below = max((len(tile.lines) for tile in tiles), default=0) * 0.16 + 0.1
+    figure = _figure(theme, ACROSS * TILE, deep * (TILE + below) + 0.5)
+    figure.suptitle(title, fontsize=9, color=theme.ink, x=0.01, ha="left", parse_math=False)
+    if not tiles:
+        return figure
+    panels = figure.subplots(deep, ACROSS, squeeze=False).flatten().tolist()
+    for panel in panels:
+        panel.set_axis_off()
+    for panel, tile in zip(panels, tiles, strict=False):
+        small = tile.picture.copy()
+        small.thumbnail((320, 320))
+        panel.imshow(small, interpolation="nearest")
+        lines = "\n".join(map(_short, tile.lines))
+        panel.text(0.5, -0.04, lines, transform=panel.transAxes, ha="center", va="top", fontsize=7, color=theme.ink,
+                   parse_math=False)  # fmt: skip
+    return figure
+
+
+def _short(text: str) -> str:
+    """Return a name on one line, cut where it is long."""
+    text = visible(text)
+    return text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
 
 
 def png(figure: "Figure", dots_per_inch: int = 200) -> bytes:

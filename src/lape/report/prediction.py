@@ -1,17 +1,25 @@
-"""What was found in a picture, drawn on it and as a line."""
+"""What was found in pictures: drawn on them, as lines, and as files for other programs."""
 
 import colorsys
 import io
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lape import __version__
+from lape.data.pictures import read_picture
 from lape.files import writing
 from lape.files.characters import visible
-from lape.training.prediction import Predicted
+from lape.report.table import Table
+from lape.tasks.work import Answer
+from lape.training.prediction import Predicted, Unread
+from lape.training.provenance import provenance
 
 VEIL = 0.5  # share of its class's colour in a pixel
 MARGIN = 6  # pixels
@@ -27,25 +35,64 @@ def colour(label: int) -> Colour:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def drawn(predicted: Predicted) -> Image.Image:
-    """Return the picture with what was found in it, and below it what the colours mean."""
-    sheet = EnlargedPicture(predicted.picture)
-    predicted.answer.draw(sheet)
-    names = [(colour(label), text) for label, text in predicted.answer.legend(predicted.classes)]
+def drawn(answer: Answer, picture: Image.Image, classes: Sequence[str]) -> Image.Image:
+    """Return a picture with what was found in it, and below it what the colours mean."""
+    sheet = EnlargedPicture(picture)
+    answer.draw(sheet)
+    names = [(colour(label), text) for label, text in answer.legend(classes)]
     return _with_legend(sheet.image, names)
 
 
 def png(predicted: Predicted) -> bytes:
-    """Return what `drawn` does as a PNG."""
+    """Return what `drawn` does as a PNG; raises RunError for a picture that cannot be read any more."""
+    return encoded(drawn(predicted.answer, read_picture(predicted.path), predicted.classes))
+
+
+def encoded(sheet: Image.Image) -> bytes:
+    """Return a picture of ours as a PNG."""
     file, info = io.BytesIO(), PngInfo()
     info.add_text("Software", writing.MARK)
-    drawn(predicted).save(file, "png", pnginfo=info)
+    sheet.save(file, "png", pnginfo=info)
     return file.getvalue()
 
 
 def line(predicted: Predicted) -> str:
     """Say in a line what was found."""
     return f"{predicted.path}: {predicted.answer.line(predicted.classes)}"
+
+
+class Listing:
+    """What was said of many pictures in plain values, so that none of the pictures is kept."""
+
+    def __init__(self) -> None:
+        self.pictures: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, one: Predicted | Unread) -> None:
+        """Note what was said of a picture, or that it could not be read."""
+        place = {"picture": str(one.path)}
+        if isinstance(one, Unread):
+            self.pictures.append(place | {"error": one.reason})
+            self.rows.append(place | {"error": one.reason})
+            return
+        self.pictures.append(place | {"answers": one.answer.records(one.classes)})
+        self.rows += [place | row for row in one.answer.rows(one.classes) or [{}]]
+
+    def as_csv(self) -> str:
+        """Return a row for each picture, or for each thing found in one; numbers unrounded, the error at the end."""
+        named = dict.fromkeys(name for row in self.rows for name in row if name != "error")
+        headings = [*named, "error", writing.MARK]
+        return Table(headings, [[*map((row | {writing.MARK: __version__}).get, headings)] for row in self.rows]).csv()
+
+    def as_json(self, checkpoint: Path) -> str:
+        """Return all of it with full precision, with what said it."""
+        content = {
+            writing.MARK: __version__,
+            "checkpoint": str(checkpoint),
+            **provenance(),
+            "pictures": self.pictures,
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class EnlargedPicture:

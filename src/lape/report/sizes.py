@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lape import __version__
+from lape.data.sources import SPLITS
 from lape.files import writing
 from lape.files.characters import plural
 from lape.report.table import Table
@@ -40,7 +41,7 @@ def terminal(evaluation: SizesEvaluation) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    images = plural(evaluation.images, "validation image")
+    images = plural(evaluation.images, f"{SPLITS[evaluation.split]} image")
     about = f"{images} of {evaluation.data}, {evaluation.checkpoint}, trained at {evaluation.trained}"
     refusals = [f"{one.size} is not taken. {one.refusal}" for one in evaluation.results if one.refusal is not None]
     return Group(Text(about), Text(), table(evaluation).terminal(), *map(Text, ["", *refusals] if refusals else []))
@@ -69,6 +70,7 @@ def as_json(evaluation: SizesEvaluation) -> str:
         writing.MARK: __version__,
         "checkpoint": str(evaluation.checkpoint),
         "data": evaluation.data,
+        "split": evaluation.split,
         "images": evaluation.images,
         "trained": str(evaluation.trained),
         "sizes": _records(evaluation),

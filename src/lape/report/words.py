@@ -103,7 +103,7 @@ def apart(studies: Sequence[Study]) -> list[str]:
     identities = [study.experiment.identity() for study in studies]
     differing = [
         name
-        for name in identities[0]
+        for name in (identities[0] if identities else ())
         if name not in VARIED and any(identity[name] != identities[0][name] for identity in identities)
     ]
     settings = [

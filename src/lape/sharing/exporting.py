@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lape import __version__
+from lape.data.pictures import MODES
 from lape.errors import RunError, UsageError, first_line, lacking
 from lape.extras import require
 from lape.files import writing
@@ -44,21 +45,30 @@ class Exported:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file: its bytes, from a program and what is known of the model, and how they run; what that needs."""
+    """One kind of file: its bytes, from a program and what is known of the model, and how they run; what that needs.
 
-    dump: Callable[[ExportedProgram, str], bytes]
+    `dump` is told the version of ONNX's operators too, where one is asked for.
+    """
+
+    dump: Callable[[ExportedProgram, str, int | None], bytes]
     load: Callable[[bytes], Runner]
     needs: tuple[str, ...] = ()
 
 
-def _dump_onnx(program: ExportedProgram, config: str) -> bytes:
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+def _dump_onnx(program: ExportedProgram, config: str, opset: int | None) -> bytes:
+    for name in ("onnxscript", "onnx_ir", "torch.onnx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     count = len(program.graph_signature.user_outputs)
     names = ["output"] if count == 1 else [f"output_{number}" for number in range(count)]
     written: Any = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=names, verbose=False, external_data=False
-    )
+        program, dynamo=True, input_names=["images"], output_names=names, verbose=False, external_data=False,
+        opset_version=opset,
+    )  # fmt: skip
+    if opset not in (None, version := written.model.opset_imports[""]):  # torch writes what it can, and goes on
+        raise UsageError(
+            f"opset is a version of ONNX's operators that torch can write; {opset} was received, and it wrote "
+            f"{version}. Give --opset {version}, or leave it out."
+        )
     written.rename_axes({written.model.graph.inputs[0].shape[0]: "batch"})
     written.model.metadata_props[hub.HEADER] = config
     return written.model_proto.SerializeToString()
@@ -73,7 +83,9 @@ def _load_onnx(content: bytes) -> Runner:
     return lambda images: [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
 
 
-def _dump_program(program: ExportedProgram, config: str) -> bytes:
+def _dump_program(program: ExportedProgram, config: str, opset: int | None) -> bytes:
+    if opset is not None:
+        raise UsageError(f"opset {opset} is a version of ONNX's operators, and a .pt2 has none. Leave it out.")
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={hub.CONFIG: config})
     return content.getvalue()
@@ -98,11 +110,14 @@ def export(
     fold: bool = False,
     dynamic_size: bool = False,
     input_size: tuple[int, int, int] | None = None,
+    opset: int | None = None,
+    known: hub.Known | None = None,
 ) -> Exported:
     """Write a model as a file for other programs: ONNX (.onnx) or torch.export (.pt2), by the suffix of `path`.
 
     The file takes float32 images (B, C, H, W), normalised, for any B. Before it is put in its place it is run beside
-    the model. The model itself does not change.
+    the model. The model itself does not change. Its metadata, JSON under the key "lape", says what an image goes
+    through before it is handed over, what the outputs are called, and that they are logits.
 
     Args:
         model: A classifier or segmenter, with or without a join.
@@ -110,6 +125,8 @@ def export(
         fold: Replace positions by constants first; the file is then for one size of images.
         dynamic_size: Leave H and W open too; not together with `fold`.
         input_size: (C, H, W) of the images; None stands for the model's own.
+        opset: Version of ONNX's operators; None stands for the one that torch writes by itself.
+        known: What else the file is to say (classes, normalisation, results, licence); None stands for nothing.
 
     Returns:
         The path, the largest difference of an output (relative to the largest output), and the shapes that were tried.
@@ -155,7 +172,7 @@ def export(
         _refuse_one_size(original, batches[-1])
     program = _program(folded(copy.deepcopy(original)) if fold else original, batches[0], dynamic_size)
     with _following(original, path.suffix, dynamic_size):
-        content = form.dump(program, _config(model))
+        content = form.dump(program, _config(model, known or hub.Known(), tuple(batches[1].shape[1:])), opset)
         answer = form.load(content)
         answers = [answer(images) for images in batches]  # a program refuses what it was not traced for
     difference = _difference(answers, [hub.outputs(original, images) for images in batches])
@@ -168,13 +185,18 @@ def export(
     return Exported(path, difference, tuple(tuple(images.shape) for images in batches))
 
 
+def is_saved(source: Path) -> bool:
+    """Whether a path is what `lape.save_pretrained` writes, and not a run."""
+    return source.suffix == ".safetensors" or (source / hub.CONFIG).exists()
+
+
 def load_model(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]:
     """Return the model of a run, of its checkpoint or of what `lape.save_pretrained` wrote, and what is known of it.
 
     `model_args` are more keywords for the model. Raises RunError as `load_run` and `from_pretrained` do.
     """
-    if source.suffix == ".safetensors" or (source / hub.CONFIG).exists():
-        return hub.from_pretrained(source, **model_args), hub.Known()
+    if is_saved(source):
+        return hub.from_pretrained(source, **model_args), hub.known_of(source)
     from lape.tasks.measures import TITLES
     from lape.training.evaluation import load_run
 
@@ -188,17 +210,54 @@ def load_model(source: Path, **model_args: Any) -> tuple[nn.Module, hub.Known]:
             model.state_dict(),
         )
         fill(model, weights, run.path)
-    facts = {"label_names": stored.classes, "mean": getattr(stored, "mean", None), "std": getattr(stored, "std", None)}
-    model.pretrained_cfg = model.pretrained_cfg | {name: value for name, value in facts.items() if value}
+    model.pretrained_cfg = model.pretrained_cfg | run.work.input_config() | {"label_names": stored.classes}
     metrics = {f"{TITLES[name]}, %": value for name, value in run.metrics.items() if name in TITLES}
     return model, hub.Known(metrics=metrics, data=stored.name)
 
 
-def _config(model: nn.Module) -> str:
-    """Return what a model's user must know, as far as the model tells, and who wrote it."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    known = {name: cfg[name] for name in ("architecture", "mean", "std", "label_names") if cfg.get(name)}
-    return json.dumps({**known, writing.MARK: __version__})
+def _config(model: nn.Module, known: hub.Known, shape: tuple[int, ...]) -> str:
+    """Return what a model's user must know, as far as the model tells, and who wrote it; `shape` is of an image."""
+    cfg = {**(getattr(model, "pretrained_cfg", None) or {})}
+    cfg |= {name: value for name, value in (("mean", known.mean), ("std", known.std)) if value is not None}
+    cfg |= {"label_names": known.classes} if known.classes else {}
+    shown: dict[str, Any] = {name: list(cfg[name]) for name in ("mean", "std", "label_names") if cfg.get(name)}
+    if cfg.get("architecture"):
+        shown["architecture"] = cfg["architecture"]
+    if {"mean", "std", "crop_pct", "interpolation"} <= cfg.keys():
+        try:
+            shown["preprocessing"] = preprocessing(cfg, shape)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise RunError(
+                f"The model's configuration says of its images what cannot be ({error}). Mend crop_pct, mean or std in "
+                "it."
+            ) from error
+    told = {"license": known.license, "metrics": known.metrics and {"on": known.data, **known.metrics}}
+    return json.dumps(
+        {**shown, "softmax": False, **{name: value for name, value in told.items() if value}, writing.MARK: __version__}
+    )
+
+
+def preprocessing(cfg: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Say what becomes of a picture before a model takes it as an image of that shape (C, H, W), step by step.
+
+    `cfg` is what timm's models say of their images. A picture is turned upright as EXIF says, and brought to the
+    colours of `mode`. With the crop mode "center" its shorter side is resized to `resize`, or where that is two numbers
+    it covers that height and width; then `crop` (height, width) is cut from its centre. Values are divided by `scale`;
+    `mean` is subtracted, and what is left divided by `std`.
+    """
+    channels, *sides = shape
+    larger = [math.floor(side / cfg["crop_pct"]) for side in sides]
+    return {
+        "upright": True,
+        "mode": MODES.get(channels),
+        "crop_mode": cfg.get("crop_mode", "center"),
+        "resize": larger if len({*larger}) > 1 else larger[0],
+        "interpolation": cfg["interpolation"],
+        "crop": sides,
+        "scale": 255,
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+    }
 
 
 def _step(model: nn.Module) -> int:

@@ -36,6 +36,8 @@ BUILT_BY = "built_by"  # in a configuration: which code of its user made the mod
 HEADER = "lape"  # the key of the configuration in the header of a weight file
 # What timm's description of a model says of where weights can be downloaded: a configuration chooses none of it.
 _SOURCES = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+_ABOUT_THEM = ("license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 Make = Callable[[], nn.Module]
 
 
@@ -49,6 +51,10 @@ class Known:
         std: Their standard deviation.
         metrics: What it was measured to reach, as in {"accuracy, %": 98.66}.
         data: What it was measured on.
+        license: What others may do with it, by the Hub's name for that, as apache-2.0, mit or other; None: not said.
+
+    Raises:
+        UsageError: For a licence that is no such name.
 
     Example:
         >>> import lape
@@ -61,6 +67,14 @@ class Known:
     std: Sequence[float] | None = None
     metrics: Mapping[str, float] | None = None
     data: str | None = None
+    license: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.license is not None and not _LICENSE.fullmatch(self.license):
+            raise UsageError(
+                "license is a name of the Hub's for a licence, as apache-2.0, mit, cc-by-4.0 or other; "
+                f"{self.license!r} was received."
+            )
 
 
 # --- A model in words
@@ -101,7 +115,8 @@ def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -
     shown |= get_model_input_config(model)
     shown |= {name: tuple(value) for name in ("mean", "std") if (value := getattr(known, name)) is not None}
     # These told of the weights that timm offers, not of the model's.
-    for name in ("architecture", "tag", "state_dict", "label_offset", "test_input_size", "pool_size", "custom_load"):
+    of_theirs = ("architecture", "tag", "state_dict", "label_offset", "test_input_size", "pool_size", "custom_load")
+    for name in (*of_theirs, *_ABOUT_THEM):
         shown.pop(name, None)
     names = known.classes or shown.pop("label_names", None)
     config = {"architecture": cfg["architecture"], "num_classes": args.get("num_classes", shown.get("num_classes"))}
@@ -112,9 +127,29 @@ def configuration(model: nn.Module, known: Known = Known(), **model_args: Any) -
     if names:
         config["label_names"] = list(names)
     config[writing.MARK] = __version__
-    if known.metrics:
-        config["metrics"] = {"on": known.data, **known.metrics}
-    return _in_words(config)
+    return _in_words(config | _measured_and_licensed(known))
+
+
+def _measured_and_licensed(known: Known) -> dict[str, Any]:
+    """Return what a configuration says of results and licence."""
+    measured = {"metrics": {"on": known.data, **known.metrics}} if known.metrics else {}
+    return measured | ({"license": known.license} if known.license else {})
+
+
+def known_of(source: str | Path) -> Known:
+    """Return what `save_pretrained` was told of results and licence; raises RunError as `from_pretrained` does."""
+    config, _ = _files(source)
+    told = _config(config)
+    if not isinstance(told, dict):
+        return Known()
+    metrics = dict(told["metrics"]) if isinstance(told.get("metrics"), dict) else {}
+    on = metrics.pop("on", None)
+    license = told.get("license")
+    return Known(
+        metrics={str(name): value for name, value in metrics.items() if isinstance(value, float | int)} or None,
+        data=on if isinstance(on, str) else None,
+        license=license if isinstance(license, str) and _LICENSE.fullmatch(license) else None,
+    )
 
 
 def _built_configuration(model: nn.Module, build: Make, known: Known) -> dict[str, Any]:
@@ -133,9 +168,7 @@ def _built_configuration(model: nn.Module, build: Make, known: Known) -> dict[st
     }
     if known.classes:
         config["label_names"] = list(known.classes)
-    if known.metrics:
-        config["metrics"] = {"on": known.data, **known.metrics}
-    return _in_words(config)
+    return _in_words(config | _measured_and_licensed(known))
 
 
 def _in_words(config: dict[str, Any]) -> dict[str, Any]:
@@ -577,7 +610,8 @@ def card(config: Mapping[str, Any], repo_id: str) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     hub: Any = import_module("huggingface_hub")
     library = "pytorch" if built else "timm"
-    data = hub.ModelCardData(library_name=library, tags=[library, "lape", "vision-transformer"])
+    tags = [library, "lape", "vision-transformer"]
+    data = hub.ModelCardData(library_name=library, tags=tags, license=config.get("license"))
     more = ", build=...)  # what makes the model, as above; or this folder" if built else ")  # or this folder"
     timms = (
         ""

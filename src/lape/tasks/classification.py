@@ -1,5 +1,6 @@
 """Image classification: cross-entropy of soft targets, with or without a teacher; accuracy in percent."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy, deepcopy
@@ -24,7 +25,7 @@ from lape.hosts import find
 from lape.models.rebuilding import Build
 from lape.models.registry import learns_from
 from lape.tasks.building import build_model, refuse_foreign
-from lape.tasks.work import Sheet
+from lape.tasks.work import NamedClasses, Sheet
 from lape.weights import fill, read
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
@@ -44,7 +45,7 @@ CROSS_ENTROPY = "cross-entropy"
 LOSSES: dict[str, Loss] = {CROSS_ENTROPY: _cross_entropy, "binary-cross-entropy": _binary_cross_entropy}
 
 SETTINGS = {"train_images", "img_size", "teacher", "loss", *(field.name for field in fields(Augmentation))}
-LIKELIEST = 5  # classes of a picture
+LIKELIEST = 5  # classes of a picture that are told
 IN_A_LINE = 3  # of these
 
 
@@ -64,6 +65,24 @@ class LikelyClasses:
         shares = zip(self.labels.tolist(), self.probabilities.tolist(), strict=True)
         return [(label, f"{classes[label]} {share:.1%}") for label, share in shares]
 
+    def records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Each class with its probability; None where a model that diverged answers no number."""
+        shares = zip(self.labels.tolist(), self.probabilities.tolist(), strict=True)
+        return [
+            {"class": classes[label], "probability": share if math.isfinite(share) else None} for label, share in shares
+        ]
+
+    def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """One row: the likeliest class, and behind it the others by their rank."""
+        ranked = enumerate(self.records(classes), start=1)
+        return [
+            {
+                name if rank == 1 else f"{name}_{rank}": value
+                for rank, record in ranked
+                for name, value in record.items()
+            }
+        ]
+
     def draw(self, sheet: Sheet) -> None:
         """Draw nothing: it is said of the whole picture."""
 
@@ -82,15 +101,19 @@ class Classification:
         """Mean loss of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
         return self.loss_of_logits(model(images), targets)
 
-    def meter(self) -> "Meter":
-        """A new account of validation results."""
-        return Meter(self.classes)
+    def meter(self, keep: bool = False) -> "Meter":
+        """A new account of validation results, which with `keep` has what was said of every image."""
+        return Meter(self.classes, keep)
 
-    def predict(self, model: nn.Module, image: Tensor) -> LikelyClasses:
-        """Return what is likeliest of an image (C, H, W), normalised; the model is in eval mode."""
-        probabilities = model(image[None]).float().softmax(1)[0]
-        likeliest = probabilities.topk(min(LIKELIEST, self.classes))
-        return LikelyClasses(likeliest.indices, likeliest.values)
+    def predict(self, model: nn.Module, images: Tensor) -> list[LikelyClasses]:
+        """Return what is likeliest of each of some images (B, C, H, W), normalised; the model is in eval mode."""
+        return list(map(LikelyClasses, *_likeliest(model(images).float())))
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return labels and probabilities (B, K) of the likeliest classes; of equal logits the first, as in argmax."""
+    labels = logits.argsort(dim=1, descending=True, stable=True)[:, :LIKELIEST]
+    return labels, logits.softmax(1).gather(1, labels)
 
 
 class Distillation(Classification):
@@ -107,15 +130,16 @@ class Distillation(Classification):
 
 
 class Meter(nn.Module):
-    """Accuracy and loss over batches and processes."""
+    """Accuracy and loss over batches and processes, and with `keep` what was said of every image."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, keep: bool = False) -> None:
         super().__init__()
-        from torchmetrics import MeanMetric
+        from torchmetrics import CatMetric, MeanMetric
         from torchmetrics.classification import MulticlassAccuracy
 
         self.accuracy = MulticlassAccuracy(classes, average="micro", validate_args=False)
         self.loss = MeanMetric()
+        self.kept = CatMetric(nan_strategy="disable") if keep else None  # a row of numbers for each image
 
     def update(self, model: nn.Module, batch: Batch) -> None:
         """Count a batch."""
@@ -123,11 +147,22 @@ class Meter(nn.Module):
         logits = model(images).float()
         self.accuracy.update(logits, labels)
         self.loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+        if self.kept is not None:
+            of_truth = logits.softmax(1).gather(1, labels[:, None])
+            self.kept.update(torch.cat([labels[:, None], of_truth, *_likeliest(logits)], dim=1))
 
     def compute(self) -> dict[str, float]:
         """What is known of all batches of all processes: `val_loss`, and `val_accuracy` in percent."""
         result: dict[str, Any] = {"val_loss": self.loss.compute(), "val_accuracy": 100 * self.accuracy.compute()}
         return {name: float(value) for name, value in result.items()}
+
+    def answers(self) -> NamedClasses | None:
+        """What was said of every image, process by process; None where it was not kept."""
+        if self.kept is None:
+            return None
+        rows = self.kept.compute().cpu()
+        likeliest, probabilities = rows[:, 2:].chunk(2, dim=1)
+        return NamedClasses(rows[:, 0].long(), rows[:, 1], likeliest.long(), probabilities)
 
 
 class ClassificationWork:
@@ -239,12 +274,25 @@ class ClassificationWork:
         """The validation images."""
         return pipeline.validation_images(self.source, self.experiment, self.size)
 
-    def answer(
-        self, task: Classification, picture: Image.Image, device: torch.device, threshold: float
-    ) -> LikelyClasses:
-        """Name a picture's class."""
+    def input_config(self) -> dict[str, Any]:
+        """Return what timm's models say of their images: size, colours, and what validation does with pictures."""
+        return {
+            "input_size": (self.source.channels, *self.size),
+            "mean": self.source.mean,
+            "std": self.source.std,
+            "interpolation": pipeline.settled(self.chosen),
+            "crop_pct": self.chosen.crop_pct,
+            "crop_mode": "center",
+        }
+
+    def view(self, picture: Image.Image) -> Tensor:
+        """Return a picture as validation sees it: an image (C, H, W), normalised."""
         see = pipeline.validation_transform(self.source, self.chosen, self.size)
-        return task.predict(self.module, see(picture.convert(MODES[self.source.channels])).to(device))
+        return see(picture.convert(MODES[self.source.channels]))
+
+    def answers(self, task: Classification, views: Sequence[Tensor], threshold: float) -> list[LikelyClasses]:
+        """Name the classes of pictures, all at once."""
+        return task.predict(self.module, torch.stack([*views]))
 
     def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
         """Return the model, and `count` validation images as it takes them, drawn once and for all."""

@@ -62,6 +62,19 @@ class DetectedObjects:
         labels = self.labels.tolist()
         return [(label, f"{labels.count(label)} {classes[label]}") for label in dict.fromkeys(labels)]
 
+    def records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Each object with its score and the corners of its box, in pixels; its mask is drawn alone."""
+        found = zip(self.labels.tolist(), self.scores.tolist(), self.boxes.tolist(), strict=True)
+        corners = ("x0", "y0", "x1", "y1")
+        return [
+            {"class": classes[label], "score": score, **dict(zip(corners, box, strict=True))}
+            for label, score, box in found
+        ]
+
+    def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each object."""
+        return self.records(classes)
+
     def draw(self, sheet: Sheet) -> None:
         """Draw boxes with scores, and masks."""
         scores = [f"{score:.2f}" for score in self.scores.tolist()]
@@ -78,7 +91,7 @@ class Detection:
         """Sum of the model's losses for images (3, H, W) in [0, 1], a scalar."""
         return reduce(torch.add, model(images, targets).values())
 
-    def meter(self) -> "Meter":
+    def meter(self, keep: bool = False) -> "Meter":
         """A new account of validation results."""
         return Meter()
 
@@ -130,6 +143,9 @@ class Meter(nn.Module):
                 "the set."
             )
         return {name: 100 * value for name, value in precisions.items() if value >= 0}
+
+    def answers(self) -> None:
+        """Nothing: there is no class of a whole image."""
 
 
 def _find(model: nn.Module, images: list[Tensor]) -> list[Target]:
@@ -213,9 +229,17 @@ class DetectionWork:
         """The validation pictures."""
         return dense.detection_validation(self.source)
 
-    def answer(self, task: Detection, picture: Image.Image, device: torch.device, threshold: float) -> DetectedObjects:
-        """Find a picture's objects, those with a score of `threshold` or more."""
-        return task.predict(self.module, pil_to_tensor(picture).to(device), threshold)
+    def input_config(self) -> dict[str, Any]:
+        """Return what timm's models say of their images: their colours."""
+        return {"mean": self.source.mean, "std": self.source.std}
+
+    def view(self, picture: Image.Image) -> Tensor:
+        """Return the picture (3, H, W), uint8."""
+        return pil_to_tensor(picture)
+
+    def answers(self, task: Detection, views: Sequence[Tensor], threshold: float) -> list[DetectedObjects]:
+        """Find the objects of pictures, those with a score of `threshold` or more."""
+        return [task.predict(self.module, picture, threshold) for picture in views]
 
     def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
         """Return the model's transformer, and `count` validation pictures cut to the size of its table."""

@@ -57,6 +57,14 @@ class ClassMap:
         """Each class that there is, the largest first."""
         return [(label, classes[label]) for label, _ in self._counts()]
 
+    def records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Each class that there is, with its share of the picture, the largest first."""
+        return [{"class": classes[label], "share": count / self.labels.numel()} for label, count in self._counts()]
+
+    def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """A row for each class."""
+        return self.records(classes)
+
     def draw(self, sheet: Sheet) -> None:
         """Draw every pixel in the colour of its class."""
         sheet.fill_pixels(self.labels)
@@ -176,7 +184,7 @@ class Segmentation:
         labelled = (targets != IGNORED).sum().clamp(min=1)
         return loss if self.unlabelled_count else loss * (targets.numel() / labelled)
 
-    def meter(self) -> "Meter":
+    def meter(self, keep: bool = False) -> "Meter":
         """A new account of validation results."""
         return Meter(self)
 
@@ -216,6 +224,9 @@ class Meter(nn.Module):
                 "IoU is of labelled pixels, and the validation maps have none: label some, or change the set."
             )
         return {"val_miou": miou, "val_pixel_accuracy": right}
+
+    def answers(self) -> None:
+        """Nothing: there is no class of a whole image."""
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Sequence[Tensor]:
@@ -293,9 +304,17 @@ class SegmentationWork:
         """The validation pictures."""
         return dense.segmentation_validation(self.source)
 
-    def answer(self, task: Segmentation, picture: Image.Image, device: torch.device, threshold: float) -> ClassMap:
-        """Name the class of every pixel (H, W)."""
-        return ClassMap(task.predict(self.module, pil_to_tensor(picture).to(device)))
+    def input_config(self) -> dict[str, Any]:
+        """Return what timm's models say of their images: their colours."""
+        return {"mean": self.source.mean, "std": self.source.std}
+
+    def view(self, picture: Image.Image) -> Tensor:
+        """Return the picture (3, H, W), uint8."""
+        return pil_to_tensor(picture)
+
+    def answers(self, task: Segmentation, views: Sequence[Tensor], threshold: float) -> list[ClassMap]:
+        """Name the class of every pixel (H, W) of pictures."""
+        return [ClassMap(task.predict(self.module, picture)) for picture in views]
 
     def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
         """Return the model's transformer, and `count` validation pictures cut to the size of its table."""

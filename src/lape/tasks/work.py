@@ -1,7 +1,7 @@
 """What an experiment does with a set, whatever the kind: the parts that every file of a kind has, and their table."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Protocol, Self
 
@@ -35,6 +35,10 @@ class Meter(Protocol):
         """What is known of all batches of all processes: names beginning with `val_`, and numbers."""
         ...
 
+    def answers(self) -> "NamedClasses | None":
+        """What was said of every image, process by process; None where it was not kept."""
+        ...
+
 
 class Task(Protocol):
     """What is learned and measured."""
@@ -46,8 +50,8 @@ class Task(Protocol):
         """Return the loss of a prepared batch, a scalar."""
         ...
 
-    def meter(self) -> Meter:
-        """A new account of validation results."""
+    def meter(self, keep: bool = False) -> Meter:
+        """A new account of validation results, which with `keep` has `Meter.answers` too, in tasks that know such."""
         ...
 
 
@@ -63,11 +67,36 @@ class Sheet(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class NamedClasses:
+    """What a classifier said of N images of known classes, the K likeliest classes of each first.
+
+    `labels` (N,) are the true classes, `of_truth` (N,) their probabilities; `likeliest` and `probabilities` are (N, K).
+    """
+
+    labels: Tensor
+    of_truth: Tensor
+    likeliest: Tensor
+    probabilities: Tensor
+
+    def at(self, places: Tensor) -> "NamedClasses":
+        """Return the same for the images at these places."""
+        return NamedClasses(*(getattr(self, field.name)[places] for field in fields(self)))
+
+
 class Answer(Protocol):
     """What a model says of a picture."""
 
     def line(self, classes: Sequence[str]) -> str:
         """Say it in a few words."""
+        ...
+
+    def records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Return all of it in plain values, one record for each thing that is said."""
+        ...
+
+    def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """Return it as the rows of a table, of numbers and words alone."""
         ...
 
     def legend(self, classes: Sequence[str]) -> list[tuple[int, str]]:
@@ -124,8 +153,16 @@ class Work(Protocol):
         """The validation pictures."""
         ...
 
-    def answer(self, task: Any, picture: Image.Image, device: torch.device, threshold: float) -> Answer:
-        """Say what is in a picture; of objects those with a score of `threshold` or more."""
+    def input_config(self) -> dict[str, Any]:
+        """Return what timm's models say of their images: of these, and of their size where there is but one."""
+        ...
+
+    def view(self, picture: Image.Image) -> Tensor:
+        """Return what is shown of a picture, RGB, to `answers`."""
+        ...
+
+    def answers(self, task: Any, views: Sequence[Tensor], threshold: float) -> Sequence[Answer]:
+        """Say what is in each of some pictures; of objects those with a score of `threshold` or more."""
         ...
 
     def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:

@@ -8,17 +8,17 @@ from typing import cast
 
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from lape.data import pipeline
 from lape.data.pipeline import Batches, InOrder
 from lape.data.sizes import Size
-from lape.data.sources import Source, find_set
-from lape.errors import RunError, UsageError
+from lape.data.sources import SPLITS, Source, find_set, set_of
+from lape.errors import RunError, UsageError, choose
 from lape.experiment import Execution, Experiment
 from lape.files.characters import plural
 from lape.models.rebuilding import LikeItsFile
-from lape.tasks.work import OneSizeWork, Task, Work, set_without_pictures, work_of
+from lape.tasks.work import Meter, NamedClasses, OneSizeWork, Task, Work, set_without_pictures, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST, read
 from lape.weights import fill, judged_weights
@@ -26,12 +26,32 @@ from lape.weights import fill, judged_weights
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checkpoint's metrics on the validation images of a set."""
+    """A checkpoint's metrics on the images of a split, one of `SPLITS`; they are the validation images of `source`.
+
+    `answers` are what was said of each of them, in tasks that know such.
+    """
 
     checkpoint: Path
-    data: str
-    images: int
+    experiment: Experiment
+    source: Source
+    split: str
     metrics: Mapping[str, float]
+    answers: NamedClasses | None = None
+
+    @property
+    def data(self) -> str:
+        """The name of the set."""
+        return self.source.name
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.source.validation)
+
+    @property
+    def images_in_words(self) -> str:
+        """Say how many there are, and of which split."""
+        return plural(self.images, f"{SPLITS[self.split]} image")
 
 
 @dataclass(frozen=True)
@@ -45,18 +65,24 @@ class AtSize:
 
 @dataclass(frozen=True)
 class SizesEvaluation:
-    """A checkpoint's metrics on the validation images of a set, at several sizes."""
+    """A checkpoint's metrics on the images of a split, at several sizes."""
 
     checkpoint: Path
     data: str
     images: int
+    split: str
     trained: Size  # that the model was trained at
     results: tuple[AtSize, ...]
 
 
 def evaluate(fabric: Fabric, task: Task, model: nn.Module, batches: Batches) -> dict[str, float]:
     """Return the task's metrics of a model, one that Fabric does not wrap, over all processes' batches."""
-    meter = task.meter().to(fabric.device)
+    return filled(fabric, task.meter(), model, batches).compute()
+
+
+def filled(fabric: Fabric, meter: Meter, model: nn.Module, batches: Batches) -> Meter:
+    """Return an account with all batches of this process counted, of a model that Fabric does not wrap."""
+    meter = meter.to(fabric.device)
     was_training = model.training
     model.eval()
     with closing(batches), torch.no_grad(), fabric.autocast():
@@ -64,7 +90,7 @@ def evaluate(fabric: Fabric, task: Task, model: nn.Module, batches: Batches) -> 
             images, targets = fabric.to_device(batch)
             meter.update(model, (fabric.strategy.precision.convert_input(images), targets))
     model.train(was_training)
-    return meter.compute()
+    return meter
 
 
 @dataclass(frozen=True)
@@ -112,24 +138,36 @@ def load_run(checkpoint: Path, source_of: Callable[[Experiment, Source], Source]
     return LoadedRun(path, experiment, fabric, work, work.task(fabric), saved.get("metrics") or {})
 
 
-def evaluate_checkpoint(checkpoint: Path, **changed: object) -> Evaluation:
+def evaluate_checkpoint(checkpoint: Path, split: str = "val", **changed: object) -> Evaluation:
     """Judge a checkpoint, or the best one of a run folder, with its experiment's settings but for those changed.
 
-    Raises UsageError for a set of other classes, RunError for a file that is no checkpoint of its model.
+    Raises UsageError for a set of other classes or without that split, RunError for a file that is no checkpoint of its
+    model.
     """
-    run = _with_pictures(checkpoint, changed)
-    return Evaluation(run.path, run.work.source.name, len(run.work.source.validation), _judged(run, run.work))
+    run = _with_pictures(checkpoint, split, changed)
+    meter = _judged(run, run.work, keep=True)
+    metrics, answers = meter.compute(), meter.answers()
+    if answers is not None:
+        answers = answers.at(dealt_out(len(answers.labels), run.fabric.world_size).argsort())
+    return Evaluation(run.path, run.experiment, run.work.source, split, metrics, answers)
 
 
-def evaluate_at_sizes(checkpoint: Path, sizes: Sequence[Size], **changed: object) -> SizesEvaluation:
+def dealt_out(images: int, processes: int) -> Tensor:
+    """Return the places of images in the order in which they lie when one process's follow another's."""
+    return torch.cat([torch.cat(InOrder(images, images, process, processes).batches) for process in range(processes)])
+
+
+def evaluate_at_sizes(
+    checkpoint: Path, sizes: Sequence[Size], split: str = "val", **changed: object
+) -> SizesEvaluation:
     """Judge a checkpoint as `evaluate_checkpoint` does, on images of sizes that it need not be trained at.
 
     Raises the same, and UsageError for a model that sees pictures of many sizes.
     """
-    run = _with_pictures(checkpoint, changed)
+    run = _with_pictures(checkpoint, split, changed)
     results = tuple(at_sizes(run, sizes))
-    held_out = run.work.source.validation
-    return SizesEvaluation(run.path, run.work.source.name, len(held_out), trained_size(run), results)
+    source = run.work.source
+    return SizesEvaluation(run.path, source.name, len(source.validation), split, trained_size(run), results)
 
 
 def trained_size(run: LoadedRun) -> Size:
@@ -149,7 +187,7 @@ def at_sizes(run: LoadedRun, sizes: Iterable[Size]) -> Iterator[AtSize]:
         except UsageError as error:
             yield AtSize(size, {}, str(error))
         else:
-            yield AtSize(size, _judged(run, there))
+            yield AtSize(size, _judged(run, there).compute())
 
 
 def _of_one_size(run: LoadedRun) -> OneSizeWork:
@@ -161,27 +199,36 @@ def _of_one_size(run: LoadedRun) -> OneSizeWork:
     return cast(OneSizeWork, run.work)
 
 
-def _with_pictures(checkpoint: Path, changed: Mapping[str, object]) -> LoadedRun:
+def _with_pictures(checkpoint: Path, split: str, changed: Mapping[str, object]) -> LoadedRun:
+    """Bring back a checkpoint with the images of a split of its set in the place of its validation images."""
+    choose(SPLITS, split, "a split")
     may_download = changed.get("data_dir") is not None  # and never where the checkpoint says
+    own = changed.get("data") is None
 
     def with_pictures(experiment: Experiment, stored: Source) -> Source:
-        source = find_set(experiment.data, experiment.data_dir, download=may_download)
+        if not own and (unsplit := stored.with_folder(Path(experiment.data))) is not None:
+            if split != "val":
+                raise UsageError(f"{experiment.data} has no splits, and all of it is judged: leave out split {split}.")
+            return unsplit
+        data, folder = experiment.data, experiment.data_dir
+        source = set_of(experiment, may_download) if own else find_set(data, folder, may_download)
         if source.classes != stored.classes:
             raise UsageError(
                 f"{checkpoint} was trained to tell {_named(stored.classes)} apart, and {source.name} has "
                 f"{_named(source.classes)}. Give --data a set of the same classes."
             )
-        return source
+        return source.on_split(split, Path(data))
 
     return load_run(checkpoint, with_pictures, **changed)
 
 
-def _judged(run: LoadedRun, work: Work) -> dict[str, float]:
+def _judged(run: LoadedRun, work: Work, keep: bool = False) -> Meter:
+    """Return the account of all images of this process."""
     fabric, held_out = run.fabric, work.source.validation
     at_once = work.validation_batch or run.experiment.batch_size
     share = InOrder(len(held_out), at_once, fabric.global_rank, fabric.world_size)
     batches = pipeline.load(work.validation(), share, run.experiment.workers, fabric.device.type == "cuda")
-    return evaluate(fabric, run.task, work.module, batches)
+    return filled(fabric, run.task.meter(keep), work.module, batches)
 
 
 def _named(classes: Sequence[str]) -> str:
