@@ -55,7 +55,7 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path) -> Path:
     from lape.files import writing
     from lape.report import page, plots, tables
 
-    texts = tables.markdown(study) + writing.COMMENT, tables.as_csv(study), tables.as_json(study)
+    texts = tables.markdown([study]) + writing.COMMENT, tables.as_csv(study), tables.as_json(study)
     contents: dict[str, str | bytes] = dict(zip(TABLES, texts, strict=True))
     contents[PAGE] = page.page([page.Section(study, maps)])
     contents[CURVES] = plots.png(plots.learning_curves(study))
@@ -88,5 +88,4 @@ def write_page(studies: "Sequence[Study]", left_out: Mapping[Path, str], costs: 
         except RunError as error:
             missing[file] = str(error)
     text = page.page([page.Section(study, maps(study)) for study in studies], measured, missing)
-    markdown = "\n".join(map(tables.markdown, studies)) + writing.COMMENT
-    writing.write_marked({path: text, path.with_suffix(".md"): markdown})
+    writing.write_marked({path: text, path.with_suffix(".md"): tables.markdown(studies) + writing.COMMENT})
