@@ -226,6 +226,9 @@ def test_fishers_interval_stays_within_one_and_has_a_width():
     for correlations in ([1.0] * 5, [1.0, 0.9, 1.0], [-1.0] * 3, [0.0, 0.0, 0.0], [1.0, -1.0, 1.0]):
         found = fisher(correlations, LAYERS)
         assert -1 < found.interval[0] < found.mean < found.interval[1] < 1
+    # Five seeds agree on +1.00 over six layers: half a step below is 1 - 6/210; Student's point is that of 4 degrees.
+    middle, half = math.atanh(1 - 6 / 210), 2.7764451 * math.sqrt(1.06 / 3 / 5)
+    assert fisher([1.0] * 5, 6).interval == pytest.approx((math.tanh(middle - half), math.tanh(middle + half)))
     assert fisher([1.0] * 3, 12).interval[0] > fisher([1.0] * 3, 6).interval[0]  # of more layers, more is known
 
 

@@ -99,7 +99,7 @@ def terminal(study: Study) -> "Group":
         at_sizes = sizes(study)
         tight = Table(at_sizes.headings, [[cell.replace(" ± ", "±") for cell in row] for row in at_sizes.rows], 3)
         pes = [row[2] for row in at_sizes.rows]
-        shown += [Text(words.ABOUT_SIZES), Text(), tight.without("table", "seeds").terminal(pes), Text()]
+        shown += [Text(words.ABOUT_SIZES), Text(), tight.without("table", "seeds", "p (Holm)").terminal(pes), Text()]
         shown += [*map(Text, words.not_taken(study)), Text()]
     return Group(*shown)
 
@@ -146,14 +146,15 @@ def sizes(study: Study) -> Table:
             here = f"{size} (trained)" if size in study.trained else str(size)
             by_way = {row.way: row for row in study.rows_at(size) if row.pe == pe}
             for way in [row.way for row in study.rows if row.pe == pe]:
-                numbers = _at_a_size(by_way[way]) if way in by_way else ["0", NOT_TAKEN, "–", "–"]
+                numbers = _at_a_size(by_way[way]) if way in by_way else ["0", NOT_TAKEN, "–", "–", "–"]
                 rows.append([here, str(way), pe, *numbers])
-    return Table(["size", "join", "table", "seeds", measure, margin, "95 % interval"], rows, names=3)
+    return Table(["size", "join", "table", "seeds", measure, margin, "95 % interval", "p (Holm)"], rows, names=3)
 
 
 def _at_a_size(row: SummaryRow) -> list[str]:
     spread = words.interval(row.difference) if row.difference else "–"
-    return [str(row.score.count), words.percent(row.score), _difference(row), spread]
+    paired = _difference(row), spread, words.probabilities(row.difference)
+    return [str(row.score.count), words.percent(row.score), *paired]
 
 
 def claims(judgement: words.Judgement) -> Table:
@@ -286,7 +287,7 @@ def _claim(finding: Finding, judgement: words.Judgement) -> dict[str, Any]:
         "no_verdict": difference and difference.no_verdict,
         "p": difference and difference.p,
         "p_holm": difference and difference.p_holm,
-        "seeds_to_decide": difference and words.seeds_to_decide(difference),
+        "seeds_to_decide": difference and difference.seeds_to_decide,
         "published": {whose: finding.claim.published(scores) for whose, scores in judgement.published.items()},
         "unit": finding.claim.unit.name,
         "bound": difference and difference.bound,

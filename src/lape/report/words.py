@@ -204,7 +204,8 @@ def left_out(some: LeftOut, what: str) -> list[str]:
 
 ABOUT_SIZES = (
     "The same runs with the same weights on images of other sizes: a learnt table is resized, a fixed one made anew. "
-    "Differences are paired by seed at each size. Each interval covers its difference at 95 %; together they do not."
+    "Differences are paired by seed at each size. Each interval covers its difference at 95 %; together they do not: "
+    "Holm’s correction of p is for all sizes."
 )
 
 

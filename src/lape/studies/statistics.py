@@ -145,8 +145,13 @@ class Difference:
 
     @property
     def seeds_to_decide(self) -> int | None:
-        """The seeds that would decide it four times in five if mean and spread stay; None for more than 1,000."""
-        return None if self.effect is None else inference.seeds_to_decide(self.effect)
+        """The seeds that would decide what is undecided, four times in five, if mean and spread stay as they are.
+
+        None for more than 1,000, and where nothing is undecided.
+        """
+        if self.verdict is not Verdict.UNDECIDED or self.effect is None:
+            return None
+        return inference.seeds_to_decide(self.effect)
 
     def without_verdict(self, reason: str) -> "Difference":
         """Return the same numbers, from which nothing is concluded."""
