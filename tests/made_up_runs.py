@@ -10,6 +10,11 @@ from lape.experiment import Experiment
 from lape.studies.statistics import Combination, Way
 from lape.studies.study import RunAnalysis, Study, read_result
 
+CONTENTS = {  # chance is 10 %
+    "classes": [f"class {place}" for place in range(10)],
+    "train": {"pictures": 1198, "digest": "0" * 32},
+    "validation": {"pictures": 599, "digest": "1" * 32},
+}
 BASE = Experiment(epochs=6, model_args={"embed_dim": 8, "depth": 2, "num_heads": 2})
 Ways = Mapping[tuple[Way | str, str], Mapping[int, float]]  # a join's name stands for its usual way
 
@@ -25,6 +30,7 @@ def write_run(
     ]
     record = {
         "experiment": experiment.settings(),
+        "contents": CONTENTS,
         "command": "lape compare",
         "commit": "0123abc",
         "versions": {"lape": "0.1.0", "torch": "2.15.0"},

@@ -57,7 +57,7 @@ def write(study: "Study", maps: "Mapping[str, Maps]", folder: Path, left_out: Ma
     from lape.files import writing
     from lape.report import page, plots, tables
 
-    texts = tables.markdown(study) + writing.COMMENT, tables.as_csv(study), tables.as_json(study)
+    texts = tables.markdown([study]) + writing.COMMENT, tables.as_csv(study), tables.as_json(study)
     contents: dict[str, str | bytes] = dict(zip(TABLES, texts, strict=True))
     contents[PAGE] = page.page([page.Section(study, maps)], left_out=left_out)
     contents[CURVES] = plots.png(plots.learning_curves(study))
@@ -96,5 +96,5 @@ def write_page(
         except RunError as error:
             missing[file] = str(error)
     text = page.page([page.Section(study, maps(study)) for study in studies], measured, missing, models)
-    markdown = "\n".join([*map(tables.markdown, studies), *(one.markdown() for one in models)]) + writing.COMMENT
-    writing.write_marked({path: text, path.with_suffix(".md"): markdown})
+    markdown = "\n".join([*([tables.markdown(studies)] if studies else []), *(one.markdown() for one in models)])
+    writing.write_marked({path: text, path.with_suffix(".md"): markdown + writing.COMMENT})

@@ -59,6 +59,7 @@ def page(
     """Return the page of studies, models, filed costs, and of runs in no study with the reason."""
     from jinja2 import Environment, StrictUndefined
 
+    studies = [section.study for section in sections]
     source = files("lape.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     runs = sum(len(section.study.results) for section in sections)
@@ -66,7 +67,7 @@ def page(
         "mark": writing.MARK,
         "title": _title(sections, models, runs),
         "models": list(map(_of_model, models)),
-        "studies": list(map(_content, sections, words.apart([section.study for section in sections]))),
+        "studies": list(map(_content, sections, words.judgements(studies), words.apart(studies))),
         "baseline": BASELINE,
         "images": IMAGES,
         "costs": [(each.path, cost.table(each.costs), each.explanation) for each in costs],
@@ -92,9 +93,8 @@ def _of_model(one: ModelTold) -> dict[str, Any]:
     }
 
 
-def _content(section: Section, apart: str) -> dict[str, Any]:
+def _content(section: Section, judgement: words.Judgement, apart: str) -> dict[str, Any]:
     study = section.study
-    judgement = words.judgement(study)
     decomposed = tables.weights(study)
     return {
         "question": words.question(study),
@@ -121,7 +121,8 @@ def _content(section: Section, apart: str) -> dict[str, Any]:
         "judgement": judgement,
         "claims": tables.claims(judgement),
         "untested": plural(len(judgement.untested), "claim"),
-        "outcomes": [finding.outcome.name.lower() for finding in judgement.tested],
+        "outcomes": [f"{one.outcome.name.lower()} corrected-{one.corrected.name.lower()}" for one in judgement.tested],
+        "about_claims": words.ABOUT_CLAIMS,
         "shapes": tables.shapes(study),
         "maps": {
             title: (some.seed, picture(lambda theme, some=some: plots.correlation_maps(some, theme)))

@@ -12,7 +12,7 @@ from lape.files.characters import in_markdown, visible
 from lape.report import words
 from lape.report.table import Table
 from lape.studies import paper
-from lape.studies.claims import Finding, judged
+from lape.studies.claims import FACTS, Finding
 from lape.studies.statistics import BASELINE, SummaryRow, Way
 from lape.studies.study import VARIED, Study
 
@@ -35,6 +35,7 @@ def columns(study: Study) -> Columns:
         f"{study.measure}, %": lambda row: words.percent(row.score),
         f"minus {BASELINE}": _difference,
         "95 % interval": lambda row: words.interval(row.difference) if row.difference else "–",
+        "p (Holm)": lambda row: words.probabilities(row.difference),
         f"at {words.third_epoch(study)}, %": lambda row: words.percent(row.third),
         "parameters": lambda row: f"{row.parameters:,}",
         "time per step": lambda row: words.duration(row.seconds_per_step),
@@ -85,7 +86,7 @@ def terminal(study: Study) -> "Group":
     from rich.text import Text
 
     numbers = columns(study)
-    for heading in ("join", "table", "seeds"):
+    for heading in ("join", "table", "seeds", "p (Holm)"):  # the findings say p
         del numbers[heading]
     narrow: Columns = {
         heading: lambda row, cell=cell: cell(row).replace(" ± ", "±") for heading, cell in numbers.items()
@@ -98,7 +99,7 @@ def terminal(study: Study) -> "Group":
         at_sizes = sizes(study)
         tight = Table(at_sizes.headings, [[cell.replace(" ± ", "±") for cell in row] for row in at_sizes.rows], 3)
         pes = [row[2] for row in at_sizes.rows]
-        shown += [Text(words.ABOUT_SIZES), Text(), tight.without("table", "seeds").terminal(pes), Text()]
+        shown += [Text(words.ABOUT_SIZES), Text(), tight.without("table", "seeds", "p (Holm)").terminal(pes), Text()]
         shown += [*map(Text, words.not_taken(study)), Text()]
     return Group(*shown)
 
@@ -145,19 +146,21 @@ def sizes(study: Study) -> Table:
             here = f"{size} (trained)" if size in study.trained else str(size)
             by_way = {row.way: row for row in study.rows_at(size) if row.pe == pe}
             for way in [row.way for row in study.rows if row.pe == pe]:
-                numbers = _at_a_size(by_way[way]) if way in by_way else ["0", NOT_TAKEN, "–", "–"]
+                numbers = _at_a_size(by_way[way]) if way in by_way else ["0", NOT_TAKEN, "–", "–", "–"]
                 rows.append([here, str(way), pe, *numbers])
-    return Table(["size", "join", "table", "seeds", measure, margin, "95 % interval"], rows, names=3)
+    return Table(["size", "join", "table", "seeds", measure, margin, "95 % interval", "p (Holm)"], rows, names=3)
 
 
 def _at_a_size(row: SummaryRow) -> list[str]:
     spread = words.interval(row.difference) if row.difference else "–"
-    return [str(row.score.count), words.percent(row.score), _difference(row), spread]
+    paired = _difference(row), spread, words.probabilities(row.difference)
+    return [str(row.score.count), words.percent(row.score), *paired]
 
 
 def claims(judgement: words.Judgement) -> Table:
     """Return the claims that a study tests, and what its runs say of them."""
-    return Table(words.CLAIM_HEADINGS, list(map(words.claim_cells, judgement.tested)), names=2)
+    cells = [words.claim_cells(finding, judgement) for finding in judgement.tested]
+    return Table(words.claim_headings(judgement), cells, names=len(words.CLAIM_NAMES))
 
 
 def terminal_of_claims(studies: Sequence[Study]) -> "Group":
@@ -166,24 +169,30 @@ def terminal_of_claims(studies: Sequence[Study]) -> "Group":
     from rich.text import Text
 
     shown: list[Any] = []
-    for study in studies:
-        judgement = words.judgement(study)
+    for study, judgement in zip(studies, words.judgements(studies), strict=True):
         shown += [Text(), Text(words.question(study)), Text()]
         if judgement.tested:
-            shown += [claims(judgement).without("in", "pairs", "in the paper").terminal(), Text()]
-        shown.append(Text(judgement.summary))
+            wide = ("p (Holm)", "in", "pairs", "seeds to decide", *judgement.published, words.PLACE)
+            shown += [claims(judgement).without(*wide).terminal(), Text()]
+        shown += map(Text, (judgement.summary, *judgement.reasons, *judgement.counted))
     return Group(*shown, Text())
 
 
-def markdown(study: Study) -> str:
-    """Return question, findings, remarks and every table as Markdown: scores, claims, and what the analysis found."""
-    findings, judgement = words.findings(study), words.judgement(study)
+def markdown(studies: Sequence[Study]) -> str:
+    """Return of each study question, findings, remarks and every table: scores, claims, and what the analysis found."""
+    return "\n".join(map(_markdown, studies, words.judgements(studies)))
+
+
+def _markdown(study: Study, judgement: words.Judgement) -> str:
+    findings = words.findings(study)
     facts = "\n".join(
         f"- {in_markdown(sentence)}" for sentence in (*findings.main, *filter(None, [findings.gap]), *findings.remarks)
     )
     parts = [in_markdown(words.question(study)), facts, scores(study).markdown()]
     if judgement.tested:
-        parts += [claims(judgement).markdown(), in_markdown(judgement.summary)]
+        parts += [claims(judgement).markdown(), *map(in_markdown, (judgement.summary, words.ABOUT_CLAIMS))]
+    if listed := (*judgement.reasons, *judgement.counted):
+        parts.append("\n".join(f"- {in_markdown(sentence)}" for sentence in listed))
     if study.sizes:
         parts += [in_markdown(words.ABOUT_SIZES), sizes(study).markdown(), *map(in_markdown, words.not_taken(study))]
     parts += [table.markdown() for table in (shapes(study), weights(study)) if table.rows]
@@ -214,7 +223,11 @@ def _record(row: SummaryRow) -> dict[str, Any]:
         "difference_low": low,
         "difference_high": high,
         "difference_pairs": len(difference.by_seed) if difference else 0,
+        "p": difference and difference.p,
+        "p_holm": difference and difference.p_holm,
         "verdict": difference and difference.verdict.value,
+        "verdict_corrected": difference and difference.corrected.value,
+        "no_verdict": difference and difference.no_verdict,
         "parameters": row.parameters,
         "seconds_per_step": row.seconds_per_step,
     }
@@ -264,13 +277,20 @@ def settings(study: Study) -> dict[str, Any]:
     return {name: value for name, value in study.experiment.settings().items() if name not in VARIED}
 
 
-def _claim(finding: Finding) -> dict[str, Any]:
+def _claim(finding: Finding, judgement: words.Judgement) -> dict[str, Any]:
     difference = finding.difference
     return {
         "claim": finding.claim.sentence,
         "place": finding.claim.place,
         "outcome": finding.outcome.value,
+        "outcome_corrected": finding.corrected.value,
+        "no_verdict": difference and difference.no_verdict,
+        "p": difference and difference.p,
+        "p_holm": difference and difference.p_holm,
+        "seeds_to_decide": difference and difference.seeds_to_decide,
+        "published": {whose: finding.claim.published(scores) for whose, scores in judgement.published.items()},
         "unit": finding.claim.unit.name,
+        "bound": difference and difference.bound,
         "difference_mean": difference and difference.mean,
         "difference_interval": difference and difference.interval,
         "difference_by_seed": difference and dict(difference.by_seed),
@@ -280,6 +300,7 @@ def _claim(finding: Finding) -> dict[str, Any]:
 def as_json(study: Study) -> str:
     """Return rows, gaps, single runs, settings and provenance as JSON, with full precision."""
     findings = words.findings(study)
+    (judgement,) = words.judgements([study])
     content = {
         writing.MARK: __version__,
         "question": words.question(study),
@@ -289,7 +310,8 @@ def as_json(study: Study) -> str:
             _record(row) | {"difference_by_seed": row.difference and dict(row.difference.by_seed)} for row in study.rows
         ],
         "gaps": [{**asdict(gap), "way": str(gap.way)} for gap in study.gaps],
-        "claims": [_claim(findings) for findings in judged(study)],
+        "claims": [_claim(one, judgement) for one in judgement.findings],
+        "facts": [{"fact": fact.sentence, "place": fact.place, "off_by_seed": dict(fact.off(study))} for fact in FACTS],
         "runs": [
             {
                 "way": str(combination.way),

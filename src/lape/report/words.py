@@ -4,14 +4,16 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from lape.experiment import Experiment
 from lape.files.characters import plural
-from lape.studies.claims import Finding, Outcome, judged
+from lape.studies import paper
+from lape.studies.claims import FACTS, MARGIN, Finding, Outcome, Side, judged
+from lape.studies.inference import FEWEST, MOST_SEEDS
 from lape.studies.statistics import BASELINE, LAPE, Difference, FinishedRun, Sample, SummaryRow, Verdict
 from lape.studies.study import VARIED, LeftOut, Study
 
@@ -34,10 +36,30 @@ def signed(points: float, decimals: int = 2) -> str:
 
 
 def interval(difference: Difference, decimals: int = 2) -> str:
-    """Write "+0.10 to +0.52", or "no interval" for one pair."""
+    """Write "+0.10 to +0.52", or "no interval" where nothing can be estimated."""
     if difference.interval is None:
         return "no interval"
     return " to ".join(signed(end, decimals) for end in difference.interval)
+
+
+def probability(p: float) -> str:
+    """Write a p-value: "0.035", or "<0.001"."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def probabilities(difference: Difference | None) -> str:
+    """Write "0.012 (0.048)": p, and with Holm's correction over the table; "–" where there is no verdict."""
+    if difference is None or difference.p is None:
+        return "–"
+    return " ".join([probability(difference.p), *(f"({probability(p)})" for p in [difference.p_holm] if p is not None)])
+
+
+def seeds_to_decide(difference: Difference) -> str:
+    """Write how many seeds would decide what is undecided: "9", "more than 1,000", or "–" for what is not."""
+    if difference.verdict is not Verdict.UNDECIDED:
+        return "–"
+    count = difference.seeds_to_decide
+    return f"more than {MOST_SEEDS:,}" if count is None else f"{count:,}"
 
 
 def number(value: float, decimals: int) -> str:
@@ -128,10 +150,19 @@ def finding(row: SummaryRow, baseline: SummaryRow) -> str:
     assert difference is not None
     lead = f"With the table {row.pe}, {row.way} {_beside(difference.mean)} {BASELINE}"
     levels = f"{row.score.mean:.2f} % against {baseline.score.mean:.2f} %"
-    if difference.verdict is Verdict.ONE_PAIR:
-        return f"{lead} ({levels}): {Verdict.ONE_PAIR.value}, so nothing can be concluded."
+    if difference.verdict is Verdict.NONE:
+        return f"{lead} ({levels}): {Verdict.NONE.value}, {difference.no_verdict}."
     pairs = plural(len(difference.by_seed), "pair of runs", "pairs of runs")
-    return f"{lead} ({levels}; difference {interval(difference)}, {pairs}): {difference.verdict.value}."
+    measured = f"{levels}; difference {interval(difference)}, {pairs}, p (Holm) {probabilities(difference)}"
+    return f"{lead} ({measured}): {conclusion(difference)}."
+
+
+def conclusion(difference: Difference) -> str:
+    """Say what the interval says, whether Holm's correction leaves it, and how many seeds would decide."""
+    verdict = difference.verdict
+    if verdict is Verdict.UNDECIDED:
+        return f"{verdict.value}; seeds that would decide: {seeds_to_decide(difference)}"
+    return verdict.value + ("" if difference.corrected is verdict else ", not significant after Holm’s correction")
 
 
 def _beside(points: float) -> str:
@@ -173,7 +204,8 @@ def left_out(some: LeftOut, what: str) -> list[str]:
 
 ABOUT_SIZES = (
     "The same runs with the same weights on images of other sizes: a learnt table is resized, a fixed one made anew. "
-    "Differences are paired by seed at each size. Each interval covers its difference at 95 %; together they do not."
+    "Differences are paired by seed at each size. Each interval covers its difference at 95 %; together they do not: "
+    "Holm’s correction of p is for all sizes."
 )
 
 
@@ -201,6 +233,11 @@ def _remarks(study: Study) -> list[str]:
         remarks.append(
             f"One seed gives no spread and no interval, so nothing can be concluded. Train more, as with {more}."
         )
+    elif len(seeds) < FEWEST:
+        more = shlex.join(["--seeds", "5"])
+        remarks.append(
+            f"{len(seeds)} seeds give no verdict, as {FEWEST} at least are needed. Train more, as with {more}."
+        )
     if BASELINE not in study.ways:
         remarks.append(f"The join {BASELINE} was not trained, so no differences are shown.")
     remarks += _under_pooling(study)
@@ -220,7 +257,10 @@ def _remarks(study: Study) -> list[str]:
             )
     intervals = [row.difference for row in rows if row.difference is not None and row.difference.interval is not None]
     if len(intervals) > 1:
-        remarks.append(f"Each of the {len(intervals)} intervals covers its difference at 95 %; together they do not.")
+        remarks.append(
+            f"Each of the {len(intervals)} intervals covers its difference at 95 %; together they do not. "
+            "So p stands with Holm’s correction for all of them beside it."
+        )
     if study.jobs is None:
         remarks.append("Times per step may have been taken while other runs went on, so they are rough: use lape cost.")
     elif study.jobs > 1:
@@ -237,50 +277,118 @@ def _remarks(study: Study) -> list[str]:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The paper's claims beside a study: those that it tests, the sentences of the others, and how it went."""
+    """The paper's claims beside a study, and how it went."""
 
-    tested: tuple[Finding, ...]
-    untested: tuple[Finding, ...]
+    findings: tuple[Finding, ...]  # of every claim
     summary: str
+    reasons: tuple[str, ...]  # why there is no verdict on some
+    counted: tuple[str, ...]  # what is a fact and needs no verdict
+    published: Mapping[str, Mapping[Side, float]]  # scores in percent, by whose they are
+
+    @property
+    def tested(self) -> tuple[Finding, ...]:
+        """The claims that the study tests."""
+        return tuple(one for one in self.findings if one.outcome is not Outcome.UNTESTED)
+
+    @property
+    def untested(self) -> tuple[Finding, ...]:
+        """The others."""
+        return tuple(one for one in self.findings if one.outcome is Outcome.UNTESTED)
 
 
-def judgement(study: Study) -> Judgement:
-    """Judge all claims, and count the outcomes."""
-    findings = judged(study)
-    tested = tuple(one for one in findings if one.outcome is not Outcome.UNTESTED)
-    untested = tuple(one for one in findings if one.outcome is Outcome.UNTESTED)
-    if not tested:
-        return Judgement(tested, untested, f"These runs test none of {len(findings)} claims of the paper.")
-    counts = Counter(one.outcome for one in tested)
-    outcomes = listed(f"{counts[outcome]} {verb}" for outcome, verb in OUTCOMES.items() if counts[outcome])
-    summary = f"Of {len(findings)} claims of the paper these runs test {len(tested)}: {outcomes}."
-    if len(tested) > 1:
-        summary += (
-            f" Each of the {len(tested)} verdicts is at 95 %, so that among many of them some are wrong by chance."
-        )
-    return Judgement(tested, untested, summary)
+def judgements(studies: Sequence[Study]) -> list[Judgement]:
+    """Judge all claims by each study of a page, and count the outcomes."""
+    findings = judged(studies)
+    family = sum(one.difference is not None and one.difference.p is not None for some in findings for one in some)
+    return [_judgement(study, some, family) for study, some in zip(studies, findings, strict=True)]
 
 
-OUTCOMES = {
-    Outcome.HOLDS: "found to hold",
-    Outcome.FAILS: "found not to hold",
-    Outcome.UNDECIDED: "undecided at this number of seeds",
-}
+def _judgement(study: Study, findings: tuple[Finding, ...], family: int) -> Judgement:
+    tested = [one for one in findings if one.outcome is not Outcome.UNTESTED]
+    summary = f"These runs test none of {len(findings)} claims of the paper."
+    if tested:
+        outcomes = _counts(one.outcome for one in tested)
+        summary = f"Of {len(findings)} claims of the paper these runs test {len(tested)} ({outcomes})."
+    if family > 1 and tested:
+        outcomes = _counts(one.corrected for one in tested)
+        summary += f" With Holm’s correction for the {family} p-values of all claims that are tested here: {outcomes}."
+    return Judgement(findings, summary, tuple(_reasons(tested)), tuple(_counted_facts(study)), published(study))
 
 
-def claim_cells(finding: Finding) -> tuple[str, ...]:
-    """Write a tested claim: sentence, verdict, mean difference with its interval, unit, pairs, place."""
-    assert finding.difference is not None
-    mean, unit = finding.difference.mean, finding.claim.unit
+def _counts(outcomes: Iterable[Outcome]) -> str:
+    counts = Counter(outcomes)
+    return ", ".join(f"{outcome.value}: {counts[outcome]}" for outcome in Outcome if counts[outcome])
+
+
+def _reasons(findings: Sequence[Finding]) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for one in findings:
+        if one.difference is not None and one.difference.no_verdict is not None:
+            by_reason.setdefault(one.difference.no_verdict, []).append(one.claim.sentence)
+    return [f"No verdict: {'; '.join(sentences)}. Why: {reason}." for reason, sentences in by_reason.items()]
+
+
+def _counted_facts(study: Study) -> list[str]:
+    sentences = []
+    for fact in FACTS:
+        off = fact.off(study)
+        pairs = plural(len(off), "pair of runs", "pairs of runs")
+        wrong = [f"{count:g} with seed {seed}" for seed, count in off.items() if count]
+        told = f"not so, off by {listed(wrong)}" if wrong else f"so in {pairs}"
+        if off:
+            sentences.append(f"Counted, not estimated: {fact.sentence} ({fact.place}): {told}.")
+    return sentences
+
+
+def published(study: Study) -> dict[str, Mapping[Side, float]]:
+    """Return published scores by whose they are: the paper's of the same recipe or of DeiT-Ti, and those of others."""
+    found: dict[str, Mapping[Side, float]] = {}
+    if of_recipe := paper.of_recipe(study):
+        found["in the paper"] = of_recipe
+    elif study.measure == "accuracy":
+        found["in the paper (DeiT-Ti)"] = paper.joining()
+    if (other := paper.replication(study)) is not None:
+        found[f"in other hands ({other.name})"] = other.scores
+    return found
+
+
+CLAIM_NAMES = ("claim", "in these runs", "after correction")
+CLAIM_NUMBERS = ("difference", "95 % interval", "p (Holm)", "in", "pairs", "seeds to decide")
+PLACE = "place"
+
+
+def claim_headings(judgement: Judgement) -> tuple[str, ...]:
+    """Return what `claim_cells` are under; the numbers of others stand before the place in the paper."""
+    return (*CLAIM_NAMES, *CLAIM_NUMBERS, *judgement.published, PLACE)
+
+
+def claim_cells(finding: Finding, judgement: Judgement) -> tuple[str, ...]:
+    """Write a tested claim: sentence, verdicts, the mean difference and what it rests on, others' numbers, place."""
+    difference, claim = finding.difference, finding.claim
+    assert difference is not None
+    others = (claim.published(scores) for scores in judgement.published.values())
     return (
-        finding.claim.sentence,
+        claim.sentence,
         finding.outcome.value,
-        signed(mean, unit.decimals),
-        interval(finding.difference, unit.decimals),
-        unit.name,
-        str(len(finding.difference.by_seed)),
-        finding.claim.place,
+        finding.corrected.value,
+        signed(difference.mean, claim.unit.decimals),
+        interval(difference, claim.unit.decimals),
+        probabilities(difference),
+        claim.unit.name,
+        str(len(difference.by_seed)),
+        seeds_to_decide(difference),
+        *("–" if gain is None else signed(gain) for gain in others),
+        claim.place,
     )
 
 
-CLAIM_HEADINGS = ("claim", "in these runs", "difference", "95 % interval", "in", "pairs", "in the paper")
+ABOUT_CLAIMS = (
+    "A claim holds where the whole 95 % interval of its difference, paired by seed, is above 0; it does not hold where "
+    "the whole interval is below; in between it is undecided. "
+    f"“Not more than {MARGIN} points below” is held against −{MARGIN} in place of 0: half of what LaPE gains on DeiT-Ti"
+    " in other hands. Intervals are Student’s, those of rank correlations Fisher’s; p is two-sided. There is no "
+    "verdict where a run is at chance, where nothing varies, for fewer than three pairs, and where a change over the "
+    "layers is no larger than one between seeds. Seeds to decide: with so many, a difference of this mean and spread "
+    "is significant four times in five. In other hands: Lee, Ham and Kim, AAAI 2025. The table that a claim is about "
+    "stands in brackets."
+)

@@ -3,11 +3,14 @@
 import math
 import statistics as descriptive
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple
 
 from lape.names import SchemeNames
+from lape.studies import inference
+from lape.studies.inference import ERROR, FEWEST, Estimator, NoVerdict, student
 
 
 class Way(NamedTuple):
@@ -54,6 +57,13 @@ class Combination(NamedTuple):
         return f"{self.way} × {self.pe}, seed {self.seed}"
 
 
+class Chance(NamedTuple):
+    """What a model scores that has learnt nothing."""
+
+    score: float  # percent
+    images: int | None  # of which the score is a share; None where it is none of images
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """One finished run, as far as a comparison looks at it."""
@@ -64,6 +74,17 @@ class FinishedRun:
     curve: tuple[Point, ...]
     parameters: int
     seconds_per_step: float
+    chance: Chance | None = None  # None where the run does not say what its set is
+
+    @cached_property
+    def learnt(self) -> bool:
+        """Whether the score is above chance: the whole 95 % interval (Clopper and Pearson's) of a share of images."""
+        if self.chance is None:
+            return False
+        if self.chance.images is None:
+            return self.score > self.chance.score
+        hits = round(self.score / 100 * self.chance.images)
+        return 100 * inference.lowest_share(hits, self.chance.images) > self.chance.score
 
     @property
     def third(self) -> Point:
@@ -91,56 +112,121 @@ class Verdict(Enum):
     ABOVE = "significant (95 % interval above 0)"
     BELOW = "significant (95 % interval below 0)"
     UNDECIDED = "not significant (95 % interval includes 0)"
-    ONE_PAIR = "one pair of runs gives no interval"
+    NONE = "no verdict"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Score minus the baseline's, seed by seed, and Student's 95 % interval of its mean (None with one pair)."""
+    """Score minus the baseline's, seed by seed, its mean and the 95 % interval of that, and what may be concluded."""
 
     by_seed: Mapping[int, float]
     unpaired: tuple[int, ...]  # seeds that only one of the two has
     mean: float
-    interval: tuple[float, float] | None
+    interval: tuple[float, float] | None = None  # None where nothing can be estimated
+    p: float | None = None  # two-sided, of a mean that is `bound`; None where there is no verdict
+    p_holm: float | None = None  # the same with Holm's correction over a family (`corrected`)
+    effect: float | None = None  # |mean - bound| in standard deviations of one seed's
+    bound: float = 0.0  # what the difference is held against
+    no_verdict: str | None = None  # why there is none
 
     @property
     def verdict(self) -> Verdict:
-        """Which side of zero the whole interval lies on, if any; an end that touches zero decides nothing."""
-        if self.interval is None:
-            return Verdict.ONE_PAIR
+        """Which side of the bound the whole interval lies on, if any; an end that touches it decides nothing."""
+        if self.interval is None or self.p is None:
+            return Verdict.NONE
         low, high = self.interval
-        return Verdict.ABOVE if low > 0 else Verdict.BELOW if high < 0 else Verdict.UNDECIDED
+        return Verdict.ABOVE if low > self.bound else Verdict.BELOW if high < self.bound else Verdict.UNDECIDED
+
+    @property
+    def corrected(self) -> Verdict:
+        """The verdict with Holm's correction: a significant one is undecided where p is not below 0.05 any more."""
+        lost = self.p_holm is not None and self.p_holm >= ERROR
+        return Verdict.UNDECIDED if lost and self.p is not None else self.verdict
+
+    @property
+    def seeds_to_decide(self) -> int | None:
+        """The seeds that would decide what is undecided, four times in five, if mean and spread stay as they are.
+
+        None for more than 1,000, and where nothing is undecided.
+        """
+        if self.verdict is not Verdict.UNDECIDED or self.effect is None:
+            return None
+        return inference.seeds_to_decide(self.effect)
+
+    def without_verdict(self, reason: str) -> "Difference":
+        """Return the same numbers, from which nothing is concluded."""
+        return replace(self, p=None, p_holm=None, effect=None, no_verdict=reason)
 
 
-def difference(scores: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+ROUNDING = 1e-6  # of a score: differences that are no further apart than this are alike
+
+
+def difference(
+    scores: Mapping[int, float], baseline: Mapping[int, float], bound: float = 0.0, estimator: Estimator | None = None
+) -> Difference | None:
     """Pair two sets of runs by seed, and return the mean difference with Student's 95 % interval.
 
-    The interval is d̄ ± t(0.975, n-1)·s/√n of the n differences.
+    The interval is d̄ ± t(0.975, n-1)·s/√n of the n differences. There is no verdict, and `no_verdict` says why, where
+    a number is not finite, for fewer than three pairs, and where all differences are alike.
 
     Args:
         scores: From seed to score.
         baseline: The same of what it is compared with.
+        bound: What the difference is held against; the verdict says on which side of it the interval lies.
+        estimator: Another interval than Student's (`lape.studies.inference`).
 
     Returns:
-        The difference, with `mean`, `interval` and `verdict`; None where no seed is in both.
+        The difference, with `mean`, `interval`, `p` and `verdict`; None where no seed is in both.
 
     Example:
         >>> from lape.studies.statistics import difference
         >>> found = difference({0: 95.0, 1: 95.5, 2: 94.9}, {0: 94.1, 1: 94.6, 2: 94.4})
-        >>> print(f"{found.mean:.2f}, {found.interval[0]:.2f} to {found.interval[1]:.2f}")
-        0.77, 0.19 to 1.34
+        >>> print(f"{found.mean:.2f}, {found.interval[0]:.2f} to {found.interval[1]:.2f}, p = {found.p:.2f}")
+        0.77, 0.19 to 1.34, p = 0.03
     """
-    from scipy.stats import t
-
-    by_seed = {seed: scores[seed] - baseline[seed] for seed in sorted(scores.keys() & baseline.keys())}
-    if not by_seed:
+    seeds = sorted(scores.keys() & baseline.keys())
+    if not seeds:
         return None
-    sample = Sample.of(list(by_seed.values()))
-    interval = None
-    if sample.std is not None:
-        half = float(t.ppf(0.975, sample.count - 1)) * sample.std / math.sqrt(sample.count)
-        interval = (sample.mean - half, sample.mean + half)
-    return Difference(by_seed, tuple(sorted(scores.keys() ^ baseline.keys())), sample.mean, interval)
+    by_seed = {seed: scores[seed] - baseline[seed] for seed in seeds}
+    values = list(by_seed.values())
+    unpaired = tuple(sorted(scores.keys() ^ baseline.keys()))
+    if missing := [seed for seed, value in by_seed.items() if not math.isfinite(value)]:
+        return Difference(by_seed, unpaired, math.nan, no_verdict=f"no finite number for seed {missing[0]}")
+    mean = descriptive.fmean(values)
+    if len(values) < 2:
+        return Difference(by_seed, unpaired, mean, no_verdict=_too_few(1))
+    largest = max(abs(some[seed]) for some in (scores, baseline) for seed in seeds)
+    if max(values) - min(values) <= ROUNDING * largest:
+        values = [mean] * len(values)
+    try:
+        found = estimator(values) if estimator else student(values, bound)
+    except NoVerdict as reason:
+        return Difference(by_seed, unpaired, mean, no_verdict=str(reason))
+    measured = Difference(by_seed, unpaired, found.mean, found.interval, found.p, effect=found.effect, bound=bound)
+    return measured if len(values) >= FEWEST else measured.without_verdict(_too_few(len(values)))
+
+
+def _too_few(pairs: int) -> str:
+    return f"too few pairs of runs: {pairs}, of at least {FEWEST}"
+
+
+def corrected(family: Sequence[Difference | None]) -> list[Difference | None]:
+    """Return the differences of a family with Holm's correction of their p-values, those without one as they are."""
+    places = [place for place, one in enumerate(family) if one is not None and one.p is not None]
+    values = inference.holm([one.p for one in family if one is not None and one.p is not None])
+    by_place = dict(zip(places, values, strict=True))
+    return [one and replace(one, p_holm=by_place.get(place)) for place, one in enumerate(family)]
+
+
+def doubt(runs: Iterable[FinishedRun]) -> str | None:
+    """Return why nothing can be concluded from runs: one is at chance, or does not say what chance is."""
+    doubtful = [run for run in runs if not run.learnt]
+    if not doubtful:
+        return None
+    first, more = doubtful[0], f", and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+    if first.chance is None:
+        return f"{first.combination} does not say how many classes and validation images its set has{more}"
+    return f"at chance: {first.combination} ({first.score:.2f} %, guessing {first.chance.score:.2f} %){more}"
 
 
 @dataclass(frozen=True)
@@ -168,28 +254,44 @@ class Gap:
 
 
 def rows(runs: Iterable[FinishedRun]) -> tuple[SummaryRow, ...]:
-    """Summarise runs by way and table, in the order in which these first occur, tables outside, ways inside."""
-    groups: dict[str, dict[Way, list[FinishedRun]]] = {}
+    """Summarise runs by way and table, in the order in which these first occur, tables outside, ways inside.
+
+    The differences are one family for Holm's correction.
+    """
+    groups: dict[str, dict[Way, dict[int, FinishedRun]]] = {}
     for run in runs:
-        groups.setdefault(run.combination.pe, {}).setdefault(run.combination.way, []).append(run)
-    return tuple(
-        SummaryRow(
-            way,
-            pe,
-            measure=members[0].measure,
-            score=Sample.of([run.score for run in members]),
-            third=Sample.of([run.third.score for run in members]),
-            parameters=members[0].parameters,
-            seconds_per_step=descriptive.median(run.seconds_per_step for run in members),
-            difference=None if way == BASELINE else difference(_by_seed(members), _by_seed(ways.get(BASELINE, []))),
-        )
-        for pe, ways in groups.items()
-        for way, members in ways.items()
+        groups.setdefault(run.combination.pe, {}).setdefault(run.combination.way, {})[run.combination.seed] = run
+    return family(
+        [
+            SummaryRow(
+                way,
+                pe,
+                measure=next(iter(members.values())).measure,
+                score=Sample.of([run.score for run in members.values()]),
+                third=Sample.of([run.third.score for run in members.values()]),
+                parameters=next(iter(members.values())).parameters,
+                seconds_per_step=descriptive.median(run.seconds_per_step for run in members.values()),
+                difference=None if way == BASELINE else _between(members, ways.get(BASELINE, {})),
+            )
+            for pe, ways in groups.items()
+            for way, members in ways.items()
+        ]
     )
 
 
-def _by_seed(runs: Iterable[FinishedRun]) -> dict[int, float]:
-    return {run.combination.seed: run.score for run in runs}
+def family(rows: Sequence[SummaryRow]) -> tuple[SummaryRow, ...]:
+    """Return rows with Holm's correction over all their differences."""
+    differences = corrected([row.difference for row in rows])
+    return tuple(replace(row, difference=one) for row, one in zip(rows, differences, strict=True))
+
+
+def _between(runs: Mapping[int, FinishedRun], others: Mapping[int, FinishedRun]) -> Difference | None:
+    scores, baseline = ({seed: run.score for seed, run in some.items()} for some in (runs, others))
+    found = difference(scores, baseline)
+    if found is None:
+        return None
+    reason = doubt(some[seed] for some in (runs, others) for seed in found.by_seed)
+    return found if reason is None else found.without_verdict(reason)
 
 
 def gaps(rows: Sequence[SummaryRow]) -> tuple[Gap, ...]:

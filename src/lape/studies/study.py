@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,19 @@ from lape.experiment import Experiment
 from lape.files import reading
 from lape.files.characters import LONE, plural
 from lape.names import SchemeNames
-from lape.studies.statistics import LAPE, Combination, FinishedRun, Gap, Point, SummaryRow, Way, gaps, rows
+from lape.studies.statistics import (
+    LAPE,
+    Chance,
+    Combination,
+    FinishedRun,
+    Gap,
+    Point,
+    SummaryRow,
+    Way,
+    family,
+    gaps,
+    rows,
+)
 from lape.tasks.measures import TITLES
 from lape.training.checkpoints import RESULT
 
@@ -26,6 +38,16 @@ if TYPE_CHECKING:
 LeftOut = Mapping[str, Sequence[tuple[Way, str]]]  # ways and tables, by the reason
 Numbers = tuple[float, ...]  # (layers,)
 VARIED = (*SchemeNames._fields, "seed")
+
+# What a model scores that has learnt nothing, by the classes and the validation images of its set: by a guess, a share
+# of images or pixels; by one class for every pixel, at best the one IoU that is not 0; without a box, no precision.
+CHANCE: Mapping[str, Callable[[int, int], Chance]] = {
+    "val_accuracy": lambda classes, images: Chance(100 / classes, images),
+    "val_pixel_accuracy": lambda classes, images: Chance(100 / classes, None),
+    "val_miou": lambda classes, images: Chance(100 / classes, None),
+    "val_box_ap": lambda classes, images: Chance(0.0, None),
+    "val_mask_ap": lambda classes, images: Chance(0.0, None),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,10 @@ def read_result(folder: Path) -> Result:
             ),
             parameters=int(_finite(record["parameters"])),
             seconds_per_step=_finite(record["seconds_per_step"]),
+            chance=_chance(record),
         )
+        if not 0 <= run.score <= 100:
+            raise ValueError(f"a score of {run.score} is no percentage")
         if not run.curve:
             raise ValueError("its curve has no point")
         for name, value in record["final"].items():
@@ -89,6 +114,17 @@ def _refuse_odd_provenance(record: Mapping[str, Any]) -> None:
     for name, value in {"commit": commit or "", "machine": machine, "command": record.get("command", "")}.items():
         if not isinstance(value, str):
             raise ValueError(f"its {name} is no text")
+
+
+def _chance(record: Mapping[str, Any]) -> Chance | None:
+    """Return what guessing would score in a run's set; None for a run that does not say what is in it."""
+    contents = record.get("contents")
+    if contents is None:
+        return None
+    classes, images = contents["classes"], contents["validation"]["pictures"]
+    if not isinstance(classes, list) or not classes or type(images) is not int or images < 1:
+        raise ValueError("its contents name no classes, or no validation images")
+    return CHANCE[record["score"]](len(classes), images)
 
 
 def _finite(number: Any) -> float:
@@ -169,12 +205,24 @@ class Study:
         return gaps(self.rows)
 
     def rows_at(self, size: Size) -> tuple[SummaryRow, ...]:
-        """Return the rows of those runs that take images of a size; `score` and `difference` are of these images."""
-        return rows(
-            replace(result.run, score=self.at_sizes[one].by_size[size].metrics[result.record["score"]])
-            for one, result in self.results.items()
-            if self.at_sizes[one].by_size[size].refusal is None
-        )
+        """Return the rows of those runs that take images of a size; `score` and `difference` are of these images.
+
+        The differences at all sizes are one family for Holm's correction.
+        """
+        return self._rows_by_size[size]
+
+    @cached_property
+    def _rows_by_size(self) -> Mapping[Size, tuple[SummaryRow, ...]]:
+        by_size = {
+            size: rows(
+                replace(result.run, score=self.at_sizes[one].by_size[size].metrics[result.record["score"]])
+                for one, result in self.results.items()
+                if self.at_sizes[one].by_size[size].refusal is None
+            )
+            for size in self.sizes
+        }
+        together = iter(family([row for some in by_size.values() for row in some]))
+        return {size: tuple(next(together) for _ in some) for size, some in by_size.items()}
 
     def refused_at(self, size: Size) -> LeftOut:
         """Return the ways and tables of which a run does not take images of a size, by the reason."""
@@ -199,9 +247,16 @@ class Study:
         """What the runs are scored by."""
         return self.rows[0].measure
 
-    def of(self, way: Way, pe: str) -> dict[int, Result]:
+    @cached_property
+    def _groups(self) -> Mapping[tuple[Way, str], dict[int, Result]]:
+        groups: dict[tuple[Way, str], dict[int, Result]] = {}
+        for one, result in self.results.items():
+            groups.setdefault((one.way, one.pe), {})[one.seed] = result
+        return groups
+
+    def of(self, way: Way, pe: str) -> Mapping[int, Result]:
         """Return the finished runs of one way with one table, by seed."""
-        return {one.seed: result for one, result in self.results.items() if (one.way, one.pe) == (way, pe)}
+        return self._groups.get((way, pe), {})
 
     def provenances(self) -> list[dict[str, Any]]:
         """Return the distinct commits, versions and machines of the runs: more than one where runs were kept."""
