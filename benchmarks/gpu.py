@@ -488,6 +488,7 @@ def images(place: Place) -> Iterator[Result]:
         cooldown_epochs=0, lr_by_epoch=False, validate_every=1000, accelerator=place.device,
         precision="32-true" if place.small else "bf16-mixed", batch_size=2 if place.small else recipe.batch_size,
         train_images=6 if place.small else None, workers=0 if place.small else recipe.workers,
+        model="vit_nano_patch4_32" if place.small else recipe.model,
     )  # fmt: skip
     ways = {
         "whole": {},
@@ -556,7 +557,6 @@ def dense(place: Place) -> Iterator[Result]:
             experiment = Experiment(
                 model=model, data=data, steps=1 if place.small else 10, batch_size=1 if place.small else 8, lr=1e-4,
                 warmup_epochs=0, workers=0, accelerator=place.device, precision="32-true" if place.small else precision,
-                train_images=2 if place.small else 64,
             )  # fmt: skip
             result = json.loads(train(experiment, Path(mkdtemp(), "run")).read_text())
             row = result["curve"][-1] if "curve" in result else {}
@@ -579,10 +579,10 @@ PARTS = {
     "speed": Part(speed, 100),
     "laws": Part(laws, 75),
     "profile": Part(profile, 30),
-    "images": Part(images, 80),
+    "images": Part(images, 70),
     "compiled": Part(compiled, 70),
     "resume": Part(resume, 50),
-    "dense": Part(dense, 25),
+    "dense": Part(dense, 35),
 }
 
 

@@ -176,7 +176,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
 
 def images(model: nn.Module, count: int = 3) -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(count, 3, 32, 32)
+    return torch.randn(count, 3, *model.patch_embed.img_size)
 
 
 MODELS = {
@@ -188,7 +188,7 @@ MODELS = {
     "checkpoints": (lambda: lape.apply(host()), 2 * 2),
     "re-entrant checkpoints": (lambda: lape.apply(host()), 2 * 2),
     "maps of tokens": (lambda: lape.create_model(
-        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(2, 2),
+        "swin_tiny_patch4_window7_224", img_size=16, window_size=2, embed_dim=12, depths=(1, 1), num_heads=(2, 2),
         num_classes=5, drop_path_rate=0.0, join="lape", pe="learnable"
     ), 2),
 }  # fmt: skip
@@ -316,9 +316,8 @@ def test_hooks_on_a_norm_see_what_they_saw(calls: list[torch.dtype]) -> None:
 
 
 def test_traced_and_transformed_models_take_the_plain_path(calls: list[torch.dtype]) -> None:
-    model = on_cpu(shaken(lape.apply(host())).eval())
-    for block in model.blocks:
-        block.attn.fused_attn = False  # torch's own has no forward gradient
+    model = on_cpu(shaken(lape.apply(host(depth=1))).eval())
+    model.blocks[0].attn.fused_attn = False  # torch's own has no forward gradient
     x, state = images(model), dict(model.named_parameters())
 
     def loss(state: dict[str, Tensor], image: Tensor) -> Tensor:
@@ -334,7 +333,7 @@ def test_traced_and_transformed_models_take_the_plain_path(calls: list[torch.dty
     assert calls == []
     doubled = {key: 2 * value for key, value in state.items()}  # it is other weights that the norm calls with
     fused = loss(doubled, x[0])
-    assert len(calls) == 2
+    assert len(calls) == 1
     lape.set_fused(model, False)
     torch.testing.assert_close(fused, loss(doubled, x[0]))
 
