@@ -44,6 +44,14 @@ def test_default_changes_nothing(name: str) -> None:
     assert torch.equal(lape.apply(model, join="default")(x), before)
 
 
+@pytest.mark.parametrize("join", ["default", "lape"])
+def test_timms_vit_compiled_whole_computes_the_same(join: str) -> None:  # on the oldest torch too
+    model = shaken(lape.apply(host(depth=1), join))
+    x = images(model)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+
+
 @EVERY_HOST
 @EVERY_SCHEME
 def test_remove_gives_back_what_was_bit_for_bit(name: str, names: dict[str, str]) -> None:

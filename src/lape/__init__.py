@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lape.sharing.hub import Known, from_pretrained, push_to_hub, save_pretrained
     from lape.sharing.positions import load_positions, save_positions
     from lape.sharing.transformers import joined
-    from lape.surgery.operation import apply, fold, ladder, remove
+    from lape.surgery.operation import apply, fold, ladder, remove, set_fused
     from lape.weights import load_backbone, load_weights
 
 # Each name is looked up when it is first used, so that `import lape` and `lape --help` load no torch.
@@ -45,6 +45,7 @@ _ROOMS = {
     "remove": "surgery.operation",
     "save_positions": "sharing.positions",
     "save_pretrained": "sharing.hub",
+    "set_fused": "surgery.operation",
 }
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "remove",
     "save_positions",
     "save_pretrained",
+    "set_fused",
 ]
 
 

@@ -17,6 +17,7 @@ from lape.surgery.layers import grid_text, same
 from lape.surgery.positions import Positions, rows_behind
 from lape.surgery.proxy import Proxies
 
+TOKENS = (Tensor, fx.Proxy)  # a tuple, because torch 2.6 to 2.9 compile no union that is made in a forward
 RESIZES_BY_ITSELF = "dynamic_img_size"  # timm's flag of a model that resizes its table in every forward
 
 
@@ -41,7 +42,7 @@ class TableMethod:
         """Run the host's method; raise UsageError where it does not read the table that it is given."""
         positions, host, holder = self.positions, self.positions.host, self.positions.holder
         values = (*inputs, *options.values())
-        image = next(value for value in values if isinstance(value, Tensor | fx.Proxy))
+        image = next(value for value in values if isinstance(value, TOKENS))
         whole = self.lookups is not None and host.resize_table is None and not isinstance(image, fx.Proxy)
         grid = positions.whole_grid() if whole else grid_of_input(positions, image)
         forward, position = positions.begin(grid)

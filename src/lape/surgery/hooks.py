@@ -22,10 +22,11 @@ from lape.errors import UsageError
 from lape.hosts import Block, Host, Rotated, parts, rotated_at
 from lape.method import Rung, Scheme
 from lape.surgery.forwards import Forward, Forwards, backward_pass
+from lape.surgery.fused import Fusing, Joined, fits, observers
 from lape.surgery.weak import Weak
 
 
-class RungSource(Protocol):
+class RungSource(Fusing, Protocol):
     """What hooks ask the positions of a model."""
 
     host: Host
@@ -145,7 +146,7 @@ class BlockHooks:
         """Take all hooks off the block and what is in it; a copy that has not run yet does not know its norms."""
         self.block.__dict__.pop(HOOKS, None)
         for module in (*self.block.modules(), *self.hooked):
-            _unhook(module, lambda hook: hook is self)
+            _unhook(module, lambda hook: _of(hook) is self)
         self._attending, self._turning = [], []
 
     def follow(self) -> None:
@@ -160,7 +161,7 @@ class BlockHooks:
         if len(now) == len(hooked) and all(module is one for module, one in zip(now, hooked, strict=True)):
             return
         for norm in hooked:
-            _unhook(norm, lambda hook: hook is self, enter=False)
+            _unhook(norm, lambda hook: hook in (self.offer, self.attend, self.turn))
         for norm in now:
             theirs = [_of(hook) for hook in norm._forward_hooks.values()]
             if any(isinstance(other, BlockHooks) and other is not self for other in theirs):
@@ -168,8 +169,13 @@ class BlockHooks:
                     f"{self.name} has its norm before attention, or its queries and keys, in common with another "
                     "block, and would be told of that one's positions too. Give each block its own."
                 )
-            if not any(other is self for other in theirs):  # quantisation hands hooks on to what it puts in place
-                norm.register_forward_hook(self.attend if any(norm is one for one in attending) else self.turn)
+            if any(other is self for other in theirs):  # quantisation hands hooks on to what it puts in place
+                continue
+            if any(norm is one for one in attending):
+                norm.register_forward_pre_hook(self.offer)
+                norm.register_forward_hook(self.attend)
+            else:
+                norm.register_forward_hook(self.turn)
         self._attending, self._turning = list(map(weakref.ref, attending)), list(map(weakref.ref, turning))
 
     @property
@@ -225,17 +231,36 @@ class BlockHooks:
             bias, options = bias.masked_fill(future, -torch.inf), {**options, "is_causal": False}
         return {**options, name: bias.to(tokens.dtype)}
 
-    def attend(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def offer(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> Joined | None:
+        """Hand the norm the attention part too, with its tokens, where one kernel norms and adds."""
+        if isinstance(self, Silent) or torch.compiler.is_compiling():  # the compiler merges them by itself
+            return None
+        tokens = inputs[0]
+        if not isinstance(tokens, Tensor) or tokens.device.type not in self.positions.fused_on:
+            return None
+        if any(_of(hook) is not self for hook in observers(norm)) or self.positions.tokens_axis(tokens) != 1:
+            return None
+        attention = self._taken(tokens).attention
+        if attention is None or not fits(norm, tokens, attention := self._laid_out(attention, tokens)):
+            return None
+        return Joined(tokens, attention, self.positions)
+
+    def attend(self, norm: nn.Module, inputs: tuple[Tensor | Joined, ...], output: Tensor) -> Tensor:
         """Add the attention part of the rung to the output of the norm before attention."""
         if isinstance(self, Silent):  # a copy of a bound method has the same function, and a copied object
             return output
-        attention = self._taken(inputs[0]).attention
+        if isinstance(inputs[0], Joined):
+            tokens, attention = inputs[0].tokens, None  # the norm has added it
+        else:
+            tokens, attention = inputs[0], self._taken(inputs[0]).attention
+            if attention is None:
+                return output
+        if (run := self._count(attentions=1)) is not None:
+            self.positions.forwards.hand(run.forward, tokens)
         if attention is None:
             return output
-        if (run := self._count(attentions=1)) is not None:
-            self.positions.forwards.hand(run.forward, inputs[0])
         if self.row.projection is not None:
-            return self._projected(norm, inputs[0], output, attention)
+            return self._projected(norm, tokens, output, attention)
         # LayerNorm's backward does not read its output, so the sum may take its place: an eighth of the time of a new
         # tensor (tokens of 16 images at DeiT-Ti's width, two CPU cores). Another norm may hand out its input.
         attention = self._laid_out(attention, output)
@@ -385,10 +410,10 @@ def _of(hook: Any) -> Any:
     return getattr(hook, "__self__", hook)
 
 
-def _unhook(module: nn.Module, belongs: Callable[[Any], bool], enter: bool = True) -> None:
+def _unhook(module: nn.Module, belongs: Callable[[Any], bool]) -> None:
     """Take hooks off a module; handles of torch's own do not outlive copies and deletions."""
-    for table in (module._forward_hooks, *([module._forward_pre_hooks] if enter else [])):
-        for number in [number for number, hook in table.items() if belongs(_of(hook))]:
+    for table in (module._forward_hooks, module._forward_pre_hooks):
+        for number in [number for number, hook in table.items() if belongs(hook)]:
             del table[number]
             for marks in (
                 module._forward_hooks_with_kwargs,
@@ -400,4 +425,7 @@ def _unhook(module: nn.Module, belongs: Callable[[Any], bool], enter: bool = Tru
 
 def unhook(module: nn.Module, positions: RungSource) -> None:
     """Take the hooks of a model's positions off a module."""
-    _unhook(module, lambda hook: hook is positions.forwards or getattr(hook, "positions", None) is positions)
+    _unhook(
+        module,
+        lambda hook: _of(hook) is positions.forwards or getattr(_of(hook), "positions", None) is positions,
+    )

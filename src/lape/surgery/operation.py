@@ -22,6 +22,7 @@ from lape.method import JOINS, POSITION_EMBEDDINGS, PRESERVE_WITHOUT_TABLE, UNDE
 from lape.surgery.building import attentions, build, dtype_and_device, refuse_embedding, refuse_final_norm, take_out
 from lape.surgery.embedding import BeforeSequence, BehindEmbedding, PatchDropout, TableMethod
 from lape.surgery.ending import BehindFinalNorm
+from lape.surgery.fused import DEVICES
 from lape.surgery.graphs import forget_graphs, refuse_parallel
 from lape.surgery.hooks import GENERATOR, BlockHooks, hooks_of, owner, unhook
 from lape.surgery.initialisation import initialisers, keep_fixed, release_fixed
@@ -344,6 +345,30 @@ def fold(model: Model, grids: Iterable[Grid] | None = None) -> Model:
     model.eval().requires_grad_(False)
     vit.__dict__["train"] = StandIns(record).train
     forget_graphs()
+    return model
+
+
+def set_fused(model: Model, enabled: bool = True) -> Model:
+    """Let one kernel compute a layer's norm and its sum with p_l, LN_x|l(x_l) + p_l, or have them computed apart.
+
+    A join begins with it enabled. It is then used on CUDA devices with Triton, where the norm is a LayerNorm; elsewhere
+    nothing changes. Its numbers are the same to rounding, and it has no gradient of gradients.
+
+    Args:
+        model: A model that a join is applied to, folded or not.
+        enabled: Whether one kernel may compute both.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: For a model that no join is applied to.
+
+    Example:
+        >>> import lape
+        >>> model = lape.set_fused(lape.create_model("vit_nano_patch2_8"), False)
+    """
+    positions(model).fused_on = DEVICES if enabled else ()
     return model
 
 
