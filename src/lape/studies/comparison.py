@@ -19,6 +19,7 @@ from lape.studies.study import LeftOut, Result, Study, read_result
 from lape.training.checkpoints import RESULT
 
 if TYPE_CHECKING:
+    from lape.data.sources import Source
     from lape.training.progress import Progress
 
 
@@ -144,7 +145,6 @@ def compare(
     Raises UsageError for a request that cannot be met, and for a finished run of other data; RunError for a
     `result.json` that cannot be read; Stopped after SIGTERM.
     """
-    from lape.data.sources import set_of
     from lape.training.contents import contents
     from lape.training.interruption import stopped_by_sigterm
 
@@ -157,7 +157,7 @@ def compare(
     writing.make_folder(out)
     for plan in todo:
         writing.refuse_links(out, plan.folder)
-    source = set_of(base)  # once, before several processes would download the same files
+    source = _whole(base)  # once, before several processes would download the same files
     here = contents(source)
     results = {plan.combination: _kept(plan, here) for plan in todo if (plan.folder / RESULT).exists()}
     failures: dict[Combination, Exception] = {}
@@ -186,6 +186,15 @@ def compare(
         images=(len(source.train), len(source.validation)),
         jobs=jobs,
     )
+
+
+def _whole(base: Experiment) -> "Source":
+    """Return the set as each of the runs will have it."""
+    from lape.data.files import unreadable
+    from lape.data.sources import set_of
+
+    source = set_of(base)
+    return source.without(tuple(unreadable(source, lambda _: None))) if base.skip_unreadable else source
 
 
 def _kept(plan: Plan, here: Mapping[str, Any]) -> Result:

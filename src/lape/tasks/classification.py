@@ -1,9 +1,10 @@
 """Image classification: soft cross-entropy, with or without a teacher; accuracy in percent."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lape.data.preparation import Preparation
 from lape.data.sizes import Size
 from lape.errors import RunError, UsageError, choose, first_line, lacking
 from lape.experiment import Augmentation, Experiment
+from lape.fetching import refuse_unreachable, timm_weights
 from lape.hosts import find
 from lape.models.rebuilding import Build
 from lape.models.registry import learns_from
@@ -29,9 +31,40 @@ from lape.weights import fill, read
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
 
-SETTINGS = {"train_images", "img_size", "teacher", *(field.name for field in fields(Augmentation))}
+SETTINGS = {
+    *("train_images", "img_size", "teacher", "val_split", "skip_unreadable", "balance", "upright", "normalisation"),
+    *(field.name for field in fields(Augmentation)),
+}
 LIKELIEST = 5  # classes of a picture
 IN_A_LINE = 3  # of these
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How classes of different size are evened out in training; validation is of the images as they are."""
+
+    weighs: bool = False  # the loss of an image by its class, so that all classes weigh the same
+    repeats: bool = False  # images of smaller classes, until all are as large as the largest
+
+
+NEITHER = Balance()
+BALANCES: Mapping[str, Balance] = MappingProxyType({"weights": Balance(weighs=True), "sampling": Balance(repeats=True)})
+
+
+def _as_the_model_knows(source: ImageSource, cfg: Mapping[str, Any]) -> ImageSource:
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    if len(mean) != source.channels:
+        raise UsageError(
+            f"normalisation model has {len(mean)} colours, and the images of {source.name} have "
+            f"{source.channels}: leave it out."
+        )
+    return replace(source, mean=mean, std=std)
+
+
+# From a set, and what timm says of a model, to the set with its mean and deviation.
+NORMALISATIONS: Mapping[str, Callable[[ImageSource, Mapping[str, Any]], ImageSource]] = MappingProxyType(
+    {"set": lambda source, cfg: source, "model": _as_the_model_knows}
+)
 
 
 @dataclass(frozen=True)
@@ -55,17 +88,18 @@ class LikelyClasses:
 
 
 class Classification:
-    """Names each image's class."""
+    """Names each image's class; in the loss each class may have a weight of its own (classes,)."""
 
     score = "val_accuracy"  # of what `Meter.compute` returns, the one by which the best weights are kept
     reported = ("val_accuracy", "val_loss")  # what is kept of a run's end, the score first
 
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
+    def __init__(self, classes: int, weights: Tensor | None = None) -> None:
+        self.classes, self.weights = classes, weights
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
-        return F.cross_entropy(model(images), targets)
+        weighted = targets if self.weights is None else targets * self.weights
+        return F.cross_entropy(model(images), weighted)
 
     def meter(self) -> "Meter":
         """A new account of validation results."""
@@ -127,7 +161,9 @@ class ClassificationWork:
 
     def __init__(self, experiment: Experiment, source: ImageSource, build: Build) -> None:
         refuse_foreign(experiment, source, SETTINGS)
-        self.experiment, self.source = experiment, source
+        balance = choose(BALANCES, experiment.balance, "a balance of classes") if experiment.balance else NEITHER
+        normalised = choose(NORMALISATIONS, experiment.normalisation or "set", "a normalisation")
+        self.experiment, self.balance = experiment, balance
         self.chosen = pipeline.augmentation(experiment, source)
         self.repeats = self.chosen.repeats or 1
         side = experiment.img_size
@@ -138,6 +174,8 @@ class ClassificationWork:
                 "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
             )
         self.module = module = build_model(experiment, source, build, {"img_size": asked})
+        source = normalised(source.upright() if experiment.upright else source, getattr(module, "pretrained_cfg", {}))
+        self.unrepeated, self.source = source, source.evened() if balance.repeats else source
         self.size = Size(*(asked or module.pretrained_cfg["input_size"][-2:]))
         if patch := self._patch_that_does_not_divide(self.size):
             raise UsageError(
@@ -188,7 +226,12 @@ class ClassificationWork:
         if experiment.teacher is None:
             if experiment.teacher_weights:
                 raise UsageError(f"teacher_weights {experiment.teacher_weights} are of no model: name it by --teacher.")
-            return Classification(len(self.source.classes))
+            return Classification(len(self.source.classes), self._weights(fabric.device))
+        if self.balance.weighs:
+            raise UsageError(
+                f"balance weighs labels, and half of the loss is of what {experiment.teacher} answers: take balance "
+                "sampling, or no --teacher."
+            )
         if not hasattr(module, "set_distilled_training"):
             raise UsageError(
                 f"{experiment.teacher} teaches a distillation head, and {experiment.model} has none. Take a distilled "
@@ -204,8 +247,21 @@ class ClassificationWork:
 
         return Distillation(len(self.source.classes), answers)
 
+    def _weights(self, device: torch.device) -> Tensor | None:
+        """Return the weight of each class (classes,), N / (classes · N of the class): 1 in the mean of all N images."""
+        if not self.balance.weighs:
+            return None
+        counts = torch.bincount(self.source.train.labels, minlength=len(self.source.classes))
+        return (counts.sum() / (len(counts) * counts.clamp(min=1))).to(device)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the size of images, the images of each class, and what is done to them in training."""
+        counts = self.unrepeated.counts()
+        named = {name: {"train": train, "validation": held} for name, (train, held) in counts.items()}
+        return {"image_size": list(self.size), "classes": named, "augmentation": asdict(self.chosen)}
+
     def check(self, report: Callable[[float], None]) -> None:
-        """Say what a person should know of the set; of its files, perhaps a million, each is told of in its turn."""
+        """Say what a person should know of the set; its files have been looked at when it was divided."""
         for remark in (*self.source.train.remarks, *self.source.validation.remarks):
             warnings.warn(remark, stacklevel=2)
 
@@ -263,6 +319,7 @@ def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:
         _refuse_other_classes(f"{name} in {path}", asked if head is None else len(head), source)
         fill(teacher, weights, path)
         return teacher.eval()
+    refuse_unreachable(timm_weights(name), f"timm's weights of {name}", "its path by --teacher_weights")
     try:
         teacher = timm.create_model(name, pretrained=True, in_chans=source.channels)
     except Exception as error:  # the Hub's client and its network library raise kinds of their own

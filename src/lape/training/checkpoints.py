@@ -15,6 +15,7 @@ from lape.training.curves import CSV, TENSORBOARD
 from lape.weights import opened
 
 LAST, BEST = "last.pt", "best.pt"
+START = "start.json"  # what a run begins with (`lape.training.start`)
 SETTINGS, RESULT, BROKEN_BATCH = "experiment.json", "result.json", "broken-batch.json"
 
 
@@ -86,7 +87,7 @@ def claim(folder: Path, asked: Experiment, resume: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, and a run needs a folder. Give another --out.")
     if not settings.exists():
-        names = (LAST, BEST, RESULT, BROKEN_BATCH, CSV, TENSORBOARD)
+        names = (LAST, BEST, RESULT, START, BROKEN_BATCH, CSV, TENSORBOARD)
         if there := [name for name in names if os.path.lexists(folder / name)]:
             raise UsageError(
                 f"A run would replace {', '.join(there)} in {folder}, and without {SETTINGS} there they are of no run. "

@@ -13,7 +13,7 @@ from torch import nn
 from lape.data import pipeline
 from lape.data.pipeline import Batches, InOrder
 from lape.data.sizes import Size
-from lape.data.sources import Source, find_set
+from lape.data.sources import Source, find_set, set_of
 from lape.errors import RunError, UsageError
 from lape.experiment import Execution, Experiment
 from lape.files.characters import plural
@@ -90,7 +90,7 @@ def load_run(checkpoint: Path, source_of: Callable[[Experiment, Source], Source]
     saved = read(path)
     experiment = Experiment.of(saved["experiment"])
     elsewhere = {field.name: field.default for field in fields(Execution) if field.name != "data_dir"}
-    taught = {"teacher": None, "teacher_weights": None}
+    taught = {"teacher": None, "teacher_weights": None, "balance": None}
     asked = {name: value for name, value in changed.items() if value is not None}
     experiment = replace(experiment, **(elsewhere | taught | asked))
     weights = judged_weights(saved)
@@ -165,7 +165,12 @@ def _with_pictures(checkpoint: Path, changed: Mapping[str, object]) -> LoadedRun
     may_download = changed.get("data_dir") is not None  # and never where the checkpoint says
 
     def with_pictures(experiment: Experiment, stored: Source) -> Source:
-        source = find_set(experiment.data, experiment.data_dir, download=may_download)
+        own = changed.get("data") is None
+        source = (
+            set_of(experiment, may_download, stored)
+            if own
+            else find_set(experiment.data, experiment.data_dir, may_download)
+        )
         if source.classes != stored.classes:
             raise UsageError(
                 f"{checkpoint} was trained to tell {_named(stored.classes)} apart, and {source.name} has "

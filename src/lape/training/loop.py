@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from lape.data import pipeline
+from lape.data.files import left_out, refusal, unreadable
 from lape.data.pipeline import Batch, Batches, InOrder, Key, Order, Shares, reseed, seed_of
-from lape.data.sources import set_of
+from lape.data.sources import Source, set_of
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment, parse
 from lape.files import writing
 from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.tasks.measures import TITLES
-from lape.tasks.work import describe_set, work_of
+from lape.tasks.work import describe_set, set_without_pictures, work_of
 from lape.training.assembly import launch, optimizer_of, schedule_of
 from lape.training.checkpoints import (
     BEST,
@@ -48,6 +49,7 @@ from lape.training.evaluation import evaluate
 from lape.training.interruption import Stopped, signals
 from lape.training.progress import Progress
 from lape.training.provenance import provenance
+from lape.training.start import Start, keep, start_of
 from lape.weights import fill, load_backbone
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
@@ -72,13 +74,14 @@ def train(
     resume: bool = False,
     report: Callable[[Progress], None] | None = None,
     checked: Callable[[float], None] | None = None,
+    begun: Callable[[Start], None] | None = None,
 ) -> Path:
     """Train one model in a folder of its own and return the path of its `result.json`.
 
     With `resume` a run that was cut off goes on from its last checkpoint and ends with the weights, bit for bit, that
     it would have had; a finished one is left as it is, and a new one begins. `report` is told how it goes, and before
-    that `checked` which share of the files of a set for detection or segmentation has been opened, both in the first
-    process alone.
+    that `checked` which share of the files of a set has been opened, and `begun` what the run begins with; all in the
+    first process alone.
 
     Raises UsageError for settings that do not fit each other, the data or the folder; RunError for an unreadable
     image, a loss that is not finite, and a full disk; Stopped after SIGINT and SIGTERM.
@@ -86,12 +89,12 @@ def train(
     fabric = launch(experiment)
     claim(folder, experiment, resume)
     if not (folder / RESULT).exists():
-        run = TrainingRun(experiment, folder, fabric, resume)
+        run = TrainingRun(experiment, folder, fabric, resume, checked or (lambda _: None))
         if resume:
             run.restore()
         if run.state.step == 0:
             run.check(checked or (lambda _: None))
-        run.fit(report or (lambda _: None))
+        run.fit(report or (lambda _: None), begun or (lambda _: None))
     if fabric.world_size > 1:  # gloo aborts where one process leaves while another still speaks
         fabric.barrier()
         torch.distributed.destroy_process_group()
@@ -101,17 +104,26 @@ def train(
 class TrainingRun:
     """Everything that one training run holds."""
 
-    def __init__(self, experiment: Experiment, folder: Path, fabric: Fabric, resume: bool = False) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        fabric: Fabric,
+        resume: bool = False,
+        checked: Callable[[float], None] = lambda _: None,
+    ) -> None:
         from timm.utils.model_ema import ModelEmaV3
 
-        self.experiment, self.folder, self.fabric = experiment, folder, fabric
-        with fabric.rank_zero_first(local=True):  # it may download
-            self.source = set_of(experiment, download=not resume)
-        # The files of a large set are looked at by one process alone.
-        self.contents = fabric.broadcast(contents(self.source) if fabric.is_global_zero else {})
+        self.experiment, self.folder, self.fabric, self.resume = experiment, folder, fabric, resume
         self.saved = self._last_checkpoint() if resume else None
+        source = self._set(resume, checked)
+        # The files of a large set are looked at by one process alone.
+        self.contents = fabric.broadcast(contents(source) if fabric.is_global_zero else {})
+        if self.saved:
+            refuse_other_data(folder / LAST, self.saved, self.contents, experiment)
         build = LikeItsFile(self.saved["model"], folder / LAST) if self.saved else as_asked
-        self.work: Any = work_of(experiment, self.source, build)
+        self.work: Any = work_of(experiment, source, build)
+        self.whole, self.source = source, self.work.source  # of the second, images may stand several times
         self.order = Order(
             experiment.seed,
             len(self.source.train),
@@ -135,6 +147,35 @@ class TrainingRun:
         self.steps = experiment.all_steps(self.order.steps)
         self.state = State()
         self.durations = deque[float](maxlen=1000)
+        self.start = start_of(experiment, self.whole, self.work, self.order.steps)
+
+    def _set(self, resume: bool, checked: Callable[[float], None]) -> Source:
+        """Return the set: of a run that goes on as it told of it; of a new one without images that cannot be read."""
+        experiment, fabric = self.experiment, self.fabric
+        try:
+            stored = set_without_pictures(self.saved["set"]) if self.saved else None
+        except UsageError as error:
+            raise RunError(
+                f"{self.folder / LAST} does not tell of its set ({error}). Remove it to begin anew."
+            ) from error
+        with fabric.rank_zero_first(local=True):  # it may download
+            source = set_of(experiment, download=not resume, stored=stored)
+        if stored is not None:
+            return source
+        names: tuple[str, ...] = ()
+        trouble = ""
+        if fabric.is_global_zero:
+            faults = unreadable(source, checked)
+            names = tuple(faults)
+            if experiment.skip_unreadable:
+                for remark in left_out(faults):
+                    warnings.warn(remark, stacklevel=1)
+            else:
+                trouble = refusal(source, faults)
+        names, trouble = fabric.broadcast((names, trouble))
+        if trouble:
+            raise RunError(trouble)
+        return source.without(names)
 
     def check(self, checked: Callable[[float], None]) -> None:
         """Say what the model starts from, and open every file of a dense set once; raises RunError for a bad one."""
@@ -149,9 +190,11 @@ class TrainingRun:
         if trouble := self.fabric.broadcast(trouble):
             raise RunError(trouble)
 
-    def fit(self, report: Callable[[Progress], None]) -> None:
+    def fit(self, report: Callable[[Progress], None], opened: Callable[[Start], None] = lambda _: None) -> None:
         """Train from where the state is to the end."""
         self.curves = self._open_folder()
+        if self.curves:
+            opened(self.start)
         batches = self._training_batches()
         saved = reported = monotonic()
         self.begun, self.noted = saved - self.state.seconds, self.state.step
@@ -325,7 +368,6 @@ class TrainingRun:
             return None
         saved = read(path)
         refuse_other(path, saved["experiment"], self.experiment)
-        refuse_other_data(path, saved, self.contents, self.experiment)
         return saved
 
     def restore(self) -> None:
@@ -354,6 +396,7 @@ class TrainingRun:
         writing.make_folder(self.folder)
         writing.remove(writing.unfinished(self.folder))
         writing.write_json(self.folder / SETTINGS, self.experiment.settings())
+        self.command = keep(self.folder, self.start, self.resume)
         return Curves(self.folder, self.state.curve)
 
     def _training_batches(self) -> Batches:
@@ -386,6 +429,8 @@ class TrainingRun:
             "experiment": self.experiment.settings(),
             "contents": self.contents,
             **provenance(),
+            "command": self.command,  # that began the run, whichever ended it
+            "resolved": self.start.resolved,
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
             "steps": self.steps,
             "seconds_per_step": self.state.seconds_per_step,
