@@ -318,7 +318,7 @@ def test_a_set_that_cannot_be_downloaded_says_so(tmp_path, monkeypatch):
         find_set("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+@pytest.mark.parametrize("held_out", ["val", "valid"])
 def test_a_folder_of_classes(tmp_path, held_out):
     root = image_folder(tmp_path / "pets", held_out=held_out)
     (root / "train" / ".cache").mkdir()
@@ -326,6 +326,7 @@ def test_a_folder_of_classes(tmp_path, held_out):
     assert (source.name, source.classes, source.size) == ("pets", ("cat", "dog"), None)
     assert source.train.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert source.train.title(4).endswith("train/dog/0.png")
+    assert source.validation.title(0).endswith(f"{held_out}/cat/0.png")
     images = training_images(source, Augmentation(), (16, 16), 0)
     assert images[0, torch.arange(3)][0].shape == (3, 3, 16, 16)
     assert validation_images(source, Augmentation(), (16, 16))[0, torch.arange(4)][0].shape == (4, 3, 16, 16)
@@ -357,7 +358,8 @@ def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
     (tmp_path / "b" / "train").mkdir(parents=True)
     with pytest.raises(UsageError, match=r"one folder per class in .*b/train"):
         find_set(str(tmp_path / "b"))
-    (tmp_path / "b" / "train" / "x").mkdir()
+    image_folder(tmp_path / "b", held_out="other")
+    (tmp_path / "b" / "val").mkdir()
     with pytest.raises(UsageError, match=r"one folder per class in .*b/val"):
         find_set(str(tmp_path / "b"))
 

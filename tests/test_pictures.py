@@ -308,7 +308,7 @@ def test_files_that_no_ending_tells_to_be_pictures_are_counted_and_named(tmp_pat
     for name in ("dog/b.heic", "cat/a.heic", "cat/.hidden"):
         (tmp_path / "classes/train" / name).touch()
     experiment = Experiment(data=str(tmp_path / "classes"), img_size=8, batch_size=2, epochs=1, accelerator="cpu")
-    told = r"train leaves out 2 files whose endings are not read; .*cat/a\.heic is the first\."
+    told = r"train leaves out 2 files that are not read: 2 \.heic \(\S*cat/a\.heic is the first\)\."
     with pytest.warns(UserWarning, match=told):
         train(replace(experiment, workers=0, warmup_epochs=0.0), tmp_path / "run")
     root = ade20k(tmp_path / "maps")

@@ -238,6 +238,7 @@ def test_of_a_run_the_weights_that_it_validates_are_taken(ema_evaluated: bool, t
 @pytest.mark.parametrize("name", ["timm/deit_tiny_patch16_224.fb_in1k", "deit_tiny_patch16_224.fb_in1k"])
 def test_a_name_of_timms_is_fetched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source, asked = classifier(), []
+    monkeypatch.setattr("lape.weights.refuse_unreachable", lambda *_: None)
     monkeypatch.setattr(timm, "create_model", lambda *names, **options: asked.append((names, options)) or source)
     model = adapter()
     started = lape.load_backbone(model, name)
@@ -250,6 +251,7 @@ def test_a_name_that_cannot_be_fetched_is_told_with_its_cause(monkeypatch: pytes
     def refuse(*names: str, **options: bool) -> None:
         raise OSError("no route to host")
 
+    monkeypatch.setattr("lape.weights.refuse_unreachable", lambda *_: None)
     monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(
         RunError, match=r"deit_tiny_patch16_224 could not be downloaded \(no route to host\)\. Give the file"

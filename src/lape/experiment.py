@@ -286,8 +286,17 @@ class DataAndModel:
     Args:
         recipe: One of the paper's experiments (lape recipes), or a YAML file: its settings replace the defaults;
             default: no recipe.
-        data: A named set, as digits or cifar10 (another name is refused with all that there are), or a folder: train/
-            and val/ with a folder for each class, or COCO's or ADE20K's layout. Beside a recipe: the folder of its set.
+        data: A named set, as digits or cifar10 (another name is refused with all that there are), or a folder: with a
+            folder for each class, in it or in its train/ and valid/, or COCO's or ADE20K's layout. A folder of classes
+            has the defaults of the recipe own-pictures/scratch, or with weights own-pictures/finetune. Beside a recipe
+            of a named set: the folder of that set.
+        val_split: Share of each class that is held out for validation from a folder without valid/; default: 0.2.
+        split_seed: Decides which images these are: the same ones for every seed.
+        skip_unreadable: Leave out images that cannot be read, and name them; default: they are refused.
+        balance: Even out classes of different size: weights weighs their losses, sampling shows the images of smaller
+            classes more often; default: neither.
+        normalisation: Mean and deviation of colours: set, its own; or model, those of its published weights; default:
+            set.
         train_images: Train on this many images only, drawn once: the same ones for every seed; default: all.
         img_size: Side of the images as the model sees them; default: that of the set, for a folder that of the model.
         model: One that lape models lists, as vit_nano_patch4_32, or a VisionTransformer of timm's.
@@ -308,6 +317,11 @@ class DataAndModel:
 
     recipe: str | None = None
     data: str = "digits"
+    val_split: float | None = None
+    split_seed: int = 0
+    skip_unreadable: bool | None = None
+    balance: str | None = None
+    normalisation: str | None = None
     train_images: int | None = None
     img_size: int | None = None
     model: str = "vit_nano_patch2_8"
@@ -333,7 +347,16 @@ LIMITS: tuple[tuple[str, Callable[[float, float], bool], int, tuple[str, ...]], 
         operator.ge,
         0,
         (
-            *("seed", "cooldown_epochs", "warmup_epochs", "warmup_steps", "lr_lag", "workers", "checkpoint_seconds"),
+            *(
+                "seed",
+                "split_seed",
+                "cooldown_epochs",
+                "warmup_epochs",
+                "warmup_steps",
+                "lr_lag",
+                "workers",
+                "checkpoint_seconds",
+            ),
             *("lr", "min_lr", "warmup_lr", "weight_decay", "momentum", "betas", "ema", "drop_path"),
             *("shift", "hflip", "vflip", "reprob", "color_jitter", "mixup", "cutmix", "smoothing"),
         ),
@@ -353,7 +376,7 @@ LIMITS: tuple[tuple[str, Callable[[float, float], bool], int, tuple[str, ...]], 
         operator.gt,
         0,
         (
-            *("scale", "ratio", "scale_jitter", "test_scales", "crop_pct", "class_cap"),
+            *("scale", "ratio", "scale_jitter", "test_scales", "crop_pct", "class_cap", "val_split"),
             *("clip_grad", "layer_decay", "decay_rate", "warmup_factor"),
         ),
     ),
@@ -364,7 +387,7 @@ LIMITS: tuple[tuple[str, Callable[[float, float], bool], int, tuple[str, ...]], 
         ("hflip", "vflip", "reprob", "crop_pct", "class_cap", "layer_decay", "warmup_factor"),
     ),
     ("at most", operator.le, 1024, ("workers", "devices", "nodes")),
-    ("below", operator.lt, 1, ("momentum", "betas", "ema", "smoothing", "drop_path")),
+    ("below", operator.lt, 1, ("momentum", "betas", "ema", "smoothing", "drop_path", "val_split")),
 )
 RANGES = ("scale", "ratio", "zoom_crop", "scale_jitter")
 

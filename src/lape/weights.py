@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment
+from lape.fetching import refuse_unreachable, timm_weights
 from lape.files import reading
 from lape.files.characters import plural
 from lape.hosts import Host, as_rows, blocks_path, find, grid_of, value_at
@@ -534,6 +535,7 @@ def _fetched(source: str) -> _Source:
     name = source.removeprefix("timm/")
     if not timm.is_model(name):
         raise RunError(f"{source} does not exist, and timm knows no model of that name. Check the path or the name.")
+    refuse_unreachable(timm_weights(name), f"timm's weights of {name}", "its path in place of the name")
     try:
         return _Source(timm.create_model(name, pretrained=True).state_dict(), source, None)
     except Exception as error:  # the Hub's client and its network library raise kinds of their own
@@ -649,12 +651,14 @@ def _compared(
         parts = [
             f"{_named(names)} not in the {place}" for names, place in ((foreign, "model"), (lacking, "file")) if names
         ]
-        raise RunError(f"{where} is of another model: {'; '.join(parts)}. Create the model that it was saved from.")
+        raise RunError(
+            f"{where} is of another model: {'; '.join(parts)}. Create the model that it was saved from (--model)."
+        )
     for name, parameter in own.items():
         if name in weights and weights[name].shape != parameter.shape:
             raise RunError(
                 f"{where} is of another model: {name} is {tuple(weights[name].shape)} there and "
-                f"{tuple(parameter.shape)} here. Create the model with the same sizes and number of classes."
+                f"{tuple(parameter.shape)} here. Create the model with the same sizes and number of classes (--model)."
             )
     return missing
 

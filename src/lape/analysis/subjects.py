@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lape.analysis import Correlation, Decomposition, correlation, decomposition
 from lape.data import pipeline
-from lape.data.sources import Source, find_set
+from lape.data.sources import Source, find_set, set_of
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment, refuse_fetching
 from lape.files.characters import plural
@@ -129,7 +129,9 @@ class Decomposing:
         def with_pictures(experiment: Experiment, stored: Source) -> Source:
             place = None if request.data else experiment.data_dir
             place = request.data_dir or place
-            return _of_the_same_kind(stored, find_set(request.data or experiment.data, place, download=not place))
+            if request.data is None:
+                return _of_the_same_kind(stored, set_of(replace(experiment, data_dir=place), not place, stored))
+            return _of_the_same_kind(stored, find_set(request.data, place, download=not place))
 
         for path in request.checkpoints:
             if exporting.is_saved(path):

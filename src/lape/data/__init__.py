@@ -22,11 +22,13 @@ SETS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# The readers of folders, by a part that a folder of such a layout has; the last is for all that have none of these.
+CLASSES = "train/"  # the layout of all folders that have no part of another
+
+# The readers of folders, by a part that a folder of such a layout has.
 LAYOUTS: Mapping[str, str] = MappingProxyType(
     {
         "annotations/instances_*.json": "lape.data.instances:instances",
         "annotations/training/": "lape.data.maps:maps",
-        "train/": "lape.data.classes:folder",
+        CLASSES: "lape.data.classes:folder",
     }
 )

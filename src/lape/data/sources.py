@@ -1,7 +1,7 @@
 """What a set is, whatever is to be learnt from it, and how one is found by its name or its folder."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from types import MappingProxyType
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 from PIL import Image
 
-from lape.data import LAYOUTS, SETS
+from lape.data import CLASSES, LAYOUTS, SETS
 from lape.errors import UsageError, choose
 from lape.experiment import Augmentation, Experiment
 
@@ -66,15 +66,21 @@ class PictureSource(Generic[SplitType]):
     train: SplitType
     validation: SplitType
     augmentation: Augmentation
+    left_out: tuple[str, ...] = field(default=(), kw_only=True)  # names of pictures that could not be read
 
-    def on_split(self, name: str, folder: Path) -> Self:
-        """Return the set with another split in the place of its validation pictures; `folder` is where it was read.
+    def splits(self) -> Mapping[str, Callable[[], SplitType]]:
+        """Return what reads each split of `SPLITS` that a model may be judged on; one may be read only then."""
+        return {"val": lambda: self.validation}
 
-        Raises UsageError for one that models of its kind are not judged on.
-        """
-        if name != "val":
-            raise UsageError(f"{self.name} is judged on its validation pictures alone: leave out split {name}.")
-        return self
+    def on_split(self, name: str) -> Self:
+        """Return the set with a split in the place of its validation pictures; raises UsageError where it has none."""
+        readers = self.splits()
+        if name not in readers:
+            raise UsageError(
+                f"{self.name} has no split {name} that models are judged on, only {', '.join(readers)} (a folder's "
+                "are train/, val/ and test/). Name one of these."
+            )
+        return replace(self, validation=readers[name]())
 
     def with_folder(self, root: Path) -> Self | None:
         """Return the set with all pictures of a folder that has no splits as its validation images.
@@ -86,6 +92,24 @@ class PictureSource(Generic[SplitType]):
     def with_training_images(self, count: int) -> Self:
         """Return the set with that many of its training images; raises UsageError where no such part is drawn."""
         raise UsageError(f"train_images {count} means nothing for the pictures of {self.name}: leave it out.")
+
+    def divided(self, share: float | None, seed: int) -> Self:
+        """Return the set with training and validation pictures; raises UsageError for a share of what has both."""
+        if share is not None:
+            raise UsageError(
+                f"val_split {share} is of a set that nobody has divided, and {self.name} has pictures for validation: "
+                "leave it out."
+            )
+        return self
+
+    def like(self, stored: "PictureSource[SplitType]") -> Self:
+        """Return the set divided as a run tells of its own (`stored`)."""
+        return self
+
+    def without(self, names: Collection[str]) -> Self:
+        """Return the set without some of its pictures, by their names."""
+        assert not names  # only images of classes are left out
+        return self
 
 
 Source = PictureSource[Any]
@@ -116,18 +140,32 @@ def find_set(data: str, data_dir: Path | None = None, download: bool = True) -> 
     return reader(data_dir, download or data_dir is None)
 
 
-def set_of(experiment: Experiment, download: bool = True) -> Source:
-    """Return the set of an experiment, with all of its training images or some.
+def set_of(experiment: Experiment, download: bool = True, stored: Source | None = None) -> Source:
+    """Return the set of an experiment, divided as it asks, with all of its training images or some.
 
-    Raises as `find_set` and `PictureSource.with_training_images` do.
+    Of a run that told of its set (`stored`) it is divided as it was then, without what was left out. Raises as
+    `find_set`, `PictureSource.divided`, `like` and `with_training_images` do.
     """
     source = find_set(experiment.data, experiment.data_dir, download)
-    return source.with_training_images(experiment.train_images) if experiment.train_images else source
+    if stored is not None and stored.kind != source.kind:
+        raise UsageError(
+            f"{source.name} is a set of {source.kind}, and the run's was one of {stored.kind}: bring it back."
+        )
+    divided = source.divided(experiment.val_split, experiment.split_seed) if stored is None else source.like(stored)
+    some = divided.with_training_images(experiment.train_images) if experiment.train_images else divided
+    return some if stored is None else some.without(stored.left_out)
+
+
+def holds_classes(data: str) -> bool:
+    """Whether `--data` names a folder that is read as one of classes."""
+    return data not in SETS and Path(data).is_dir() and _layout(Path(data)) == CLASSES
+
+
+def _layout(root: Path) -> str:
+    """Return the first of the layouts that a folder has a part of."""
+    return next((part for part in LAYOUTS if any(root.glob(part))), CLASSES)
 
 
 def _in_folder(root: Path) -> Source:
-    """Read a folder in the first of the layouts that it has a part of."""
-    *others, last = LAYOUTS
-    layout = next((part for part in others if any(root.glob(part))), last)
-    reader: Callable[[Path], Source] = resolve_name(LAYOUTS[layout])
+    reader: Callable[[Path], Source] = resolve_name(LAYOUTS[_layout(root)])
     return reader(root)

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lape.errors import RunError, UsageError, choose, first_line
+from lape.fetching import refuse_unreachable, timm_weights
 from lape.hosts import find
 from lape.models import ceit, compact, deit, mask_rcnn, segmenter, swin, t2t_vit, upernet, vit
 from lape.models.ceit import CeiT
@@ -239,6 +240,9 @@ def build(name: str, **options: Any) -> nn.Module:
     """Create a model by its name in timm's registry; raises what `create_model` does, but what `lape.apply` raises."""
     if "/" not in name and ":" not in name:
         choose(dict.fromkeys(timm.list_models()), name.partition(".")[0], "a model that timm knows")
+        if options.get("pretrained") and not options.get("pretrained_cfg_overlay"):
+            advice = "its path to lape.load_weights"
+            refuse_unreachable(timm_weights(name), f"The weights of {name}", advice)
     try:
         return timm.create_model(name, **options)
     except (UsageError, RunError):

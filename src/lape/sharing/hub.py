@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lape import __version__
 from lape.errors import RunError, UsageError, choose, first_line
 from lape.experiment import FETCHING, refuse_fetching
+from lape.fetching import Wanted, refuse_unreachable
 from lape.files import reading, writing
 from lape.files.characters import as_code, in_markdown, visible
 from lape.hosts.registry import RECORD
@@ -482,6 +483,7 @@ def _files(source: str | Path) -> tuple[Path, Path]:
         raise RunError(f"{source} does not exist. Name a folder, a .safetensors file, or a repository as user/name.")
     repo, _, revision = str(source).partition("@")
     hub: Any = import_module("huggingface_hub")
+    refuse_unreachable(Wanted(repo, (WEIGHTS,), revision or None), f"{source} is no folder here; it", "its folder")
     try:
         config, weights = (hub.hf_hub_download(repo, name, revision=revision or None) for name in (CONFIG, WEIGHTS))
     except Exception as error:  # the Hub's client and its network library raise kinds of their own

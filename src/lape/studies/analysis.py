@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lape import __version__
 from lape.analysis import Correlation, Shape, correlation, decomposition
-from lape.data.sources import Source, find_set
+from lape.data.sources import Source, set_of
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.files import reading, writing
@@ -81,11 +81,11 @@ class _Images:
         self.source: Source | None = None
         self.missing: UsageError | RunError | None = None
 
-    def __call__(self, experiment: Experiment, _: Source) -> Source:
+    def __call__(self, experiment: Experiment, stored: Source) -> Source:
         if self.missing is not None:
             raise self.missing
         try:
-            self.source = self.source or find_set(experiment.data, experiment.data_dir, download=False)
+            self.source = self.source or set_of(experiment, download=False, stored=stored)
         except (UsageError, RunError) as error:
             self.missing = RunError(f"The decomposition needs images of {experiment.data}. {error}")
             raise self.missing from None

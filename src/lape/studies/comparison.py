@@ -24,6 +24,7 @@ from lape.studies.study import VARIED, LeftOut, Result, Study, gather, read_resu
 from lape.training.checkpoints import LAST, RESULT, SETTINGS, other_settings, refuse_other, refuse_other_data
 
 if TYPE_CHECKING:
+    from lape.data.sources import Source
     from lape.training.progress import Progress
 
 
@@ -248,7 +249,6 @@ def compare(
 
 def _prepared(base: Experiment, factors: Factors, out: Path) -> tuple[list[Plan], LeftOut, Any, Mapping[str, Any]]:
     """Return the runs, what is left out, the set, and what is in it; raises as `compare` does before it trains."""
-    from lape.data.sources import set_of
     from lape.training.contents import contents
 
     todo, left_out = plans(base, factors, out)
@@ -260,7 +260,7 @@ def _prepared(base: Experiment, factors: Factors, out: Path) -> tuple[list[Plan]
     writing.make_folder(out)
     for plan in todo:
         writing.refuse_links(out, plan.folder)
-    source = set_of(base)  # once, before several processes would download the same files
+    source = _whole(base)  # once, before several processes would download the same files
     return todo, left_out, source, contents(source)
 
 
@@ -320,6 +320,15 @@ def prune(study: Study) -> None:
 
 def _is_finished(plan: Plan) -> bool:
     return (plan.folder / RESULT).exists()
+
+
+def _whole(base: Experiment) -> "Source":
+    """Return the set as each of the runs will have it."""
+    from lape.data.files import unreadable
+    from lape.data.sources import set_of
+
+    source = set_of(base)
+    return source.without(tuple(unreadable(source, lambda _: None))) if base.skip_unreadable else source
 
 
 def _kept(plan: Plan, here: Mapping[str, Any]) -> Result:

@@ -78,8 +78,8 @@ class _Images:
         self.experiment = experiment
         self.source: Source | None = None
 
-    def __call__(self, *_: object) -> Source:
-        self.source = self.source or set_of(self.experiment, download=False)
+    def __call__(self, _: Experiment, stored: Source) -> Source:
+        self.source = self.source or set_of(self.experiment, download=False, stored=stored)
         return self.source
 
     def load(self, result: Result) -> LoadedRun:

@@ -27,7 +27,7 @@ SET_BY = {
 }
 # The settings of pictures: each kind of task takes some of them.
 OF_PICTURES = {
-    *("train_images", "img_size", "teacher", "loss"),
+    *("train_images", "img_size", "teacher", "loss", "val_split", "skip_unreadable", "balance", "normalisation"),
     *(field.name for field in (*fields(Augmentation), *fields(Dense))),
 }
 

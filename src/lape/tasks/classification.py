@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from lape.data.preparation import Preparation
 from lape.data.sizes import Size
 from lape.errors import RunError, UsageError, choose, first_line, lacking
 from lape.experiment import Augmentation, Experiment
+from lape.fetching import refuse_unreachable, timm_weights
 from lape.hosts import find
 from lape.models.rebuilding import Build
 from lape.models.registry import learns_from
@@ -44,9 +46,40 @@ def _binary_cross_entropy(logits: Tensor, shares: Tensor) -> Tensor:
 CROSS_ENTROPY = "cross-entropy"
 LOSSES: dict[str, Loss] = {CROSS_ENTROPY: _cross_entropy, "binary-cross-entropy": _binary_cross_entropy}
 
-SETTINGS = {"train_images", "img_size", "teacher", "loss", *(field.name for field in fields(Augmentation))}
+SETTINGS = {
+    *("train_images", "img_size", "teacher", "loss", "val_split", "skip_unreadable", "balance", "normalisation"),
+    *(field.name for field in fields(Augmentation)),
+}
 LIKELIEST = 5  # classes of a picture that are told
 IN_A_LINE = 3  # of these
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How classes of different size are evened out in training; validation is of the images as they are."""
+
+    weighs: bool = False  # the loss of an image by its class, so that all classes weigh the same
+    repeats: bool = False  # images of smaller classes, until all are as large as the largest
+
+
+NEITHER = Balance()
+BALANCES: Mapping[str, Balance] = MappingProxyType({"weights": Balance(weighs=True), "sampling": Balance(repeats=True)})
+
+
+def _as_the_model_knows(source: ImageSource, cfg: Mapping[str, Any]) -> ImageSource:
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    if len(mean) != source.channels:
+        raise UsageError(
+            f"normalisation model has {len(mean)} colours, and the images of {source.name} have "
+            f"{source.channels}: leave it out."
+        )
+    return replace(source, mean=mean, std=std)
+
+
+# From a set, and what timm says of a model, to the set with its mean and deviation.
+NORMALISATIONS: Mapping[str, Callable[[ImageSource, Mapping[str, Any]], ImageSource]] = MappingProxyType(
+    {"set": lambda source, cfg: source, "model": _as_the_model_knows}
+)
 
 
 @dataclass(frozen=True)
@@ -88,18 +121,21 @@ class LikelyClasses:
 
 
 class Classification:
-    """Names each image's class."""
+    """Names each image's class; in the loss each class may have a weight of its own (classes,)."""
 
     score = "val_accuracy"  # of what `Meter.compute` returns, the one by which the best weights are kept
     reported = ("val_accuracy", "val_loss")  # what is kept of a run's end, the score first
 
-    def __init__(self, classes: int, loss: Loss = _cross_entropy, compile: bool = False) -> None:
-        self.classes = classes
+    def __init__(
+        self, classes: int, loss: Loss = _cross_entropy, compile: bool = False, weights: Tensor | None = None
+    ) -> None:
+        self.classes, self.weights = classes, weights
         self.loss_of_logits: Loss = torch.compile(loss, dynamic=False) if compile else loss
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of images (B, C, H, W) and the shares of their classes (B, classes), a scalar."""
-        return self.loss_of_logits(model(images), targets)
+        weighted = targets if self.weights is None else targets * self.weights
+        return self.loss_of_logits(model(images), weighted)
 
     def meter(self, keep: bool = False) -> "Meter":
         """A new account of validation results, which with `keep` has what was said of every image."""
@@ -177,8 +213,15 @@ class ClassificationWork:
 
     def __init__(self, experiment: Experiment, source: ImageSource, build: Build) -> None:
         refuse_foreign(experiment, source, SETTINGS)
-        self.experiment, self.source = experiment, source
         self.loss = choose(LOSSES, experiment.loss or CROSS_ENTROPY, "a loss")
+        balance = choose(BALANCES, experiment.balance, "a balance of classes") if experiment.balance else NEITHER
+        if balance.weighs and self.loss is not LOSSES[CROSS_ENTROPY]:
+            raise UsageError(
+                f"balance weighs the shares of classes, which {experiment.loss} takes for probabilities: take balance "
+                "sampling, or leave out loss."
+            )
+        normalised = choose(NORMALISATIONS, experiment.normalisation or "set", "a normalisation")
+        self.experiment, self.balance = experiment, balance
         self.chosen = pipeline.augmentation(experiment, source)
         self.repeats = self.chosen.repeats or 1
         side = experiment.img_size
@@ -189,6 +232,8 @@ class ClassificationWork:
                 "classifier, as deit_tiny_patch16_224, or a set for detection or segmentation."
             )
         self.module = module = build_model(experiment, source, build, {"img_size": asked})
+        source = normalised(source, getattr(module, "pretrained_cfg", {}))
+        self.unrepeated, self.source = source, source.evened() if balance.repeats else source
         self.size = Size(*(asked or module.pretrained_cfg["input_size"][-2:]))
         if patch := self._patch_that_does_not_divide(self.size):
             raise UsageError(
@@ -239,9 +284,15 @@ class ClassificationWork:
         if experiment.teacher is None:
             if experiment.teacher_weights:
                 raise UsageError(f"teacher_weights {experiment.teacher_weights} are of no model: name it by --teacher.")
-            return Classification(len(self.source.classes), self.loss, experiment.compile)
+            classes, weights = len(self.source.classes), self._weights(fabric.device)
+            return Classification(classes, self.loss, experiment.compile, weights)
         if experiment.loss is not None:
             raise UsageError(f"A distilled model learns by {CROSS_ENTROPY}: leave out loss {experiment.loss}.")
+        if self.balance.weighs:
+            raise UsageError(
+                f"balance weighs labels, and half of the loss is of what {experiment.teacher} answers: take balance "
+                "sampling, or no --teacher."
+            )
         if not hasattr(module, "set_distilled_training"):
             raise UsageError(
                 f"{experiment.teacher} teaches a distillation head, and {experiment.model} has none. Take a distilled "
@@ -257,8 +308,21 @@ class ClassificationWork:
 
         return Distillation(len(self.source.classes), answers)
 
+    def _weights(self, device: torch.device) -> Tensor | None:
+        """Return the weight of each class (classes,), N / (classes · N of the class): 1 in the mean of all N images."""
+        if not self.balance.weighs:
+            return None
+        counts = torch.bincount(self.source.train.labels, minlength=len(self.source.classes))
+        return (counts.sum() / (len(counts) * counts.clamp(min=1))).to(device)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the size of images, the images of each class, and what is done to them in training."""
+        counts = self.unrepeated.counts()
+        named = {name: {"train": train, "validation": held} for name, (train, held) in counts.items()}
+        return {"image_size": list(self.size), "classes": named, "augmentation": asdict(self.chosen)}
+
     def check(self, report: Callable[[float], None]) -> None:
-        """Say what a person should know of the set; of its files, perhaps a million, each is told of in its turn."""
+        """Say what a person should know of the set; its files have been looked at when it was divided."""
         for remark in (*self.source.train.remarks, *self.source.validation.remarks):
             warnings.warn(remark, stacklevel=2)
 
@@ -329,6 +393,7 @@ def _teacher(experiment: Experiment, source: ImageSource) -> nn.Module:
         _refuse_other_classes(f"{name} in {path}", asked if head is None else len(head), source)
         fill(teacher, weights, path)
         return teacher.eval()
+    refuse_unreachable(timm_weights(name), f"timm's weights of {name}", "its path by --teacher_weights")
     try:
         teacher = timm.create_model(name, pretrained=True, in_chans=source.channels)
     except Exception as error:  # the Hub's client and its network library raise kinds of their own

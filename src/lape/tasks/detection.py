@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from itertools import zip_longest
 from typing import Any
@@ -208,6 +208,11 @@ class DetectionWork:
     def task(self, fabric: Fabric) -> Detection:
         """Create what is learned: boxes, classes and masks."""
         return Detection()
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the classes, and how pictures are resized and changed in training."""
+        changed = asdict(self.augmentation) | asdict(self.dense)
+        return {"image_size": None, "classes": dict.fromkeys(self.source.classes), "augmentation": changed}
 
     def check(self, report: Callable[[float], None]) -> None:
         """Open every file, and tell how many have been; raises RunError for a bad one, and where nothing is labelled.

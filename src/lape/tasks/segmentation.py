@@ -6,7 +6,7 @@ Facts from mmsegmentation 0.x and from github.com/rstrudel/segmenter at 20d1bfa.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -283,6 +283,11 @@ class SegmentationWork:
         )
         module = self.module
         return Segmentation(len(self.source.classes), inference, module.loss_weights, module.unlabelled_count)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the classes, and how pictures are resized and changed in training."""
+        changed = asdict(self.augmentation) | asdict(self.dense)
+        return {"image_size": None, "classes": dict.fromkeys(self.source.classes), "augmentation": changed}
 
     def check(self, report: Callable[[float], None]) -> None:
         """Open every file, and tell how many have been; raises RunError for a bad one, and where nothing is labelled.

@@ -141,6 +141,10 @@ class Work(Protocol):
         """Look at the set before the first step, and tell which share is done; raises RunError for what is wrong."""
         ...
 
+    def resolved(self) -> dict[str, Any]:
+        """Return in plain values what the settings came to: the size of images, what is in each class, augmentation."""
+        ...
+
     def preparation(self, share: int, device: torch.device) -> Preparation:
         """Create what is left to do to a batch of `share` images on the device."""
         ...

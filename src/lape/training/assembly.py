@@ -77,7 +77,7 @@ def optimizer_of(experiment: Experiment, model: nn.Module) -> Optimizer:
     if "eps" in accepted and experiment.precision == "16-true":
         options["eps"] = 1e-4  # of float16's numbers the usual 1e-8 is zero, as is the square of a gradient below 2e-4
     groups = _groups(experiment, model)
-    lr = experiment.lr * rate_scale(experiment)
+    lr = highest_rate(experiment)
     try:
         return optim.create_optimizer_v2(groups, experiment.optimizer, lr=lr, momentum=experiment.momentum, **options)
     except TypeError as error:
@@ -123,7 +123,12 @@ def _layer_scales(model: Any, factor: float) -> dict[str, float]:
     return {name: factor ** (last - level) for name, level in levels.items()}
 
 
-def rate_scale(experiment: Experiment) -> float:
+def highest_rate(experiment: Experiment) -> float:
+    """Return the highest learning rate, for the batch size that there is."""
+    return experiment.lr * _scale(experiment)
+
+
+def _scale(experiment: Experiment) -> float:
     """What the learning rate is multiplied by."""
     return experiment.batch_size / (experiment.lr_batch or experiment.batch_size)
 
@@ -149,8 +154,8 @@ def schedule_of(experiment: Experiment, optimizer: Optimizer, steps: int) -> Cal
         )
     unit = 1 if by_epoch else steps  # in which the schedule counts: epochs or steps
     length = experiment.steps or experiment.epochs * unit
-    warmup = _warmup(experiment, length, unit)
-    scale = rate_scale(experiment) if experiment.scale_lr_ends else 1
+    warmup = warmup_of(experiment, length, unit)
+    scale = _scale(experiment) if experiment.scale_lr_ends else 1
     # timm's milestones are one unit early, which it keeps for the sake of older runs.
     milestones = [epoch * unit + 1 for epoch in experiment.decay_milestones]
     interval: dict[str, Any] = {"step": {"decay_epochs": 90 * unit}}.get(experiment.schedule, {})
@@ -183,8 +188,11 @@ def schedule_of(experiment: Experiment, optimizer: Optimizer, steps: int) -> Cal
     return set_rates
 
 
-def _warmup(experiment: Experiment, length: float, unit: int) -> float:
-    """Return how long the learning rate rises, in units of a schedule of that length."""
+def warmup_of(experiment: Experiment, length: float, unit: int) -> float:
+    """Return how long the learning rate rises, in units of a schedule of that length; an epoch has `unit` of them.
+
+    Raises UsageError for more than the schedule, and where two settings say it.
+    """
     asked = experiment.warmup_epochs
     if asked is not None and experiment.warmup_steps is not None:
         raise UsageError("warmup_epochs and warmup_steps both say how long the learning rate rises: leave one out.")

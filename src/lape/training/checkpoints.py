@@ -13,6 +13,7 @@ from lape.training.contents import differences
 from lape.weights import opened
 
 LAST, BEST = "last.pt", "best.pt"
+START = "start.json"  # what a run begins with (`lape.training.start`)
 SETTINGS, RESULT, BROKEN_BATCH = "experiment.json", "result.json", "broken-batch.json"
 TO_GO_ON = ("optimizer", "precision")  # parts of a checkpoint
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lape.files.characters import plural
 
 SPLITS = ("train", "validation")
+PLACES = ("name", "folder", "root", "turned")  # fields of a split that say where it is, and how it is called and seen
 
 
 def contents(source: Any) -> dict[str, Any]:
@@ -30,8 +31,9 @@ def _digest(split: Any) -> str:
     digest = blake2b(digest_size=16)
     folder = getattr(split, "folder", None)
     for field in fields(split):
-        if field.name not in ("name", "folder"):
-            _add(digest, field.name, getattr(split, field.name), folder)
+        if field.name not in PLACES:
+            value = getattr(split, field.name) if field.compare else ()  # remarks may change where pictures do not
+            _add(digest, field.name, value, folder)
     return digest.hexdigest()
 
 

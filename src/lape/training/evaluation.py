@@ -116,7 +116,7 @@ def load_run(checkpoint: Path, source_of: Callable[[Experiment, Source], Source]
     saved = read(path)
     experiment = Experiment.of(saved["experiment"])
     elsewhere = {field.name: field.default for field in fields(Execution) if field.name != "data_dir"}
-    taught = {"teacher": None, "teacher_weights": None}
+    taught = {"teacher": None, "teacher_weights": None, "balance": None}
     asked = {name: value for name, value in changed.items() if value is not None}
     experiment = replace(experiment, **(elsewhere | taught | asked))
     weights = judged_weights(saved)
@@ -211,13 +211,13 @@ def _with_pictures(checkpoint: Path, split: str, changed: Mapping[str, object]) 
                 raise UsageError(f"{experiment.data} has no splits, and all of it is judged: leave out split {split}.")
             return unsplit
         data, folder = experiment.data, experiment.data_dir
-        source = set_of(experiment, may_download) if own else find_set(data, folder, may_download)
+        source = set_of(experiment, may_download, stored) if own else find_set(data, folder, may_download)
         if source.classes != stored.classes:
             raise UsageError(
                 f"{checkpoint} was trained to tell {_named(stored.classes)} apart, and {source.name} has "
                 f"{_named(source.classes)}. Give --data a set of the same classes."
             )
-        return source.on_split(split, Path(data))
+        return source.on_split(split)
 
     return load_run(checkpoint, with_pictures, **changed)
 

@@ -17,6 +17,7 @@ from lape.training.checkpoints import (
     LAST,
     RESULT,
     SETTINGS,
+    START,
     experiment_of,
     kept_settings,
     refuse_other,
@@ -24,7 +25,7 @@ from lape.training.checkpoints import (
 from lape.training.curves import CSV, TENSORBOARD
 from lape.training.longer import LENGTH
 
-OF_A_RUN = (LAST, BEST, RESULT, BROKEN_BATCH, CSV, TENSORBOARD)
+OF_A_RUN = (LAST, BEST, RESULT, START, BROKEN_BATCH, CSV, TENSORBOARD)
 
 
 def claim(folder: Path, asked: Experiment, resume: bool) -> None:

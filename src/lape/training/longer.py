@@ -10,7 +10,7 @@ from torch.optim import SGD
 
 from lape.errors import UsageError
 from lape.experiment import Experiment
-from lape.training.assembly import rate_scale, schedule_of
+from lape.training.assembly import highest_rate, schedule_of
 
 LENGTH = ("epochs", "steps", "cooldown_epochs")  # settings that may differ
 
@@ -54,7 +54,7 @@ def _difference(before: Experiment, asked: Experiment, epoch: int, done: int) ->
 
 
 def _rates(experiment: Experiment, epoch: int, steps: int) -> list[float]:
-    optimizer = SGD([torch.zeros(1)], lr=experiment.lr * rate_scale(experiment))
+    optimizer = SGD([torch.zeros(1)], lr=highest_rate(experiment))
     set_rates, rates = schedule_of(experiment, optimizer, epoch), []
     for step in range(steps):
         set_rates(step)

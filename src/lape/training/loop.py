@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from lape.data import pipeline
+from lape.data.files import left_out, refusal, unreadable
 from lape.data.pipeline import Batch, Batches, InOrder, Key, Order, Shares, reseed, seed_of
-from lape.data.sources import set_of
+from lape.data.sources import Source, set_of
 from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Experiment, parse
 from lape.files import writing
 from lape.models.rebuilding import LikeItsFile, as_asked
 from lape.surgery.operation import pools_patches
 from lape.tasks.measures import TITLES
-from lape.tasks.work import describe_set, work_of
+from lape.tasks.work import describe_set, set_without_pictures, work_of
 from lape.training.acceleration import Card, Readout, against_graphs, remarks
 from lape.training.assembly import launch, optimizer_of, schedule_of
 from lape.training.checkpoints import (
@@ -55,6 +56,7 @@ from lape.training.interruption import Stopped, signals
 from lape.training.longer import LENGTH, refuse_another_beginning
 from lape.training.progress import Progress
 from lape.training.provenance import provenance
+from lape.training.start import Start, keep, start_of
 from lape.weights import fill, load_backbone
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
@@ -80,14 +82,16 @@ def train(
     report: Callable[[Progress], None] | None = None,
     checked: Callable[[float], None] | None = None,
     lean: bool = False,
+    begun: Callable[[Start], None] | None = None,
 ) -> Path:
     """Train one model in a folder of its own and return the path of its `result.json`.
 
     With `resume` a run that was cut off goes on from its last checkpoint and ends with the weights, bit for bit, that
     it would have had; a finished one is left as it is, and a new one begins. More epochs or steps than before may be
     asked for, where the run is then the one that asking at once would have made. `report` is told how it goes, and
-    before that `checked` which share of the files of a set for detection or segmentation has been opened, both in the
-    first process alone. With `lean` the last checkpoint of a finished run holds what evaluation needs, and no more.
+    before that `checked` which share of the files of a set has been opened, and `begun` what the run begins with; all
+    in the first process alone. With `lean` the last checkpoint of a finished run holds what evaluation needs, and no
+    more.
 
     Raises UsageError for settings that do not fit each other, the data or the folder; RunError for an unreadable
     image, a loss that is not finite, a full disk, and a folder in which another process works; Stopped after SIGINT
@@ -96,12 +100,12 @@ def train(
     fabric = launch(experiment)
     with claimed(folder, experiment, resume, fabric):
         if not is_finished(folder, experiment):
-            run = TrainingRun(experiment, folder, fabric, resume)
+            run = TrainingRun(experiment, folder, fabric, resume, checked or (lambda _: None))
             if resume:
                 run.restore()
             if run.state.step == 0:
                 run.check(checked or (lambda _: None))
-            run.fit(report or (lambda _: None))
+            run.fit(report or (lambda _: None), begun or (lambda _: None))
             if lean and fabric.is_global_zero:
                 keep_for_evaluation(folder / LAST)
     if fabric.world_size > 1:  # gloo aborts where one process leaves while another still speaks
@@ -113,17 +117,26 @@ def train(
 class TrainingRun:
     """Everything that one training run holds."""
 
-    def __init__(self, experiment: Experiment, folder: Path, fabric: Fabric, resume: bool = False) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        fabric: Fabric,
+        resume: bool = False,
+        checked: Callable[[float], None] = lambda _: None,
+    ) -> None:
         from timm.utils.model_ema import ModelEmaV3
 
-        self.experiment, self.folder, self.fabric = experiment, folder, fabric
-        with fabric.rank_zero_first(local=True):  # it may download
-            self.source = set_of(experiment, download=not resume)
-        # The files of a large set are looked at by one process alone.
-        self.contents = fabric.broadcast(contents(self.source) if fabric.is_global_zero else {})
+        self.experiment, self.folder, self.fabric, self.resume = experiment, folder, fabric, resume
         self.saved = self._last_checkpoint() if resume else None
+        source = self._set(resume, checked)
+        # The files of a large set are looked at by one process alone.
+        self.contents = fabric.broadcast(contents(source) if fabric.is_global_zero else {})
+        if self.saved:
+            refuse_other_data(folder / LAST, self.saved, self.contents, experiment)
         build = LikeItsFile(self.saved["model"], folder / LAST) if self.saved else as_asked
-        self.work: Any = work_of(experiment, self.source, build)
+        self.work: Any = work_of(experiment, source, build)
+        self.whole, self.source = source, self.work.source  # of the second, images may stand several times
         self.order = Order(
             experiment.seed,
             len(self.source.train),
@@ -153,6 +166,35 @@ class TrainingRun:
             self._refuse_another_beginning(self.saved)
         self.state = State()
         self.durations = deque[float](maxlen=1000)
+        self.start = start_of(experiment, self.whole, self.work, self.order.steps)
+
+    def _set(self, resume: bool, checked: Callable[[float], None]) -> Source:
+        """Return the set: of a run that goes on as it told of it; of a new one without images that cannot be read."""
+        experiment, fabric = self.experiment, self.fabric
+        try:
+            stored = set_without_pictures(self.saved["set"]) if self.saved else None
+        except UsageError as error:
+            raise RunError(
+                f"{self.folder / LAST} does not tell of its set ({error}). Remove it to begin anew."
+            ) from error
+        with fabric.rank_zero_first(local=True):  # it may download
+            source = set_of(experiment, download=not resume, stored=stored)
+        if stored is not None:
+            return source
+        names: tuple[str, ...] = ()
+        trouble = ""
+        if fabric.is_global_zero:
+            faults = unreadable(source, checked)
+            names = tuple(faults)
+            if experiment.skip_unreadable:
+                for remark in left_out(faults):
+                    warnings.warn(remark, stacklevel=1)
+            else:
+                trouble = refusal(source, faults)
+        names, trouble = fabric.broadcast((names, trouble))
+        if trouble:
+            raise RunError(trouble)
+        return source.without(names)
 
     def check(self, checked: Callable[[float], None]) -> None:
         """Say what the model starts from and how a card computes it, and open every file of a dense set once.
@@ -171,9 +213,11 @@ class TrainingRun:
         if trouble := self.fabric.broadcast(trouble):
             raise RunError(trouble)
 
-    def fit(self, report: Callable[[Progress], None]) -> None:
+    def fit(self, report: Callable[[Progress], None], opened: Callable[[Start], None] = lambda _: None) -> None:
         """Train from where the state is to the end."""
         self.curves = self._open_folder()
+        if self.curves:
+            opened(self.start)
         batches = self._training_batches()
         saved = reported = monotonic()
         self.begun, self.noted = saved - self.state.seconds, self.state.step
@@ -354,7 +398,6 @@ class TrainingRun:
             return None
         saved = read(path)
         refuse_other(path, saved["experiment"], self.experiment, but=LENGTH)
-        refuse_other_data(path, saved, self.contents, self.experiment)
         if not saved.keys() >= {*TO_GO_ON}:
             raise RunError(
                 f"{path} holds weights alone, as lape compare leaves them unless --prune false is given, so the run "
@@ -396,6 +439,7 @@ class TrainingRun:
         writing.write_json(self.folder / SETTINGS, self.experiment.settings())
         if (self.folder / RESULT).exists():  # of a shorter run, which this one goes on with
             writing.remove([self.folder / RESULT])
+        self.command = keep(self.folder, self.start, self.resume)
         return Curves(self.folder, self.state.curve)
 
     def _training_batches(self) -> Batches:
@@ -428,6 +472,8 @@ class TrainingRun:
             "experiment": self.experiment.settings(),
             "contents": self.contents,
             **provenance(),
+            "command": self.command,  # that began the run, whichever ended it
+            "resolved": self.start.resolved,
             "pools_patches": pools_patches(self.module),
             "parameters": sum(parameter.numel() for parameter in self.module.parameters()),
             "steps": self.steps,

@@ -42,11 +42,16 @@ def machine() -> str:
     return ", ".join([f"{platform.system()} {platform.machine()}", threads, *graphics])
 
 
+def command() -> str:
+    """The command that this process was started by."""
+    words = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return words.encode(errors="backslashreplace").decode()  # names may hold bytes that are no UTF-8
+
+
 def provenance() -> dict[str, Any]:
     """All of it, as `result.json` holds it."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
-        "command": command.encode(errors="backslashreplace").decode(),  # names may hold bytes that are no UTF-8
+        "command": command(),
         "commit": commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": machine(),
