@@ -276,8 +276,8 @@ def saved(runs: Path) -> Path:
 
 
 def test_a_saved_model_is_analysed_as_the_run_that_it_is_of(lape, runs, saved) -> None:
-    assert lape("correlation", runs / "petted", saved)[0] == 0
-    of_run, of_folder = written("correlation")[0]
+    assert lape("correlation", runs / "petted", saved, "--out", "maps")[0] == 0
+    of_run, of_folder = written("correlation", "maps")[0]
     assert of_folder["name"] == "saved"
     assert of_folder["of_token"] == of_run["of_token"]
     words = ["--data", str(runs / "pets"), "--images", "4", "--out", "weights"]

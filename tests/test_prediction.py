@@ -330,17 +330,21 @@ def test_every_option_of_eval_reaches_the_judgement(monkeypatch: pytest.MonkeyPa
 
 
 def test_eval_says_every_measure_by_its_title(
-    segmenter: Path, detector: Path, capsys: pytest.CaptureFixture[str]
+    segmenter: Path, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for run, titles in (
         (segmenter, {"mIoU": "val_miou", "pixel accuracy": "val_pixel_accuracy"}),
         (detector, {"box AP": "val_box_ap", "mask AP": "val_mask_ap"}),
     ):
         judged = evaluate_checkpoint(run)
-        assert main(["eval", str(run)]) == 0
+        assert main(["eval", str(run), "--out", str(tmp_path / run.parent.name)]) == 0
         found = ", ".join(f"{title} {judged.metrics[name]:.2f} %" for title, name in titles.items())
         told = f"{found} on 2 validation images of {judged.data} ({run / 'best.pt'})\n"
-        assert capsys.readouterr().out == told
+        (file,) = (tmp_path / run.parent.name).iterdir()
+        assert capsys.readouterr().out == f"{told}\nWritten: {file}\n"
+        assert json.loads(file.read_text())["metrics"] == judged.metrics
+        assert main(["eval", str(run), "--split", "train"]) == 2
+        assert "is judged on its validation pictures alone: leave out split train" in capsys.readouterr().err
 
 
 def test_every_option_of_predict_reaches_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
