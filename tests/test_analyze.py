@@ -32,6 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cli.main([*words, "--out", str(root / join)]) == 0
     a_folder(root / "pets", "cat", "dog")
     of_folder = ["--data", str(root / "pets"), "--img-size", "16", "--batch-size", "4", "--workers", "0"]
+    of_folder += ["--model", "vit_nano_patch2_8"]
     assert cli.main(["train", "--join", "default", *of_folder, *brief, "--out", str(root / "petted")]) == 0
     return root
 

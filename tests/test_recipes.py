@@ -399,7 +399,9 @@ def test_whatever_decides_a_result_counts_as_changed() -> None:
     own = recipe.experiment()
     yours = {"join", "seed", "weights", "accumulate", "grad_checkpointing", "compile"}
     for name, value in own.identity().items():
-        another = (1, 2) if name in RANGES else (0.5, 0.9) if name == "betas" else 0.5 if name == "ema" else 1
+        another = (
+            (1, 2) if name in RANGES else (0.5, 0.9) if name == "betas" else 0.5 if name in ("ema", "val_split") else 1
+        )
         if isinstance(value, str | dict):
             another = f"{value}0" if isinstance(value, str) else {"depth": 1}
         elif value is not None:

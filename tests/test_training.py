@@ -544,7 +544,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, finished, content):
 
 
 def test_a_set_of_other_classes_is_refused(finished, tmp_path):
-    for place in ("train/cat", "val/cat"):
+    for place in ("train/cat", "train/dog", "val/cat"):
         (tmp_path / place).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / place / "0.png")
     with pytest.raises(UsageError, match=r"was trained to tell 10 classes \(0, 1, 2 \.\.\.\) apart"):

@@ -300,13 +300,34 @@ def _with_recipe(name: str, words: list[str]) -> list[str]:
     from lape.data import SETS
 
     typed = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    if "recipe" not in typed and "recipe" in _hints(COMMANDS[name]):
+        fitting = _for_own_pictures(typed)
+        words, typed = [*(f"--{option}={value}" for option, value in fitting.items()), *words], fitting | typed
     if "recipe" not in typed:
         return words
-    settings = recipes.load(typed["recipe"]).settings
+    settings = dict(recipes.load(typed["recipe"]).settings)
+    if typed.get("join", settings.get("join")) != settings.get("join"):
+        settings.pop("start", None)  # a start is that of a join
     if "data" in settings and typed.get("data", settings["data"]) not in SETS:
         words = [word.replace("--data=", "--data_dir=", 1) if word.startswith("--data=") else word for word in words]
     known = _hints(COMMANDS[name])
     return [*_normal(name, [_typed(*setting) for setting in settings.items() if setting[0] in known]), *words]
+
+
+def _for_own_pictures(typed: dict[str, str]) -> dict[str, str]:
+    """Return what fits a folder of classes where nothing else is typed: a recipe, and the model of weights by name."""
+    from lape.data.sources import holds_classes
+
+    gone_on_with = typed.get("resume") == "true" and "config" in typed  # by all of its own settings
+    if gone_on_with or "data" not in typed or not holds_classes(typed["data"]):
+        return {}
+    weights = typed.get("weights")
+    if weights in (None, "null"):
+        return {"recipe": "own-pictures/scratch"}
+    fitting = {"recipe": "own-pictures/finetune"}
+    if not Path(weights).exists():  # a name of timm's is that of a model, and behind a point of one of its weights
+        fitting["model"] = weights.removeprefix("timm/").partition(".")[0]
+    return fitting
 
 
 def _typed(name: str, value: Any) -> str:

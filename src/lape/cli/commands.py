@@ -17,25 +17,41 @@ if TYPE_CHECKING:
     from lape.data.sizes import Size
     from lape.studies.analysis import Kept
     from lape.studies.study import Study
+    from lape.training.start import Start
 
 
 def train(experiment: Experiment, out: Path | None = None, resume: bool = False) -> None:
     """Train one model.
 
     Args:
-        out: Folder of the run; default: runs/DATA/JOIN-PE-seedSEED, with a recipe runs/RECIPE/JOIN-PE-seedSEED.
+        out: Folder of the run; default: runs/DATA/JOIN-PE-seedSEED, for the recipe of a set
+            runs/RECIPE/JOIN-PE-seedSEED.
         resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped.
     """
     from lape.report.run import Bar
+    from lape.report.start import lines
     from lape.training.loop import train
 
-    recipe = experiment.recipe or Path(experiment.data).name
-    row = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
-    folder = out or Path("runs") / row / f"{experiment.join}-{experiment.pe}-seed{experiment.seed}"
+    folder = out or Path("runs") / _row(experiment) / f"{experiment.join}-{experiment.pe}-seed{experiment.seed}"
+
+    def begun(start: "Start") -> None:
+        for line in lines(start):
+            say(line)
+
     with Bar(console(stderr=True)) as bar:
-        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check)
+        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check, begun=begun)
     if first_process():
         say(f"Done: {result}")
+
+
+def _row(experiment: Experiment) -> str:
+    """Return what a run is filed under: its recipe, or the set where the recipe is for any."""
+    from lape import recipes
+
+    recipe = experiment.recipe
+    if recipe is None or "data" not in recipes.load(recipe).settings:
+        return Path(experiment.data).resolve().name
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
 
 
 def evaluate(
