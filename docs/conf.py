@@ -15,6 +15,7 @@ myst_heading_anchors = 4  # links to headings, as code hosts know them
 nb_execution_mode = "force"  # notebooks are kept without their outputs, and run whenever the site is built
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # warnings of other libraries
 
 
 def _titled(_: object, page: str, content: list[str]) -> None:
