@@ -108,11 +108,11 @@ def test_best_weights_are_chosen_on_validation_and_test_is_left_alone(tmp_path: 
     assert source.counts() == {"cat": (4, 3), "dog": (4, 3)}
     assert source.held_out is None
     (root / "test/emu").rmdir()
-    held = source.split("test")
+    held = source.on_split("test").validation
     assert (held.names()[0], held.labels.tolist()) == ("test/cat/0.png", [0, 0, 1, 1])
-    assert source.split("validation") is source.validation
+    assert source.on_split("val").validation is source.validation
     with pytest.raises(UsageError, match="is a class that"):
-        replace(source, classes=("cat",)).split("test")
+        replace(source, classes=("cat",)).on_split("test")
     pictures(root / ("val" if name == "valid" else "valid"), cat=1)
     with pytest.raises(UsageError, match="and one of them is for validation"):
         find_set(str(root))
@@ -126,8 +126,8 @@ def test_without_validation_images_a_share_is_held_out_of_training_and_never_of_
     assert source.counts() == {"cat": (4, 1), "dog": (4, 1)}
     assert all(name.startswith("train/") for name in source.held_out or ())
     shutil.rmtree(root / "test")
-    with pytest.raises(UsageError, match=r"'test' is not a split of photos\..* Valid names: train, validation"):
-        source.split("test")
+    with pytest.raises(UsageError, match=r"photos has no split test that models are judged on, only train, val "):
+        source.on_split("test")
 
 
 @pytest.mark.parametrize("name", ["test", "Test", "valid", "training", "Train"])
@@ -299,7 +299,7 @@ def test_weights_let_every_class_weigh_the_same(photos: Path) -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(14, 3), F.one_hot(labels, 3).float()
     expected = (F.cross_entropy(logits, labels, reduction="none") * weights[labels]).mean()
-    torch.testing.assert_close(Classification(3, weights).loss(lambda _: logits, targets, targets), expected)
+    torch.testing.assert_close(Classification(3, weights=weights).loss(lambda _: logits, targets, targets), expected)
     assert work_of(experiment(photos), source)._weights(torch.device("cpu")) is None  # pyright: ignore
     with pytest.raises(UsageError, match=r"'weigths' is not a balance of classes\. Did you mean 'weights'"):
         work_of(experiment(photos, balance="weigths"), source)

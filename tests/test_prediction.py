@@ -344,7 +344,7 @@ def test_eval_says_every_measure_by_its_title(
         assert capsys.readouterr().out == f"{told}\nWritten: {file}\n"
         assert json.loads(file.read_text())["metrics"] == judged.metrics
         assert main(["eval", str(run), "--split", "train"]) == 2
-        assert "is judged on its validation pictures alone: leave out split train" in capsys.readouterr().err
+        assert "has no split train that models are judged on, only val" in capsys.readouterr().err
 
 
 def test_every_option_of_predict_reaches_the_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +374,7 @@ def test_a_run_tells_how_it_goes_and_how_its_files_are_looked_at(
     told: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training, "train", noting(told, "experiment", "folder"))
-    main(["train", "--out", "x", "--resume"])
+    main(["train", "--data", "digits", "--out", "x", "--resume"])
     assert (told["folder"], told["resume"]) == (Path("x"), True)
     assert told["checked"] == told["report"].check
 
