@@ -4,13 +4,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape.cli.terminal import console, say
 from lape.errors import RunError, UsageError
-from lape.experiment import Experiment
+from lape.experiment import SECTIONS, Experiment
 from lape.files.characters import plural
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
     folder = out or folder_of(experiment)
     if resume and first_process() and not (folder / SETTINGS).exists():
         say(f"{folder} holds no run to go on with, so a new one begins.", error=True)
-    with Bar(console(stderr=True)) as bar:
+    with Bar(console(stderr=True), experiment.compile) as bar:
         result = train(experiment, folder, resume=resume, report=bar, checked=bar.check)
     if first_process():
         say(f"Done: {result}")
@@ -229,7 +229,7 @@ def compare(
         pe_norm: PE norms of the joins that have them: layernorm, and what stands in its place in Table 8.
         start: Starts of the joins that have PE norms, among fresh, preserve.
         seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves; default: 3.
-        seed_list: The seeds themselves in place of seeds, as 7 for this one alone.
+        seed_list: The seeds themselves, as 7 for this one alone; default: as seeds says.
         out: Folder of the report and the runs; finished runs in it are kept, and those of the same settings are on the
             page. Several calls may share it, also from several machines: each run is trained by one of them.
         jobs: Runs at once; default: one per core, or on each GPU as many as its memory and the cores allow.
@@ -499,14 +499,10 @@ def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
     Args:
         name: Parts of the names to list, as in cct or deit_tiny; default: all.
     """
-    from rich.progress import track
-
-    from lape.models.catalogue import entries, names
+    from lape.catalogue import named
     from lape.report.catalogue import models
 
-    chosen = names(name)
-    counted = track(entries(chosen), "counting", len(chosen), console=console(stderr=True), transient=True)
-    console().print(models(counted))
+    console().print(models(named(name)))
 
 
 def check(name: str, pe: str | None = None, model_args: dict[str, Any] = {}, pretrained: bool = False) -> None:  # noqa: B006 (only read)
@@ -636,6 +632,15 @@ class Command:
     def does(self) -> str:
         """The first sentence of the function's docstring."""
         return " ".join((inspect.getdoc(self.run) or "").partition("\n\n")[0].split())
+
+    @property
+    def sections(self) -> list[tuple[type, set[str | int]]]:
+        """The dataclasses whose fields are options too, and the fields to leave out of each."""
+        parameters = inspect.signature(self.run).parameters
+        if "experiment" not in parameters:
+            return []
+        skipped: set[str | int] = {*parameters, *self.without}
+        return [(section, skipped & {f.name for f in fields(section)}) for section in SECTIONS]
 
 
 COMMANDS: Mapping[str, Command] = {
