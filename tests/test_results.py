@@ -122,7 +122,7 @@ def test_tables_fit_eighty_columns_with_nothing_cut(words, capsys, monkeypatch):
 
 
 def test_a_model_is_listed_with_all_that_one_chooses_by():
-    cct, t2t = named(["cct_7_3x1_32", "t2t_vit_7"])
+    t2t, cct = named(["cct_7_3x1_32", "t2t_vit_7"])
     assert (cct.name, cct.paper, cct.parameters, cct.size, len(cct.joins)) == (
         "cct_7_3x1_32", "CCT-7/3x1", 3_760_139, (32, 32), 7,
     )  # fmt: skip

@@ -235,7 +235,8 @@ def compare(
         jobs: Runs at once; default: one per core, or on each GPU as many as its memory and the cores allow.
         sizes: Classification: sizes of images, as 28,42,28x56 (height x width), at which every trained model is judged
             too; default: the size of training alone.
-        plan: Train nothing, and write the commands of all runs that are not finished to this file, one a line.
+        plan: Train nothing, and write the commands of all runs that are not finished to this file, one a line; default:
+            train them.
         prune: Remove last.pt of all finished runs when the page is written (best.pt stays; what is not analysed by then
             cannot be analysed later). false: keep it whole, so that a run can be trained longer; default: keep of it
             what evaluation needs.
@@ -295,9 +296,10 @@ def gather(
     Args:
         runs: Folders in which finished runs, and measurements by lape cost, are looked for; and folders or .safetensors
             that lape export wrote, each of which is a model on the page; default: runs, and with a model none.
-        model: A model of timm's, or one that lape models lists, to be told of on the page.
+        model: A model of timm's, or one that lape models lists, to be told of on the page; default: none.
         model_args: More keywords for it, as {"depth": 6}.
-        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; needed with a model.
+        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; default: none, and with a
+            model they must be named.
         join: The join of these weights.
         out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
             default: report.html in the first folder of runs, without runs in the folder where one is.

@@ -7,6 +7,7 @@ from lape.report.bars import bars, epoch
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
     from lape.training.progress import Progress
 
@@ -19,7 +20,7 @@ class Bar:
         self.epoch = 0
         self.bar = bars(console)
         self.compiling = "compiling" if compiled else ""
-        self.task = self.bar.add_task("reading data, making the model", total=None, count="", note=self.compiling)
+        self.task = self._waiting("reading data, making the model")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -28,6 +29,9 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def _waiting(self, what: str) -> "TaskID":
+        return self.bar.add_task(what, total=None, count="", note=self.compiling)
+
     def check(self, share: float) -> None:
         """Show how many of the files have been looked at before training."""
         if share < 1:
@@ -35,7 +39,8 @@ class Bar:
                 self.task, description="checking the files", total=1.0, completed=share, count=f"{share:.0%}", note=""
             )
         else:
-            self.bar.reset(self.task, description="first step", total=None, count="", note=self.compiling)
+            self.bar.remove_task(self.task)  # of a bar whose end was known rich does not forget it
+            self.task = self._waiting("first step")
 
     def __call__(self, now: "Progress") -> None:
         """Move the bar; a new epoch leaves a line above it."""
