@@ -67,9 +67,15 @@ def objects() -> Iterator[tuple[str, Any]]:
             yield f"{place}.{name}", getattr(module, name)
 
 
+def _names(union: re.Match[str]) -> str:
+    return "str | None" if union[1] else "str"
+
+
 def signature(thing: Any) -> str:
     """Return a signature as a person would write it: types without the modules that they are from."""
     text = str(inspect.signature(thing))
+    # What is offered of names in an editor is a list in the docstring.
+    text = re.sub(r"(?:typing\.)?Union\[(?:typing\.)?Literal\[[^\]]*\], str(, NoneType)?\]", _names, text)
     text = re.sub(r"<function <lambda> at 0x[0-9a-f]+>|<factory>", "...", text)
     text = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
     return re.sub(r"~|\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", "", text)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 import yaml
 from PIL import Image
 
+from lape import Block, Host, UsageError, apply, create_model, fold, remove
 from lape.cli import command_line as cli
+from lape.cli.parsing import parser_of
 from lape.training import checkpoints
 from lape.training.loop import TrainingRun
 
@@ -70,11 +73,58 @@ def test_help_teaches_every_command_without_torch():
     script = (
         "import sys; from lape.cli.command_line import main\n"
         "try: main(sys.argv[1:])\n"
-        "finally: print(sorted({'torch', 'timm', 'torchvision', 'lightning_fabric', 'sklearn'} & set(sys.modules)))"
+        "finally: print(sorted({'torch', 'timm', 'lightning_fabric', 'jsonargparse'} & set(sys.modules)))"
     )
-    for words in (["--help"], ["train", "--help"], ["compare", "--help"], ["eval", "--help"], ["--version"], ["trian"]):
+    helps = ["--help"], ["train", "--help"], ["help", "compare"], ["--version"]
+    misspelt = (
+        ["trian"],
+        ["train", "--join", "lapee"],
+        ["compare", "--pe", "none,lernable"],
+        ["eval", "x", "--split", "v"],
+    )
+    for words in (*helps, *misspelt, ["models", "cct"], ["recipes"]):
         told = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
-        assert told.stdout.splitlines()[-1] == "[]", (words, told.stderr)
+        loaded = [] if words in misspelt else ["jsonargparse"]  # its import alone takes the time that a refusal may
+        assert told.stdout.splitlines()[-1] == str(loaded), (words, told.stderr)
+
+
+def test_the_names_that_are_known_without_torch_are_those_of_the_tables():
+    from lape import names
+    from lape.analysis.subjects import ANALYSES
+    from lape.data.sources import SPLITS
+    from lape.method import JOINS, POSITION_EMBEDDINGS, POSITION_NORMS, STARTS
+    from lape.tasks.classification import LOSSES
+    from lape.training.assembly import SCHEDULES
+
+    tables = {
+        **dict.fromkeys(("join", "joins"), JOINS),
+        **{"pe": POSITION_EMBEDDINGS, "pe_norm": POSITION_NORMS, "start": STARTS, "schedule": SCHEDULES},
+        **{"loss": LOSSES, "split": SPLITS, "what": ANALYSES},
+    }
+    told = {option: sorted(choice.names) for option, choice in names.CHOICES.items() if option != "accelerator"}
+    assert told == {option: sorted(table) for option, table in tables.items()}
+    assert tuple(JOINS) == names.JOINS
+    for table in (JOINS, POSITION_EMBEDDINGS, POSITION_NORMS, STARTS):
+        for name in table:
+            assert f'"{name}"' in str(apply.__doc__)
+
+
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", None, torch.nn.Linear])
+def test_what_is_no_model_is_refused_in_words(model):
+    for call in (apply, remove, fold, partial(apply, host=Host(name="own", table="pos", block=Block("norm")))):
+        with pytest.raises(UsageError, match=r"timm\.create_model\(.*lape\.create_model\("):
+            call(model)
+    with pytest.raises(UsageError, match=r"lape\.create_model takes a name"):
+        create_model(model if model is None else torch.nn.Identity())
+
+
+def test_a_card_that_is_not_there_is_said_plainly(lape, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for accelerator in ("cuda", "gpu"):
+        line = refused(lape("train", "--accelerator", accelerator, "--out", "x"), cli.FAILURE)
+        assert line.startswith(f"lape: --accelerator {accelerator} needs a")
+        assert "finds none here" in line
+        assert "--accelerator cpu" in line
 
 
 def test_help_shows_what_each_command_does_and_an_example(lape):
@@ -86,13 +136,14 @@ def test_help_shows_what_each_command_does_and_an_example(lape):
         status, own, _ = lape(name, "--help")
         assert status == 0
         assert command.example in own
-    assert lape()[:2] == (0, out)
+        assert lape("help", name)[:2] == (0, own)
+    assert lape()[:2] == lape("help")[:2] == (0, out)
     assert "print_completion" in out
 
 
 def test_every_option_of_every_command_is_explained():
     for name, command in cli.COMMANDS.items():
-        own = cli._parser()._subparsers._group_actions[0].choices[name]
+        own = parser_of(cli.COMMANDS)._subparsers._group_actions[0].choices[name]
         for action in own._actions:
             assert action.help, f"{name} {action.option_strings}"
         assert {group.title for group in own._action_groups} >= {"This command"}
@@ -121,7 +172,7 @@ def test_a_command_is_one_function_and_one_entry(tmp_path):
 
 def test_an_option_that_may_be_left_out_says_what_happens_then():
     for name in cli.COMMANDS:
-        subparser = cli._parser()._subparsers._group_actions[0].choices[name]
+        subparser = parser_of(cli.COMMANDS)._subparsers._group_actions[0].choices[name]
         for group in subparser._action_groups:
             for action in group._group_actions:
                 if action.default is None and not action.required and cli._hints(cli.COMMANDS[name]).get(action.dest):
@@ -183,8 +234,27 @@ def test_compare_takes_the_settings_of_a_run_but_those_that_it_varies(lape):
     [
         (["trian"], "did you mean train?"),
         (["train", "--eopchs", "3"], "did you mean --epochs?"),
-        (["train", "--epochs", "three"], "epochs"),
-        (["train", "--epochs"], "expected one argument"),
+        (
+            ["train", "--epochs", "ten"],
+            "lape: --epochs takes a whole number; ten was given (lape train --help says more)",
+        ),
+        (["train", "--epochs"], "--epochs takes a whole number; nothing was given"),
+        (["train", "--steps", "1.5"], "--steps takes a whole number; 1.5 was given"),
+        (["train", "--lr", "fast"], "--lr takes a number; fast was given"),
+        (["train", "--betas", "0.9,x"], "--betas takes two numbers, as A,B; 0.9,x was given"),
+        (["train", "--betas", "1"], "--betas takes two numbers, as A,B; 1 was given"),
+        (["train", "--decay-milestones", "1", "a"], "--decay_milestones takes whole numbers, as A,B,C; 1,a was given"),
+        (
+            ["train", "--model-args", "depth"],
+            "--model_args takes names with their values, as '{\"depth\": 6}'; depth was",
+        ),
+        (["train", "--compile", "maybe"], "--compile takes true or false; maybe was given"),
+        (["train", "--epochs", "3", "--accelerator", "cuda", "more"], "'more' belongs to no option of lape train"),
+        (["train", "--accelerator", "cdua"], "Did you mean 'cuda'?"),
+        (["train", "--pe", "learnable+rope-mixd"], "'rope-mixed'"),
+        (["train", "--schedule", "cosin"], "'cosine'"),
+        (["analyze", "corelation"], "'correlation'"),
+        (["help", "trian"], "did you mean train?"),
         (["train", "--epochs", "0"], "epochs must be at least 1, not 0"),
         (["train", "more"], "more"),
         (["train", "--join", "lapee"], "'lape'"),

@@ -14,7 +14,7 @@ import lape
 from lape.errors import RunError, UsageError
 from lape.hosts import find
 from lape.method import JOINS
-from lape.models.catalogue import entries
+from lape.models.counting import count
 from lape.models.deformable import DeformableAttention, sampled
 from lape.models.segmenter import MaskTransformer, Segmenter, SegmenterViT
 from lape.models.vit_adapter import DETECTION, SEGMENTATION, VARIANTS, ViTAdapter
@@ -328,12 +328,12 @@ def test_without_transformers_a_upernet_is_refused_and_still_listed(monkeypatch:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RunError, match=r"pip install 'lape\[dense\]'"):
         lape.create_model("upernet_vit_adapter_nano")
-    (entry,) = entries(["upernet_vit_adapter_nano"])
+    (entry,) = count(["upernet_vit_adapter_nano"])
     assert (entry.parameters, entry.flops, entry.size, entry.joins) == (None, None, (128, 128), ())
 
 
 def test_dense_models_are_listed_with_what_can_be_counted() -> None:
-    detector, upernet, segmenter = entries(["mask_rcnn_vit_adapter_nano", *NANO])
+    detector, upernet, segmenter = count(["mask_rcnn_vit_adapter_nano", *NANO])
     assert (detector.flops, detector.size) == (None, (128, 128))
     assert upernet.flops
     assert segmenter.flops

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from lape.analysis import Correlation
 from lape.errors import RunError
 from lape.method import POSITION_NORMS
 from lape.report import cost, page, plots, progress, tables, words
+from lape.report.run import Bar
 from lape.studies import paper
 from lape.studies.claims import CLAIMS
 from lape.studies.statistics import Combination, Way
@@ -316,8 +318,38 @@ def test_in_a_terminal_every_run_at_work_has_a_line(tmp_path, monkeypatch):
     console = Console(file=out, width=100, force_terminal=True, color_system=None)
     watched(console, monkeypatch, study_of(tmp_path, GAIN))
     assert "default × learnable, seed 0" in out.getvalue()
-    assert "epoch 2 of 4, accuracy 91.2 %" in out.getvalue()
+    assert "epoch 3 of 4, accuracy 91.2 %" in out.getvalue()
+    assert "epoch 1 of 4" in out.getvalue()  # before the first is done
     assert "0 of 3 done, about" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_bar_says_what_is_done_before_the_first_step_and_stays_in_its_line(width):
+    out = io.StringIO()
+
+    def shown() -> str:
+        out.seek(0)
+        out.truncate()
+        bar.bar.refresh()
+        (line,) = [
+            line for line in re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "\n", out.getvalue()).splitlines() if line.strip()
+        ]
+        assert len(line) <= width
+        assert "━━" in line or "/30000" in line  # where there are no colours one sees what is done alone
+        return line
+
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    with Bar(console, compiled=True) as bar:
+        assert re.match("reading data, making the .*━ +compiling", shown())
+        bar.check(0.25)
+        assert re.match("checking the files ━.* 25%", shown())
+        bar.check(1.0)
+        assert re.match("first step ━.* compiling", shown())
+        bar(Progress(0, 300, 1, 30_000, 12345.0, 7500.0, math.nan, "accuracy", None))
+        assert re.match("epoch 1/300 .* 1/30000 125:00 left, 12", shown())
+        assert "nan" not in shown()
+        bar(Progress(0, 300, 299, 30_000, 12345.0, 7500.0, 2.3, "accuracy", None))
+        assert re.match("epoch 3/300 .* 299/30000 125:00 left, ", shown())
 
 
 # --- The page

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from lape import recipes
+from lape.catalogue import kept, named
 from lape.cli.command_line import main
 from lape.errors import UsageError
 from lape.experiment import Experiment
-from lape.models.catalogue import entries, names
+from lape.models.counting import count
 from lape.models.registry import MODELS
 from lape.report.results import cells, markdown, remarks
 from lape.studies import results
@@ -121,14 +122,21 @@ def test_tables_fit_eighty_columns_with_nothing_cut(words, capsys, monkeypatch):
 
 
 def test_a_model_is_listed_with_all_that_one_chooses_by():
-    cct, t2t = entries(["cct_7_3x1_32", "t2t_vit_7"])
+    t2t, cct = named(["cct_7_3x1_32", "t2t_vit_7"])
     assert (cct.name, cct.paper, cct.parameters, cct.size, len(cct.joins)) == (
         "cct_7_3x1_32", "CCT-7/3x1", 3_760_139, (32, 32), 7,
     )  # fmt: skip
     assert t2t.joins == ("default", "shared", "lape-sharing", "lape", "pvg", "mpvg")
-    assert names([]) == list(MODELS)
+    assert [entry.name for entry in kept()] == list(MODELS)
     with pytest.raises(UsageError, match="No model's name has resnet in it"):
-        names(["resnet"])
+        named(["resnet"])
+
+
+def test_what_is_kept_of_the_models_is_what_they_count():
+    """The small half of each; python docs/catalogue.py counts all."""
+    small = [entry for entry in kept() if entry.parameters and entry.parameters < 5e6]
+    assert len(small) > 15
+    assert list(count([entry.name for entry in small])) == small
 
 
 def test_a_recipe_is_shown_with_all_that_a_lab_note_has(capsys):
@@ -155,7 +163,7 @@ def test_one_experiment_under_the_names_of_two_rows_is_two_rows(tmp_path) -> Non
 
 
 def test_an_addition_and_a_multiplication_are_two_operations() -> None:
-    (deit,) = entries(["deit_tiny_patch16_224"])
+    (deit,) = named(["deit_tiny_patch16_224"])
     assert deit.flops == pytest.approx(2 * 1.25e9, rel=0.02)
 
 

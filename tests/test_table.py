@@ -4,6 +4,7 @@ import csv
 import io
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -40,6 +41,18 @@ def test_the_terminal_breaks_names_and_headings_and_no_number():
     assert any(line.endswith("12.34 ± 0.12") for line in lines)
     assert all(len(line) <= 24 for line in lines)
     assert "heading" in "".join(lines)
+
+
+@pytest.mark.parametrize("width", [30, 45, 60, 80])
+def test_in_a_narrow_terminal_rows_keep_their_names_and_every_number_is_there(width):
+    names, headings = ("lape", "lape, preserve"), [f"measure {number}" for number in range(7)]
+    rows = [(name, *(f"{row}{column}.25±0.5" for column in range(7))) for row, name in enumerate(names)]
+    lines = _shown(Table(("join", *headings), rows), width=width, groups=["learnable", "learnable"])
+    assert max(map(len, lines)) <= width
+    for name, *numbers in rows:
+        begun = [line for line in lines if line.startswith(f" {name} ")]
+        assert [number for line in begun for number in line.split() if number in numbers] == numbers
+    assert len(_shown(Table(("join", *headings), rows), width=100)) == 4
 
 
 def test_groups_stand_above_their_rows_and_rules_between_models():

@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lape.cli.command_line import main
-from lape.cli.terminal import NOBODY_READS, console, say
-from lape.errors import UsageError
+from lape.cli.terminal import NOBODY_READS, console, open_streams, say
+from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.files.characters import as_code, in_markdown, plural, visible
 from lape.report.table import Table as Cells
@@ -332,6 +332,32 @@ def test_a_character_that_the_encoding_has_not_has_a_stand_in(encoding, monkeypa
     console().print(Text("名"))
     assert b"\\u03b1" in written.getvalue()
     assert written.getvalue().count(b"\\u540d") == 2
+
+
+@pytest.mark.parametrize(("encoding", "times"), [("ascii", rb"\xd7"), ("cp1252", b"\xd7")])
+def test_bars_too_have_stand_ins(encoding, times, monkeypatch):
+    from lape.report.progress import Display
+    from lape.report.run import Bar
+    from lape.studies.statistics import Combination, Way
+    from lape.training.progress import Progress
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+    open_streams()
+    now = Progress(1, 2, 5, 10, 9.0, 9.0, 0.5, "measure \u540d", 50.0)
+    with Bar(console(stderr=True)) as bar:
+        bar(now)
+    one = Combination(Way("default"), "learnable", 0)
+    with Display(console(stderr=True)) as display:
+        display.begins([], [one], 1)
+        display.moves(one, now)
+        display.bars.refresh()
+        display.ends(one, RunError("no \u540d"))
+    told = written.getvalue()
+    assert b"default " + times + b" learnable, seed 0: failed. no \\u540d" in told
+    assert b"epoch 1/2: measure \\u540d 50.00 %" in told
+    assert b"\x1b[2K" in told  # it was a bar
 
 
 def test_in_a_locale_of_ascii_a_command_goes_on(tmp_path):

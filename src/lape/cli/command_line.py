@@ -13,34 +13,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
-
-from lape import __version__
 from lape.cli.commands import COMMANDS, Command, first_process, folder_of
 from lape.cli.terminal import close_streams, open_streams, say
 from lape.errors import RunError, UsageError, lacking
-from lape.experiment import SECTIONS, DataAndModel, Experiment
+from lape.experiment import DataAndModel, Experiment
 from lape.extras import EXTRAS, require
 from lape.files import reading
 from lape.files.characters import LONE
+from lape.names import CHOICES
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit statuses
 
 _NAME = re.compile(r"[^\W\d][\w+./-]*")  # what YAML reads as it is typed, unlike 0x10
-
-EPILOG = """examples:
-  {examples}
-
-Lists are typed `default lape` or `default,lape`. Settings can be kept in a file: --print_config writes one, and
---config reads it. Completion by Tab: eval "$(lape --print_completion shtab-bash)"."""
-
-
-class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Leaves the lines of the examples as they are, and default values of "null" to the texts, which say more."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action)
-        return text if action.default is not None else text.replace(", default: %(default)s)", ")")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,27 +79,33 @@ def _run(words: list[str]) -> int:
 
 def parsed(words: list[str]) -> tuple[Command, dict[str, Any]]:
     """Return the command that is asked for and its arguments; raises UsageError for what there is not."""
-    parser = _parser()
+    if words[0] == "help":
+        words = [*words[1:2], "--help"]
     name = words[0]
     if lone := next(filter(LONE.search, words), None):
         raise UsageError(f"What is typed is Unicode text, and {lone} is not. Rename it, or name the folder it is in.")
     if name in COMMANDS:
         words = [name, *_with_recipe(name, _with_kept_settings(_normal(name, words[1:])))]
+        for word in words:
+            option, _, value = word.removeprefix("--").partition("=")
+            _refuse_misspelt(option, [one.strip('"') for one in value.strip("[]").split(",")])
     elif not name.startswith("-"):
         near = get_close_matches(name, COMMANDS, n=1)
         raise UsageError(f"{name!r} is no command{_did_you_mean(near)}. There are {', '.join(COMMANDS)}.")
+    from lape.cli.parsing import parser_of
+
     try:
-        chosen = parser.parse_args(words)
-    except ArgumentError as error:
-        files = "".join(f" or in {word.partition('=')[2]}" for word in words if word.startswith("--config="))
-        place = f"typed{files}: " if files else ""
-        raise UsageError(f"{place}{' '.join(str(error).split())} (lape {name} --help says more)") from error
+        chosen = parser_of({name: COMMANDS[name]} if name in COMMANDS else COMMANDS).parse_args(words)
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{_refusal(name, words, str(error))} (lape {name} --help says more)") from error
     arguments = {key: value for key, value in vars(chosen[name]).items() if key != "config"}
     return COMMANDS[name], _arguments(COMMANDS[name], arguments)
 
 
 def _arguments(command: Command, typed: dict[str, Any]) -> dict[str, Any]:
-    """Gather the settings of a run into an Experiment where the command takes one."""
+    """Gather the settings of a run into an Experiment where the command takes one; refuse misspelt names."""
+    for option, value in typed.items():
+        _refuse_misspelt(option, value if isinstance(value, list) else [value])
     parameters = inspect.signature(command.run).parameters
     if "experiment" not in parameters:
         return typed
@@ -124,53 +114,72 @@ def _arguments(command: Command, typed: dict[str, Any]) -> dict[str, Any]:
     return others | {"experiment": Experiment(**{name: typed[name] for name in settings & typed.keys()})}
 
 
-def _sections(command: Command) -> list[tuple[type, set[str | int]]]:
-    """The dataclasses whose fields are options of a command, and the fields to leave out of each."""
-    parameters = inspect.signature(command.run).parameters
-    if "experiment" not in parameters:
-        return []
-    skipped: set[str | int] = {*parameters, *command.without}
-    return [(section, skipped & {f.name for f in dataclasses.fields(section)}) for section in SECTIONS]
-
-
-def _parser() -> ArgumentParser:
-    # Settings are values: none is imported or called, whatever a file of theirs names.
-    set_parsing_settings(
-        add_print_completion_argument=True, import_path_denylist=["*"], instantiate_subclass_spec_in_any=False
-    )
-    kind: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False, "formatter_class": Help}
-    parser = ArgumentParser(
-        prog="lape",
-        version=__version__,
-        description="Layer-adaptive position embedding for vision transformers (Yu et al., ICCV 2023).",
-        epilog=EPILOG.format(examples="\n  ".join(command.example for command in COMMANDS.values())),
-        **kind,
-    )
-    commands = parser.add_subcommands(required=False, dest="command", title="commands", metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        subparser = ArgumentParser(
-            usage=f"lape {name} [options]", description=command.does, epilog=f"example:\n  {command.example}", **kind
-        )
-        subparser.add_argument("--config", action="config", help="Read settings from a YAML or JSON file.")
-        # jsonargparse looks a function's name up in every package above it, where `lape.export` would load torch.
-        command.run.__qualname__ = f"command_{name}"
-        subparser.add_argument_group("This command").add_function_arguments(
-            command.run, as_group=False, skip={"experiment"}
-        )
-        for section, skipped in _sections(command):
-            subparser.add_class_arguments(section, nested_key=None, as_group=True, skip=skipped)
-        commands.add_subcommand(name, subparser, help=f"{command.does[0].lower()}{command.does[1:].removesuffix('.')}")
-    return parser
-
-
 def _hints(command: Command) -> dict[str, Any]:
     """The types of a command's options."""
     hints = {
         name: hint for name, hint in typing.get_type_hints(command.run).items() if name not in ("experiment", "return")
     }
-    for section, skipped in _sections(command):
+    for section, skipped in command.sections:
         hints |= {name: hint for name, hint in typing.get_type_hints(section).items() if name not in skipped}
     return hints
+
+
+def _refuse_misspelt(option: str, names: Sequence[Any]) -> None:
+    """Raise UsageError for a name that is in no table, of an option that takes one of a table, or none."""
+    if option in CHOICES:
+        for name in names:
+            if name not in (None, "", "null"):
+                CHOICES[option].refuse_other(str(name))
+
+
+# What jsonargparse says of a value that has not the type of its option, of an option without one, of a missing option.
+_WRONG = re.compile(r'Parser key "([\w.]+)":(?:.*(?:Given|Got) value: (.*))?', re.DOTALL)
+_WITHOUT = re.compile(r"argument --(\w+): expected one argument")
+_MISSING = re.compile(r"arguments are required: (?:\w+\.)?(\w+)")
+
+
+def _refusal(name: str, words: list[str], told: str) -> str:
+    """Say in words what is wrong with what is typed, or stands in a file, by what jsonargparse told."""
+    hints = _hints(COMMANDS[name]) if name in COMMANDS else {}
+    if missing := _MISSING.search(told):
+        return f"lape {name} needs --{missing[1]}"
+    if (without := _WITHOUT.search(told)) and without[1] in hints:
+        return f"--{without[1]} takes {_in_words(hints[without[1]])}; nothing was given"
+    if (wrong := _WRONG.search(told)) and (option := wrong[1].partition(".")[0]) in hints:
+        typed = [word.partition("=")[2] for word in words if word.startswith(f"--{option}=")]
+        files = " or ".join(word.partition("=")[2] for word in words if word.startswith("--config="))
+        value = (
+            (typed[-1].strip("[]") or "nothing")
+            if typed
+            else f"{' '.join((wrong[2] or 'another value').split())}, in {files},"
+        )
+        return f"--{option} takes {_in_words(hints[option])}; {value} was given"
+    return " ".join(told.split())
+
+
+_WORDS: dict[Any, tuple[str, str]] = {  # of one, and of several
+    bool: ("true or false", "true or false several times"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a word", "words"),
+    Path: ("a path", "paths"),
+}
+_COUNTS = {1: "one", 2: "two", 3: "three"}
+
+
+def _in_words(hint: Any) -> str:
+    """Say what an option of a type takes: "a whole number"."""
+    inner = [one for one in typing.get_args(hint) if one not in (type(None), Ellipsis)]
+    kind = typing.get_origin(hint)
+    if hint in _WORDS:
+        return _WORDS[hint][0]
+    if kind is list or (kind is tuple and len(inner) == 1):
+        return f"{_WORDS[inner[0]][1]}, as A,B,C"
+    if kind is tuple:
+        return f"{_COUNTS[len(inner)]} {_WORDS[inner[0]][1]}, as {','.join('ABC'[: len(inner)])}"
+    if kind is dict:
+        return """names with their values, as '{"depth": 6}'"""
+    return " or ".join(map(_in_words, inner))
 
 
 def _takes_several(hint: Any) -> bool:
@@ -196,9 +205,13 @@ def _normal(name: str, words: list[str]) -> list[str]:
         rest = [*([f"--{last}"] if last else []), *bare[len(single) :], *rest]
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
+        if word == "-h":
             normal.append(word)
             continue
+        if not word.startswith("--"):
+            raise UsageError(
+                f"{word!r} belongs to no option of lape {name}. Put the option before it: lape {name} --help lists all."
+            )
         option, equals, value = word[2:].partition("=")
         option = option.replace("-", "_")
         if option.partition(".")[0] not in known:
@@ -206,7 +219,7 @@ def _normal(name: str, words: list[str]) -> list[str]:
             meant = _did_you_mean([f"--{other}" for other in near])
             raise UsageError(f"lape {name} has no option --{option}{meant}. lape {name} --help lists them.")
         hint = hints.get(option)
-        if bool in (hint, *typing.get_args(hint)) and not equals and rest[:1] not in (["true"], ["false"]):
+        if bool in (hint, *typing.get_args(hint)) and not equals and (not rest or rest[0].startswith("-")):
             normal.append(f"--{option}=true")
         elif _takes_several(hint):
             items = [value] if equals else []

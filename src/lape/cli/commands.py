@@ -4,13 +4,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lape.cli.terminal import console, say
 from lape.errors import RunError, UsageError
-from lape.experiment import Experiment
+from lape.experiment import SECTIONS, Experiment
 from lape.files.characters import plural
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
         for line in lines(start):
             say(line)
 
-    with Bar(console(stderr=True)) as bar:
+    with Bar(console(stderr=True), experiment.compile) as bar:
         result = train(experiment, folder, resume=resume, report=bar, checked=bar.check, begun=begun)
     if first_process():
         say(f"Done: {result}")
@@ -245,13 +245,14 @@ def compare(
         pe_norm: PE norms of the joins that have them: layernorm, and what stands in its place in Table 8.
         start: Starts of the joins that have PE norms, among fresh, preserve.
         seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves; default: 3.
-        seed_list: The seeds themselves in place of seeds, as 7 for this one alone.
+        seed_list: The seeds themselves, as 7 for this one alone; default: as seeds says.
         out: Folder of the report and the runs; finished runs in it are kept, and those of the same settings are on the
             page. Several calls may share it, also from several machines: each run is trained by one of them.
         jobs: Runs at once; default: one per core, or on each GPU as many as its memory and the cores allow.
         sizes: Classification: sizes of images, as 28,42,28x56 (height x width), at which every trained model is judged
             too; default: the size of training alone.
-        plan: Train nothing, and write the commands of all runs that are not finished to this file, one a line.
+        plan: Train nothing, and write the commands of all runs that are not finished to this file, one a line; default:
+            train them.
         prune: Remove last.pt of all finished runs when the page is written (best.pt stays; what is not analysed by then
             cannot be analysed later). false: keep it whole, so that a run can be trained longer; default: keep of it
             what evaluation needs.
@@ -311,9 +312,10 @@ def gather(
     Args:
         runs: Folders in which finished runs, and measurements by lape cost, are looked for; and folders or .safetensors
             that lape export wrote, each of which is a model on the page; default: runs, and with a model none.
-        model: A model of timm's, or one that lape models lists, to be told of on the page.
+        model: A model of timm's, or one that lape models lists, to be told of on the page; default: none.
         model_args: More keywords for it, as {"depth": 6}.
-        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; needed with a model.
+        weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; default: none, and with a
+            model they must be named.
         join: The join of these weights.
         out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
             default: report.html in the first folder of runs, without runs in the folder where one is.
@@ -515,14 +517,10 @@ def models(name: list[str] = []) -> None:  # noqa: B006 (only read)
     Args:
         name: Parts of the names to list, as in cct or deit_tiny; default: all.
     """
-    from rich.progress import track
-
-    from lape.models.catalogue import entries, names
+    from lape.catalogue import named
     from lape.report.catalogue import models
 
-    chosen = names(name)
-    counted = track(entries(chosen), "counting", len(chosen), console=console(stderr=True), transient=True)
-    console().print(models(counted))
+    console().print(models(named(name)))
 
 
 def check(name: str, pe: str | None = None, model_args: dict[str, Any] = {}, pretrained: bool = False) -> None:  # noqa: B006 (only read)
@@ -652,6 +650,15 @@ class Command:
     def does(self) -> str:
         """The first sentence of the function's docstring."""
         return " ".join((inspect.getdoc(self.run) or "").partition("\n\n")[0].split())
+
+    @property
+    def sections(self) -> list[tuple[type, set[str | int]]]:
+        """The dataclasses whose fields are options too, and the fields to leave out of each."""
+        parameters = inspect.signature(self.run).parameters
+        if "experiment" not in parameters:
+            return []
+        skipped: set[str | int] = {*parameters, *self.without}
+        return [(section, skipped & {f.name for f in fields(section)}) for section in SECTIONS]
 
 
 COMMANDS: Mapping[str, Command] = {

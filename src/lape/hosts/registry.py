@@ -1,6 +1,8 @@
 """The rows that are known, by class, and which of them a model is."""
 
 import re
+from reprlib import repr as brief
+from typing import Any
 
 from torch import nn
 
@@ -47,6 +49,19 @@ def refuse(refusal: Refusal) -> None:
     _REFUSALS.setdefault(refusal.model, []).append(refusal)
 
 
+def refuse_other_than_model(model: Any) -> None:
+    """Raise UsageError for what is no module: a name, a class, None."""
+    if isinstance(model, nn.Module):
+        return
+    name = repr(model) if isinstance(model, str) else '"vit_small_patch16_224"'
+    name = name.replace("'", '"')
+    what = f"{brief(model)} is a name" if isinstance(model, str) else f"{brief(model)} is none"
+    raise UsageError(
+        f"A join is for a model (a torch.nn.Module), and {what}. Create the model first, model = "
+        f"timm.create_model({name}), and call lape.apply(model); or both at once: lape.create_model({name})."
+    )
+
+
 def registered() -> list[Host]:
     """Return all rows."""
     return [row for rows in _ROWS.values() for row in rows]
@@ -59,6 +74,7 @@ def find(model: nn.Module) -> tuple[nn.Module, Host]:
 
     Raises UsageError, saying why, where there is none or more than one.
     """
+    refuse_other_than_model(model)
     transformers, misfits, reasons, kind = [], [], [], type(model).__name__
     for part in model.modules():
         rows = [row for name in class_names(part) for row in _ROWS.get(name, ())]

@@ -23,7 +23,7 @@ from lape.models import ceit, compact, deit, mask_rcnn, segmenter, swin, t2t_vit
 from lape.models.ceit import CeiT
 from lape.models.compact import CompactTransformer
 from lape.models.t2t_vit import T2TViT
-from lape.names import SchemeNames
+from lape.names import JoinName, PositionEmbeddingName, PositionNormName, SchemeNames, StartName
 from lape.surgery.operation import apply
 from lape.weights import convert
 
@@ -199,10 +199,10 @@ for _name, _family in MODELS.items():
 
 def create_model(
     name: str,
-    join: str = "lape",
-    pe: str | None = None,
-    pe_norm: str = "layernorm",
-    start: str = "fresh",
+    join: JoinName | str = "lape",
+    pe: PositionEmbeddingName | str | None = None,
+    pe_norm: PositionNormName | str = "layernorm",
+    start: StartName | str = "fresh",
     **options: Any,
 ) -> nn.Module:
     """Create a model by its name in timm's registry, which this project's models join, and apply a join to it.
@@ -230,6 +230,9 @@ def create_model(
         >>> model(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 10])
     """
+    if not isinstance(name, str):
+        kind = type(name).__name__
+        raise UsageError(f"lape.create_model takes a name of timm's, and this is a {kind}. A model: lape.apply(model).")
     asked = SchemeNames(join, pe, pe_norm, start)
     joins_itself = name.partition(".")[0] in MODELS
     model = build(name, **options | asked._asdict() if joins_itself else options)

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from lape.models.catalogue import Entry
+from lape.catalogue import Entry
+from lape.names import JOINS
 from lape.recipes import Recipe
 from lape.report.table import Table
 
@@ -15,8 +16,6 @@ def models(entries: Iterable[Entry]) -> "Group":
     """Return one line a model for rich."""
     from rich.console import Group
     from rich.text import Text
-
-    from lape.method import JOINS
 
     rows = [
         (

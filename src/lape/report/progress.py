@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Self
 
 from lape.files.characters import plural
 from lape.files.locks import Occupied
+from lape.report.bars import bars, epoch
 from lape.studies.comparison import Watch
 from lape.studies.statistics import Combination
 from lape.studies.study import Result
@@ -23,18 +24,8 @@ class Display(Watch):
     """Shows all runs in one bar, with the time left, and below it a line for each run at work."""
 
     def __init__(self, console: "Console") -> None:
-        from rich import progress
-
         self.console = console
-        self.bars = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(bar_width=24),
-            progress.TaskProgressColumn(),
-            progress.TextColumn("{task.fields[note]}", markup=False),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self.bars = bars(console)
         self.lines: dict[Combination, TaskID] = {}
         self.shares: dict[Combination, float] = {}  # of each run that is not kept, how much is done
         self.ended = 0
@@ -53,7 +44,7 @@ class Display(Watch):
         """Say what there is to do."""
         self.shares = dict.fromkeys(todo, 0.0)
         self.begun = self.spoke = monotonic()
-        self.all = self.bars.add_task("all runs", total=max(len(todo), 1), note="")
+        self.all = self.bars.add_task("all runs", total=max(len(todo), 1), count="", note="starting")
         if kept:
             self._say(f"{plural(len(kept), 'finished run')} kept.")
         if todo:
@@ -62,9 +53,9 @@ class Display(Watch):
     def moves(self, combination: Combination, progress: "Progress") -> None:
         """Move a run's bar, and all runs' with it."""
         if combination not in self.lines:
-            self.lines[combination] = self.bars.add_task(str(combination), total=1.0, note="")
-        self.shares[combination] = progress.step / progress.steps
-        self.bars.update(self.lines[combination], completed=self.shares[combination], note=_note(progress))
+            self.lines[combination] = self.bars.add_task(str(combination), total=1.0, count="", note="")
+        share = self.shares[combination] = progress.step / progress.steps
+        self.bars.update(self.lines[combination], completed=share, count=f"{share:.0%}", note=_note(progress))
         self._move_all()
 
     def ends(self, combination: Combination, outcome: Result | Exception) -> None:
@@ -88,7 +79,7 @@ class Display(Watch):
         done = sum(self.shares.values())
         left = (monotonic() - self.begun) / done * (len(self.shares) - done) if done else None
         note = f"{self.ended} of {len(self.shares)} done" + (f", about {_clock(left)} left" if left else "")
-        self.bars.update(self.all, completed=done, note=note)
+        self.bars.update(self.all, completed=done, count=f"{done / max(len(self.shares), 1):.0%}", note=note)
         if not self.console.is_terminal and monotonic() - self.spoke > SECONDS_BETWEEN_LINES:
             self._say(f"{done / len(self.shares):.0%} trained, {note}")
 
@@ -99,7 +90,7 @@ class Display(Watch):
 
 def _note(progress: "Progress") -> str:
     seen = "" if progress.score is None else f", {progress.measure} {progress.score:.1f} %"
-    return f"epoch {progress.epoch} of {progress.epochs}{seen}"
+    return f"epoch {epoch(progress)} of {progress.epochs}{seen}"
 
 
 def _clock(seconds: float) -> str:

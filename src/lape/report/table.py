@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lape.files.characters import in_markdown, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table as RichTable
 
 
@@ -23,17 +24,44 @@ class Table:
 
     def without(self, *headings: str) -> "Table":
         """Return the table without the columns of these headings."""
-        kept = [column for column, heading in enumerate(self.headings) if heading not in headings]
-        names = sum(column < self.names for column in kept)
-        cut = [[line[column] for column in kept] for line in (self.headings, *self.rows)]
-        return Table(cut[0], cut[1:], names)
+        return self._of([column for column, heading in enumerate(self.headings) if heading not in headings])
 
-    def terminal(self, groups: Sequence[str] | None = None, ruled: bool = False) -> "RichTable":
+    def terminal(self, groups: Sequence[str] | None = None, ruled: bool = False) -> "Fitting":
         """Return the table for rich: a long name is broken rather than a number.
 
         `groups` names the group of each row, and each group gets a line with its name; `ruled` draws a line where the
         name in the first column changes.
         """
+        return Fitting(self, groups, ruled)
+
+    def cut(self, width: int) -> "Iterator[Table]":
+        """Cut the table into tables of so many characters at most, each with the names and as many numbers as it holds.
+
+        Names have half of the width where they need it; one column of numbers each table has in any case.
+        """
+        names = range(self.names)
+        needed = [max((len(str(row[column])) for row in (self.headings, *self.rows)), default=0) for column in names]
+        begin = min(sum(needed) + len(needed), width // 2)
+        taken, left = [*names], width - begin
+        for column in range(self.names, len(self.headings)):
+            needs = self.width(column) + (column > 0)
+            if needs > left and len(taken) > self.names:
+                yield self._of(taken)
+                taken, left = [*names], width - begin
+            taken.append(column)
+            left -= needs
+        yield self._of(taken)
+
+    def _of(self, columns: Sequence[int]) -> "Table":
+        cut = [[line[column] for column in columns] for line in (self.headings, *self.rows)]
+        return Table(cut[0], cut[1:], sum(column < self.names for column in columns))
+
+    def width(self, column: int) -> int:
+        """Return how wide a column of numbers is: a heading is broken where it is wider than they are."""
+        return max(map(len, [*(str(row[column]) for row in self.rows), *self.headings[column].split(), " "]))
+
+    def whole(self, groups: Sequence[str] | None, ruled: bool) -> "RichTable":
+        """Return the table for rich with all its columns beside one another, as `terminal` says."""
         from rich import box
         from rich.console import Group
         from rich.padding import Padding
@@ -45,9 +73,7 @@ class Table:
             if column < self.names:
                 table.add_column(Text(heading), vertical="bottom", overflow="fold")
                 continue
-            # A heading is broken where it is wider than its numbers.
-            width = max(map(len, [*(str(row[column]) for row in self.rows), *heading.split(), ""]))
-            lines = Group(*(Text(part, justify="right") for part in wrap(heading, max(width, 1))))
+            lines = Group(*(Text(part, justify="right") for part in wrap(heading, self.width(column))))
             table.add_column(lines, justify="right", vertical="bottom", no_wrap=True)
         above: Sequence[Any] | None = None
         for place, row in enumerate(self.rows):
@@ -74,3 +100,19 @@ class Table:
         )
         csv.writer(text, lineterminator="\n").writerows(lines)
         return text.getvalue()
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A table in the terminal: below one another, what has no room beside one another."""
+
+    table: Table
+    groups: Sequence[str] | None
+    ruled: bool
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[RenderableType]":
+        """Yield the tables that fit, as rich asks for them."""
+        for number, part in enumerate(self.table.cut(options.max_width - bool(self.groups))):
+            if number:
+                yield ""
+            yield part.whole(self.groups, self.ruled)

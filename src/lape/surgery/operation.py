@@ -17,8 +17,9 @@ from torch import nn
 
 from lape.errors import UsageError
 from lape.hosts import Host, block_row, blocks_path, find, grid_of, lacks, pair, parts, table_of, value_at
-from lape.hosts.registry import RECORD
+from lape.hosts.registry import RECORD, refuse_other_than_model
 from lape.method import JOINS, POSITION_EMBEDDINGS, PRESERVE_WITHOUT_TABLE, UNDER_POOLING, Grid, Rung, scheme
+from lape.names import JoinName, PositionEmbeddingName, PositionNormName, StartName
 from lape.surgery.building import attentions, build, dtype_and_device, refuse_embedding, refuse_final_norm, take_out
 from lape.surgery.embedding import BeforeSequence, BehindEmbedding, PatchDropout, TableMethod
 from lape.surgery.ending import BehindFinalNorm
@@ -37,10 +38,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def apply(
     model: Model,
-    join: str = "lape",
-    pe: str | None = None,
-    pe_norm: str = "layernorm",
-    start: str = "fresh",
+    join: JoinName | str = "lape",
+    pe: PositionEmbeddingName | str | None = None,
+    pe_norm: PositionNormName | str = "layernorm",
+    start: StartName | str = "fresh",
     *,
     host: Host | None = None,
     grid: Grid | None = None,
@@ -55,9 +56,13 @@ def apply(
         model: A model that is, or contains, one vision transformer of a known library or of `host`.
         join: "default", "shared", "unshared", "lape-sharing" or "lape" (the paper's Table 7), "pvg" or "mpvg"
             (`lape.method.JOINS`).
-        pe: The position embedding, one of `lape.embeddings.POSITION_EMBEDDINGS` or a sum of them, as
-            "learnable+rope-mixed"; None keeps the model's own.
-        pe_norm: What stands in the place of LN_ω, one of `lape.method.POSITION_NORMS` (Table 8).
+        pe: The position embedding; None keeps the model's own. "none"; a table: "learnable", "sinusoidal-1d",
+            "sinusoidal-2d", "fourier"; a bias: "relative", "relative-layernorm", "alibi-2d", "lookhere-180",
+            "lookhere-90", "lookhere-45"; a rotation: "rope-axial", "rope-mixed", "rope-dinov3", "rope-dinov3-max",
+            "rope-dinov3-min"; a convolution: "peg", "peg-5"; or a sum in that order, as "learnable+rope-mixed"
+            (`lape.embeddings.POSITION_EMBEDDINGS`).
+        pe_norm: What stands in the place of LN_ω (Table 8): "identity", "scalar", "scale", "affine", "norm",
+            "scalar-norm", "scale-norm" or "layernorm" (`lape.method.POSITION_NORMS`).
         start: "fresh"; or "preserve": ω stays in the residual stream, and attention gets s_l·p_l with s_l learnt from 0
             on, so that the model first computes what it did before (not in the paper).
         host: Describes a model of a class of your own.
@@ -67,8 +72,8 @@ def apply(
         The same model.
 
     Raises:
-        UsageError: For a model that cannot carry a join or carries one already, for a name that does not exist, and for
-            a combination that has no meaning.
+        UsageError: For what is no model, for one that cannot carry a join or carries one already, for a name that does
+            not exist, and for a combination that has no meaning.
 
     Warns:
         UserWarning: Where LaPE meets a model that pools its patches.
@@ -174,6 +179,7 @@ def _replaced(record: Positions) -> list[tuple[nn.Module, str, Any]]:
 
 def _described(model: nn.Module, host: Host) -> tuple[nn.Module, Host]:
     """Return a model with the row that its user gave; raise UsageError where a path of it leads nowhere."""
+    refuse_other_than_model(model)
     missing = lacks(model, host)
     if missing is not None:
         raise UsageError(

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lape.errors import RunError
 from lape.experiment import Experiment
 
 AMPERE = (8, 0)  # the first cards with TF32 and bfloat16
@@ -37,6 +38,22 @@ class Card:
     def short_formats(self) -> bool:
         """Whether it computes in TF32 and bfloat16."""
         return self.capability >= AMPERE
+
+
+def refuse_missing(accelerator: str) -> None:
+    """Raise RunError for an accelerator that this machine, or its torch, has not."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    needed = {
+        "cuda": (cuda, "a card of NVIDIA's, or of AMD's with its own torch"),
+        "mps": (mps, "a Mac with a chip of Apple's"),
+        "gpu": (cuda or mps, "a graphics card"),
+    }
+    there, what = needed.get(accelerator, (True, ""))
+    if not there:
+        raise RunError(
+            f"--accelerator {accelerator} needs {what}, and torch {torch.__version__} finds none here. Leave it out, "
+            "or give --accelerator cpu; where there is one, install its driver and the torch that is made for it."
+        )
 
 
 def choose_products(card: Card | None, experiment: Experiment) -> None:

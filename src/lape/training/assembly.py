@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment
-from lape.training.acceleration import Card, choose_products, without_advice
+from lape.training.acceleration import Card, choose_products, refuse_missing, without_advice
 
 # Those of timm.scheduler that need nothing but the number of the step.
 SCHEDULES: tuple[str, ...] = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
@@ -21,6 +21,7 @@ SCHEDULES: tuple[str, ...] = ("cosine", "tanh", "step", "multistep", "poly", "ws
 
 def launch(experiment: Experiment) -> Fabric:
     """Start Fabric on the devices of an experiment, or on those that torchrun hands out."""
+    refuse_missing(experiment.accelerator)
     devices, nodes = experiment.devices, experiment.nodes
     if torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])

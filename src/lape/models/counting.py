@@ -1,36 +1,13 @@
-"""The models of the paper and their small relatives: what each counts, and which joins mean something in it."""
+"""What the models of the paper and their small relatives count, and which joins mean something in them."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from lape.catalogue import Entry
 from lape.errors import RunError, UsageError
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One model as its authors made it."""
-
-    name: str
-    paper: str | None  # its name in the paper's tables
-    parameters: int | None  # None where a package that it is made with is not installed
-    flops: int | None  # of one image's forward, an addition and a multiplication counted as two; None in a detector
-    size: tuple[int, int]
-    joins: tuple[str, ...]  # that mean something with its own position embedding
-
-
-def names(patterns: Sequence[str]) -> list[str]:
-    """Return the models whose name fits one of the patterns, or all; UsageError where there is none."""
-    from lape.models.registry import MODELS
-
-    names = [name for name in MODELS if not patterns or any(fnmatch(name, f"*{pattern}*") for pattern in patterns)]
-    if not names:
-        raise UsageError(f"No model's name has {' or '.join(patterns)} in it. `lape models` lists all {len(MODELS)}.")
-    return names
-
-
-def entries(chosen: Iterable[str]) -> Iterator[Entry]:
+def count(chosen: Iterable[str]) -> Iterator[Entry]:
     """Describe models by name; nothing is computed, they are created without weights."""
     import timm
     import torch
