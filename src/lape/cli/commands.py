@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lape.studies.study import Study
 
 
-def train(experiment: Experiment, out: Path | None = None, resume: bool = False) -> None:
+def train(experiment: Experiment, out: Path | None = None, resume: bool = False, tracker: str | None = None) -> None:
     """Train one model.
 
     Args:
@@ -27,7 +27,11 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
         resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped. More
             --epochs may be asked for, where that makes the run that asking at once would have made. Settings typed
             beside it begin a run where there is none.
+        tracker: Tell another program of the run: wandb (Weights & Biases) or mlflow; default: none.
     """
+    from lape.training.trackers import tracker_of
+
+    told = tracker_of(tracker)
     from lape.report.run import Bar
     from lape.training.checkpoints import SETTINGS
     from lape.training.loop import train
@@ -36,7 +40,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
     if resume and first_process() and not (folder / SETTINGS).exists():
         say(f"{folder} holds no run to go on with, so a new one begins.", error=True)
     with Bar(console(stderr=True)) as bar:
-        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check)
+        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check, tracker=told)
     if first_process():
         say(f"Done: {result}")
 

@@ -55,6 +55,7 @@ from lape.training.interruption import Stopped, signals
 from lape.training.longer import LENGTH, refuse_another_beginning
 from lape.training.progress import Progress
 from lape.training.provenance import provenance
+from lape.training.trackers import Tell, Tracker, tracking
 from lape.weights import fill, load_backbone
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
@@ -80,6 +81,7 @@ def train(
     report: Callable[[Progress], None] | None = None,
     checked: Callable[[float], None] | None = None,
     lean: bool = False,
+    tracker: Tracker | None = None,
 ) -> Path:
     """Train one model in a folder of its own and return the path of its `result.json`.
 
@@ -87,11 +89,12 @@ def train(
     it would have had; a finished one is left as it is, and a new one begins. More epochs or steps than before may be
     asked for, where the run is then the one that asking at once would have made. `report` is told how it goes, and
     before that `checked` which share of the files of a set for detection or segmentation has been opened, both in the
-    first process alone. With `lean` the last checkpoint of a finished run holds what evaluation needs, and no more.
+    first process alone. With `lean` the last checkpoint of a finished run holds what evaluation needs, and no more. A
+    `tracker` (`lape.training.trackers`) is told of the settings and of every row of the curve.
 
     Raises UsageError for settings that do not fit each other, the data or the folder; RunError for an unreadable
-    image, a loss that is not finite, a full disk, and a folder in which another process works; Stopped after SIGINT
-    and SIGTERM.
+    image, a loss that is not finite, a full disk, a tracker that does not begin, and a folder in which another process
+    works; Stopped after SIGINT and SIGTERM.
     """
     fabric = launch(experiment)
     with claimed(folder, experiment, resume, fabric):
@@ -101,7 +104,8 @@ def train(
                 run.restore()
             if run.state.step == 0:
                 run.check(checked or (lambda _: None))
-            run.fit(report or (lambda _: None))
+            with tracking(tracker, folder, experiment, run.state.curve, fabric) as tell:
+                run.fit(report or (lambda _: None), tell)
             if lean and fabric.is_global_zero:
                 keep_for_evaluation(folder / LAST)
     if fabric.world_size > 1:  # gloo aborts where one process leaves while another still speaks
@@ -171,8 +175,9 @@ class TrainingRun:
         if trouble := self.fabric.broadcast(trouble):
             raise RunError(trouble)
 
-    def fit(self, report: Callable[[Progress], None]) -> None:
-        """Train from where the state is to the end."""
+    def fit(self, report: Callable[[Progress], None], tell: Tell = lambda _: None) -> None:
+        """Train from where the state is to the end; `tell` hears of every new row of the curve."""
+        self.tell = tell
         self.curves = self._open_folder()
         batches = self._training_batches()
         saved = reported = monotonic()
@@ -328,6 +333,7 @@ class TrainingRun:
             if best:
                 save(self.folder / BEST, self._description() | {"model": self.judged.state_dict(), "metrics": row})
             self.curves.add(state.curve)
+            self.tell(row)
 
     def _description(self) -> dict[str, Any]:
         return {"experiment": self.experiment.settings(), "set": describe_set(self.source), "contents": self.contents}
