@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from rich.console import Console
 
 from lape import recipes, report
 from lape.analysis import Correlation
-from lape.errors import RunError
+from lape.errors import RunError, UsageError
 from lape.method import POSITION_NORMS
-from lape.report import cost, page, plots, progress, tables, words
+from lape.report import cost, figures, methods, page, plots, progress, tables, words
 from lape.report.run import Bar
 from lape.studies import paper
 from lape.studies.claims import CLAIMS
@@ -362,13 +363,14 @@ class Seen(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.references, self.alts, self.tags, self.text, self.open = [], [], [], [], []
+        self.references, self.alts, self.tags, self.text, self.open, self.ids = [], [], [], [], [], []
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         named = dict(attrs)
         self.tags.append(tag)
+        self.ids += [named["id"]] if "id" in named else []
         self.references += [named[key] for key in ("src", "href", "srcset", "action", "data", "poster") if key in named]
         self.alts += [named.get("alt")] if tag == "img" else []
         if tag not in self.EMPTY:
@@ -384,7 +386,10 @@ class Seen(HTMLParser):
 def test_the_page_refers_to_nothing_outside_itself(shown):
     seen = Seen(shown)
     assert seen.references
-    assert all(reference.startswith(("data:image/webp;base64,", "#study-")) for reference in seen.references)
+    assert all(reference.startswith(("data:image/webp;base64,", "#")) for reference in seen.references)
+    within = [reference[1:] for reference in seen.references if reference.startswith("#")]
+    assert sorted(within) == sorted(seen.ids)  # all that has an address is in the list of contents, once
+    assert within
     assert all(seen.alts)
     assert not {"script", "link", "iframe", "object", "embed", "base"} & set(seen.tags)
     style = shown[shown.index("<style>") : shown.index("</style>")]
@@ -427,6 +432,9 @@ def test_everything_is_written_into_the_folder(tmp_path):
         "table.md",
         "table.csv",
         "table.json",
+        "table.tex",
+        "runs.csv",
+        "methods.txt",
         "learning-curves.png",
         "differences.png",
         "correlation-learnable.png",
@@ -434,6 +442,70 @@ def test_everything_is_written_into_the_folder(tmp_path):
         "index.html",
     }
     assert (tmp_path / "out" / "learning-curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_written_in_every_format_asked_for_and_the_page_links_to_each_file(tmp_path):
+    study = analysed(study_of(tmp_path / "runs", GAIN))
+    out = tmp_path / "out"
+    report.write(study, {}, out, formats=figures.formats(["svg"]))  # and is replaced
+    report.write(study, made_up_maps(study), out, formats=figures.formats(["png", "svg", "pdf"]))
+    names = {"learning-curves", "differences", "layer-weights", "correlation-learnable", "correlation-sinusoidal-1d"}
+    for suffix, begins in {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF-"}.items():
+        assert {path.stem for path in out.glob(f"*.{suffix}")} == names
+        assert all(path.read_bytes().startswith(begins) for path in out.glob(f"*.{suffix}"))
+    assert b"/Type3" not in (out / "learning-curves.pdf").read_bytes()  # which publishers refuse
+    linked = [name for name in Seen((out / "index.html").read_text()).references if not name.startswith(("data", "#"))]
+    assert sorted(linked) == sorted(path.name for path in out.iterdir() if path.name != "index.html")
+    assert {*out.iterdir()} <= {*report.places(out, formats=("png", "svg", "pdf"))}
+    with pytest.raises(UsageError, match=r"'svgz' is not a format of figures\. Did you mean 'svg'"):
+        figures.formats(["svgz"])
+
+
+def test_beside_a_page_of_several_studies_stand_the_files_of_all_and_links_hold_for_any_name(tmp_path):
+    studies = [study_of(tmp_path / str(lr), LOSS, replace(BASE, lr=lr)) for lr in (0.5, 0.25)]
+    where = tmp_path / "javascript:a #%.html"
+    for some in (studies[:1], studies):  # the first page is replaced
+        report.write_page(some, {}, [], where, formats=figures.formats(["svg"]))
+    beside = {path.name for path in tmp_path.iterdir() if path.is_file()} - {where.name}
+    assert {name.removeprefix("javascript:a #%.") for name in beside} == {
+        *("md", "tex", "runs.csv", "methods.txt"),
+        *(f"study-{number}.{name}.svg" for number in (1, 2) for name in ("learning-curves", "differences")),
+    }
+    linked = [name for name in Seen(where.read_text()).references if not name.startswith(("data", "#"))]
+    assert {unquote(name) for name in linked} == beside
+    assert not any(re.search("[:#]|%(?!3A|20|23|25)", name) for name in linked)
+    assert {tmp_path / name for name in beside} < {*report.places_beside(where, ["svg"])}
+    runs = list(csv.DictReader(where.with_suffix(".runs.csv").open()))
+    assert [(run["study"], run["way"], run["seed"]) for run in runs] == [
+        (number, way, seed) for number in "12" for way in ("default", "lape") for seed in "012"
+    ]
+    one = next(iter(studies[1].results.values()))
+    assert float(runs[6]["score"]) == one.run.score
+    assert float(runs[6]["third_score"]) == one.run.third.score
+    assert (runs[6]["folder"], runs[6]["commit"]) == (str(one.folder), "0123abc")
+
+
+def test_methods_say_what_was_trained_and_how_sure_it_is_and_names_of_others_do_nothing(tmp_path):
+    study = study_of(tmp_path / "1", GAIN, replace(BASE, warmup_epochs=2, lr_batch=512, recipe="own"))
+    said = methods.paragraph(study)
+    for part in (
+        *("vit_nano_patch2_8 on digits (1,198 training and 599 validation images, 10 classes), from random weights",),
+        *("(default and lape)", "(learnable and sinusoidal-1d)", "seeds 0, 1 and 2: 12 runs", "6 epochs", "adamw"),
+        *("learning rate of 0.003 for 512 images", "schedule cosine after a warm-up of 2 epochs", "the recipe own"),
+        *("95 % intervals are Student’s, mean ± t(0.975, n − 1)", "Holm’s correction for the 2 of", "fewer than 3"),
+        *("lape 0.1.0, torch 2.15.0 (commit 0123abc) on a machine, 2 cores",),
+    ):
+        assert part in said
+    assert "Differences" not in methods.paragraph(study_of(tmp_path / "2", NO_DEFAULT))
+    bad = replace(BASE, data="<script>\x1b\n\\input{x}%", weights="</blockquote>", optimizer="$a_b&c$")
+    hostile = study_of(tmp_path / "3", GAIN, bad)
+    assert "\n" not in methods.paragraph(hostile)
+    assert "\x1b" not in methods.paragraph(hostile)
+    assert methods.paragraph(hostile) in "".join(Seen(page.page([page.Section(hostile)])).text)
+    tex = tables.latex([hostile])
+    assert r"\textless{}script\textgreater{}\textbackslash{}x1b\textbackslash{}n\textbackslash{}input\{x\}\%" in tex
+    assert tex.count(r"\begin{table}") == tex.count(r"\end{table}") == 2
+    assert "\\input" not in tex
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -601,8 +673,8 @@ def test_the_page_shows_the_claims_that_are_tested_and_lists_the_others(tmp_path
         assert " ".join(words.claim_cells(found, judgement)[0].split()) in said
     assert f"Not tested by these runs: {len(judgement.untested)} claims" in said
     assert judgement.summary in said
-    row = '<tr class="holds corrected-undecided"><td>LaPE is above the default join (learnable)</td><td>holds</td>'
-    assert row + "<td>undecided</td>" in text
+    name = '<th scope="row">LaPE is above the default join (learnable)</th>'
+    assert f'<tr class="holds corrected-undecided">{name}<td>holds</td><td>undecided</td>' in text
     assert all(sentence in said for sentence in (*judgement.reasons, *judgement.counted))
 
 

@@ -247,7 +247,7 @@ def test_a_comparison_at_sizes_is_that_of_single_evaluations_and_is_kept(lape, m
     (plain,) = gather([Path("x")]).studies
     assert Path("x/table.csv").read_text() == tables.as_csv(plain)
     assert table.keys() - {"sizes"} == json.loads(tables.as_json(plain)).keys()
-    assert not {Path("x", report.SIZES), Path("x", report.SIZES_DRAWN)} & {*report.places(Path("x"))}
+    assert not {Path("x", report.SIZES), Path("x", "sizes.png")} & {*report.places(Path("x"))}
 
     # What is kept is not judged again, nor by a report; what is new is, and a checkpoint that has changed.
     asked = []

@@ -1,4 +1,4 @@
-"""Law: a table says the same in the terminal, in Markdown and as CSV, whatever stands in its cells."""
+"""Law: a table says the same in the terminal, in Markdown, in LaTeX and as CSV, whatever stands in its cells."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from lape.files.characters import in_markdown, visible
+from lape.files.characters import in_latex, in_markdown, visible
 from lape.report.table import Table
 
 CELLS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
@@ -27,6 +27,42 @@ def test_markdown_and_csv_hold_every_cell(rows):
         assert line == f"| {' | '.join(in_markdown(str(cell)) for cell in row)} |"
     read = list(csv.reader(io.StringIO(table.csv(), newline="")))
     assert read == [["a", "b", "c"], *([*map(visible, row[:2]), "" if row[2] is None else str(row[2])] for row in rows)]
+
+
+# What stands for one character or shows nothing; what is left must be plain.
+TEX = re.compile(
+    r"\\[{}$&#%_]|\\text\w+\{\}|\\ldots\{\}|\\[`'^~\"rvc]\{\w\}|\$(?:-|\\\w+|_2)\$|\{(?:\[|\]|\*|''|)\}", re.ASCII
+)
+
+
+@given(TABLES.filter(bool))
+def test_latex_shows_every_cell_as_text_whatever_it_is(rows):
+    """No cell ends its cell, line, comment or table, opens a group or runs a command, and each engine has its signs."""
+    text = Table(("a", "b", "c"), rows, names=2).latex(rows[0][0])
+    assert text.isascii()
+    lines = text.split("\n")
+    assert lines[3].startswith(r"\caption{")
+    first, last = lines.index(r"\midrule"), lines.index(r"\bottomrule")
+    assert last - first - 1 == len(rows)
+    for line in lines[first + 1 : last]:
+        cells = re.split(r"(?<!\\) & ", line.removesuffix(r" \\"))
+        assert len(cells) == 3
+        assert not any(re.search(r"[\\{}$&#%_^~\[\]*]", TEX.sub("", cell)) for cell in cells), line
+    assert not re.search(r"[\\{}$&#%_^~\[\]*]", TEX.sub("", lines[3].removeprefix(r"\caption{")[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\input{/etc/passwd}%", r"\textbackslash{}input\{/etc/passwd\}\%"),
+        ("a_b & $x$ #1", r"a\_b \& \$x\$ \#1"),
+        ("[2ex] * --seeds", r"{[}2ex{]} {*} -{}-seeds"),
+        ("é ü 中 \x1b\n", r"\'{e} \"{u} {[}U+4E2D{]} \textbackslash{}x1b\textbackslash{}n"),
+        ("−0.5 ± 1 – λ2", r"$-$0.5 $\pm$ 1 -- $\lambda$2"),
+    ],
+)
+def test_latex_of_strange_names(text, expected):
+    assert in_latex(text) == expected
 
 
 def _shown(table, width=200, **how):

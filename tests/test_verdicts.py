@@ -190,7 +190,13 @@ def test_a_score_that_is_no_percentage_is_refused(score, tmp_path):
         study_of(tmp_path, {("lape", "learnable"): {0: score}})
 
 
-@pytest.mark.parametrize("contents", [{}, {"classes": 10}, {**CONTENTS, "classes": []}, {**CONTENTS, "validation": {}}])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        *({}, {"classes": 10}, {**CONTENTS, "classes": []}, {**CONTENTS, "validation": {}}),
+        {**CONTENTS, "train": {"pictures": "many"}},  # the methods paragraph counts them
+    ],
+)
 def test_contents_that_are_none_are_refused(contents, tmp_path):
     (result,) = study_of(tmp_path, {("lape", "learnable"): {0: 50.0}}).results.values()
     file = result.folder / "result.json"

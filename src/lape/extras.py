@@ -9,6 +9,8 @@ EXTRAS = {
     "train": ("lightning_fabric", "jsonargparse", "shtab", "torchmetrics", "rich", "sklearn", "scipy"),
     "report": ("matplotlib", "jinja2", "scipy"),
     "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "dense": ("transformers", "faster_coco_eval", "skimage"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }

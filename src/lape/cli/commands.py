@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lape.training.start import Start
 
 
-def train(experiment: Experiment, out: Path | None = None, resume: bool = False) -> None:
+def train(experiment: Experiment, out: Path | None = None, resume: bool = False, tracker: str | None = None) -> None:
     """Train one model.
 
     Args:
@@ -29,7 +29,11 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
         resume: Go on with the run in that folder, with its settings; the result is as if it had never stopped. More
             --epochs may be asked for, where that makes the run that asking at once would have made. Settings typed
             beside it begin a run where there is none.
+        tracker: Tell another program of the run: wandb (Weights & Biases) or mlflow; default: none.
     """
+    from lape.training.trackers import tracker_of
+
+    told = tracker_of(tracker)
     from lape.report.run import Bar
     from lape.report.start import lines
     from lape.training.checkpoints import SETTINGS
@@ -44,7 +48,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False)
             say(line)
 
     with Bar(console(stderr=True), experiment.compile) as bar:
-        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check, begun=begun)
+        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check, begun=begun, tracker=told)
     if first_process():
         say(f"Done: {result}")
 
@@ -236,6 +240,7 @@ def compare(
     sizes: list[str] | None = None,
     plan: Path | None = None,
     prune: bool | None = None,
+    figures: list[str] = [],  # noqa: B006
 ) -> None:
     """Train several ways of joining side by side and report how they differ.
 
@@ -256,6 +261,7 @@ def compare(
         prune: Remove last.pt of all finished runs when the page is written (best.pt stays; what is not analysed by then
             cannot be analysed later). false: keep it whole, so that a run can be trained longer; default: keep of it
             what evaluation needs.
+        figures: Formats of files in which figures are written beside PNG, among svg, pdf.
     """
     from lape.data.sizes import sizes_of
 
@@ -264,11 +270,13 @@ def compare(
     from lape.files import writing
     from lape.files.locks import in_turn
     from lape.report import tables
+    from lape.report.figures import formats as formats_of
     from lape.report.progress import Display
     from lape.studies import comparison
     from lape.studies.analysis import Kept
     from lape.studies.comparison import Factors, compare, seeds_of
 
+    formats = formats_of(["png", *figures])
     factors = Factors(joins, pe, seeds_of(seeds, seed_list), pe_norm, start)
     if plan:
         count = comparison.write_plan(experiment, factors, out, plan)
@@ -278,7 +286,7 @@ def compare(
         from lape.studies.sizes import refuse_dense
 
         refuse_dense(experiment)
-    writing.refuse_others(report.places(out, at_sizes=bool(asked)))
+    writing.refuse_others(report.places(out, bool(asked), formats))
     Kept(out / report.PAGE)  # refuses another's file, before anything is trained
     with Display(console(stderr=True)) as display:
         study = compare(experiment, factors, out, jobs, display, lean=prune is not False)
@@ -289,7 +297,7 @@ def compare(
             (whole,) = _analysed([whole], Kept(out / report.PAGE))
             if asked:
                 whole = _judged_at(whole, asked, experiment)
-            page = report.write(whole, report.maps(whole), out, left_out)
+            page = report.write(whole, report.maps(whole), out, left_out, formats)
             if prune:
                 comparison.prune(study)
         console().print(tables.terminal(whole))
@@ -304,6 +312,7 @@ def gather(
     weights: str | None = None,
     join: str = "default",
     out: Path | None = None,
+    figures: list[str] = [],  # noqa: B006
 ) -> None:
     """Put finished runs beside one another and beside the paper's claims, as one page; or tell of models alone.
 
@@ -317,12 +326,16 @@ def gather(
         weights: Its weights: a file of lape's, timm's or the authors', or a name of timm's; default: none, and with a
             model they must be named.
         join: The join of these weights.
-        out: The page; beside it are written its tables, as .md, and what was computed for it, as .analysis.json;
-            default: report.html in the first folder of runs, without runs in the folder where one is.
+        out: The page; beside it are written its tables, as .md and .tex, a line for each run, as .runs.csv, a paragraph
+            on methods, as .methods.txt, and what was computed for it, as .analysis.json; default: report.html in the
+            first folder of runs, without runs in the folder where one is.
+        figures: Formats of files in which the figures are written beside the page, among png, svg, pdf; default: they
+            stand on the page alone.
     """
     from lape import report
     from lape.files import writing
     from lape.report import tables
+    from lape.report.figures import formats as formats_of
     from lape.report.models import told_of, told_of_weights
     from lape.studies.analysis import Kept
     from lape.studies.sizes import with_kept
@@ -337,14 +350,15 @@ def gather(
     page = out or (folders[0] if folders else Path()) / "report.html"
     if page.suffix != ".html":
         raise UsageError(f"The page is HTML, and {page} is no such name. Give --out {page.with_suffix('.html')}.")
-    writing.refuse_others([page, page.with_suffix(".md")])
+    formats = formats_of(figures)
+    writing.refuse_others(report.places_beside(page, formats))
     kept = Kept(page)
     gathered = gather(folders) if folders else Gathered((), {})
     models = [*told_of(saved), *(told_of_weights(model, model_args, weights, join) if model and weights else ())]
     _name_left_out(gathered.left_out, others=(*gathered.studies, *models))
     studies = [with_kept(study) for study in _analysed(gathered.studies, kept)] if folders else []
     costs = sorted({file for folder in folders for file in folder.rglob("cost.json")})
-    report.write_page(studies, gathered.left_out, costs, page, models)
+    report.write_page(studies, gathered.left_out, costs, page, models, formats)
     for one in models:
         console().print(one.terminal())
     if studies:

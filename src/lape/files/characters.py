@@ -1,6 +1,7 @@
 """Names and counts as people read them: what a name may hold and no terminal, page or picture should be sent."""
 
 import re
+from unicodedata import normalize
 
 LONE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are no UTF-8, and what no file can hold
 # Controls of terminals (C0, DEL, C1), other ends of lines, marks that turn the direction of what follows.
@@ -33,3 +34,32 @@ def as_code(text: str) -> str:
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     room = " " if "`" in line else ""
     return f"{fence}{room}{line}{room}{fence}"
+
+
+# What LaTeX makes something of: its signs, what could be an option of the command before it, and a dash after a dash.
+_TO_TEX = re.compile(r"""[^ -~]|[\\{}$&#%_^~<>|`"\[\]*]|(?<=-)-""")
+_TEX = {
+    **{sign: f"\\{sign}" for sign in "{}$&#%_"},
+    **{"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "`": r"\textasciigrave{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': "{''}"},
+    **{"[": "{[}", "]": "{]}", "*": "{*}", "-": "{}-"},
+    **{"–": "--", "’": "'", "‘": "`", "“": "``", "”": "''", "…": r"\ldots{}"},
+    **{"−": "$-$", "±": r"$\pm$", "×": r"$\times$", "·": r"$\cdot$", "∞": r"$\infty$", "√": r"$\surd$", "₂": "$_2$"},
+    **{"λ": r"$\lambda$", "ω": r"$\omega$", "⅓": "1/3"},
+}
+_ACCENTS = dict(zip("\u0300\u0301\u0302\u0303\u0308\u030a\u030c\u0327", "`'^~\"rvc", strict=True))
+
+
+def in_latex(text: str) -> str:
+    """Write text so that LaTeX shows it as it is, on one line and in ASCII, which each of its engines takes.
+
+    A character that not all of them have is written as its number: [U+4E2D].
+    """
+    return _TO_TEX.sub(lambda found: _TEX.get(found[0]) or _letter(found[0]), normalize("NFC", visible(text)))
+
+
+def _letter(character: str) -> str:
+    letter, *marks = normalize("NFD", character)
+    if letter.isascii() and len(marks) == 1 and marks[0] in _ACCENTS:
+        return f"\\{_ACCENTS[marks[0]]}{{{letter}}}"
+    return f"{{[}}U+{ord(character):04X}{{]}}"

@@ -1,16 +1,18 @@
-"""Studies as one HTML page that holds all it shows: no network, no other file, no script."""
+"""Studies as one HTML page that holds all it shows: no network, no script, and other files by their links alone."""
 
 import json
+import os
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from lape.files import writing
-from lape.files.characters import plural
-from lape.report import cost, plots, tables, words
+from lape.files.characters import plural, visible
+from lape.report import cost, methods, plots, tables, words
 from lape.report.models import ModelTold
 from lape.studies.analysis import IMAGES
 from lape.studies.statistics import BASELINE
@@ -22,6 +24,16 @@ if TYPE_CHECKING:
 Draw = Callable[[plots.Theme], "Figure"]
 NARROW, DARK = "(max-width: 640px)", "(prefers-color-scheme: dark)"
 DOTS = 130  # an inch; maps are coarse, and there are many
+PARTS = {  # of a study's section, in their order: the last part of the address, and the title
+    "claims": "The paper’s claims",
+    "results": "Results",
+    "curves": "Learning curves",
+    "sizes": "Other sizes of images",
+    "correlation": "Position correlation",
+    "weights": "What a layer’s norm is made of",
+    "methods": "Methods, ready to paste",
+    "reproduce": "To reproduce",
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,16 @@ def page(
     costs: Sequence[cost.Filed] = (),
     left_out: Mapping[Path, str] | None = None,
     models: Sequence[ModelTold] = (),
+    files: Sequence[str] = (),
 ) -> str:
-    """Return the page of studies, models, filed costs, and of runs in no study with the reason."""
+    """Return the page of studies, models, filed costs, and of runs in no study with the reason.
+
+    `files` are names of files in the page's folder, which it links to.
+    """
     from jinja2 import Environment, StrictUndefined
 
     studies = [section.study for section in sections]
-    source = files("lape.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    source = resources("lape.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     runs = sum(len(section.study.results) for section in sections)
     content = {
@@ -72,6 +88,7 @@ def page(
         "images": IMAGES,
         "costs": [(each.path, cost.table(each.costs), each.explanation) for each in costs],
         "left_out": left_out or {},
+        "files": [(quote(os.fsencode(name)), visible(name)) for name in files],
     }
     return environment.from_string(source).render(content)
 
@@ -95,8 +112,15 @@ def _of_model(one: ModelTold) -> dict[str, Any]:
 
 def _content(section: Section, judgement: words.Judgement, apart: str) -> dict[str, Any]:
     study = section.study
-    decomposed = tables.weights(study)
+    decomposed, shapes = tables.weights(study), tables.shapes(study)
+    absent = {
+        *(() if study.sizes else ("sizes",)),
+        *(() if shapes.rows or study.not_analysed or section.maps else ("correlation",)),
+        *(() if decomposed.rows else ("weights",)),
+    }
     return {
+        "parts": {name: title for name, title in PARTS.items() if name not in absent},
+        "methods": methods.paragraph(study),
         "question": words.question(study),
         "apart": apart,
         "findings": words.findings(study),
@@ -123,7 +147,7 @@ def _content(section: Section, judgement: words.Judgement, apart: str) -> dict[s
         "untested": plural(len(judgement.untested), "claim"),
         "outcomes": [f"{one.outcome.name.lower()} corrected-{one.corrected.name.lower()}" for one in judgement.tested],
         "about_claims": words.ABOUT_CLAIMS,
-        "shapes": tables.shapes(study),
+        "shapes": shapes,
         "maps": {
             title: (some.seed, picture(lambda theme, some=some: plots.correlation_maps(some, theme)))
             for title, some in section.maps.items()

@@ -435,6 +435,26 @@ def png(figure: "Figure", dots_per_inch: int = 200) -> bytes:
     return out.getvalue()
 
 
+def svg(figure: "Figure") -> bytes:
+    """Return the figure as an SVG whose letters are outlines: it looks alike where its font is not."""
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    with rc_context({"svg.hashsalt": writing.MARK}):  # the same figure, the same file
+        figure.savefig(out, format="svg", metadata={"Creator": writing.MARK, "Date": None})
+    return out.getvalue()
+
+
+def pdf(figure: "Figure") -> bytes:
+    """Return the figure as a PDF with TrueType fonts, as publishers ask for."""
+    from matplotlib import rc_context
+
+    out = io.BytesIO()
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(out, format="pdf", metadata={"Creator": writing.MARK, "CreationDate": None})
+    return out.getvalue()
+
+
 def webp(figure: "Figure", dots_per_inch: int) -> bytes:
     """Return the figure as a WebP, for browsers: maps of many colours take a quarter of a PNG's bytes."""
     out = io.BytesIO()

@@ -1,4 +1,4 @@
-"""One table for every place: the terminal, Markdown and CSV; the page takes its headings and rows."""
+"""One table for every place: the terminal, Markdown, LaTeX and CSV; the page takes its headings and rows."""
 
 import csv
 import io
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from lape.files.characters import in_markdown, visible
+from lape.files.characters import in_latex, in_markdown, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.table import Table as RichTable
+
+SENTENCE = 40  # letters: LaTeX breaks the lines of longer cells
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,22 @@ class Table:
         rule = [*["---"] * self.names, *["---:"] * (len(self.headings) - self.names)]
         headings, *rows = ([in_markdown(str(cell)) for cell in line] for line in (self.headings, *self.rows))
         return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))
+
+    def latex(self, caption: str) -> str:
+        """Return the table for LaTeX's package booktabs; a column with a sentence in it breaks its lines."""
+        kinds = ["l"] * self.names + ["r"] * (len(self.headings) - self.names)
+        for column, cells in enumerate(zip(*self.rows, strict=True)):
+            if max(len(str(cell)) for cell in cells) > SENTENCE:
+                kinds[column] = r"p{0.3\linewidth}"
+        headings, *rows = (
+            " & ".join(in_latex(str(cell)) for cell in line) + r" \\" for line in (self.headings, *self.rows)
+        )
+        lines = [
+            *(r"\begin{table}", r"\centering", r"\small", f"\\caption{{{in_latex(caption)}}}"),
+            *(f"\\begin{{tabular}}{{@{{}}{''.join(kinds)}@{{}}}}", r"\toprule", headings, r"\midrule"),
+            *(*rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"),
+        ]
+        return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
         """Return the table as CSV: a line for each row, numbers unrounded, and nothing for None."""

@@ -27,15 +27,15 @@ Columns = dict[str, Callable[[SummaryRow], str]]
 
 
 def columns(study: Study) -> Columns:
-    """Return what a table for people shows of a row, by heading; names first, numbers after."""
+    """Return what a table for people shows of a row, by heading: names, the numbers that matter most, others."""
     return {
         "join": lambda row: str(row.way),
         "table": lambda row: row.pe,
-        "seeds": lambda row: str(row.score.count),
         f"{study.measure}, %": lambda row: words.percent(row.score),
         f"minus {BASELINE}": _difference,
         "95 % interval": lambda row: words.interval(row.difference) if row.difference else "–",
         "p (Holm)": lambda row: words.probabilities(row.difference),
+        "seeds": lambda row: str(row.score.count),
         f"at {words.third_epoch(study)}, %": lambda row: words.percent(row.third),
         "parameters": lambda row: f"{row.parameters:,}",
         "time per step": lambda row: words.duration(row.seconds_per_step),
@@ -106,16 +106,17 @@ def terminal(study: Study) -> "Group":
 
 def shapes(study: Study) -> Table:
     """Return the position correlation in numbers: the means over seeds, for each way and table that has them."""
-    headings = ["join", "table", "seeds", "two-dimensionality", "half distance", "layer difference"]
+    headings = ["join", "table", "two-dimensionality", "half distance", "layer difference", "seeds"]
     groups: dict[tuple[Way, str], list[RunAnalysis]] = {}
     for (way, pe, _), analysis in study.analyses.items():
         groups.setdefault((way, pe), []).append(analysis)
     rows = [
         [
-            *(str(way), pe, str(len(some))),
+            *(str(way), pe),
             words.number(fmean(one.shape.two_dimensionality for one in some), 2),
             words.number(fmean(one.shape.half_distance for one in some), 1),
             words.number(fmean(one.shape.layer_difference for one in some), 3),
+            str(len(some)),
         ]
         for (way, pe), some in groups.items()
     ]
@@ -146,15 +147,15 @@ def sizes(study: Study) -> Table:
             here = f"{size} (trained)" if size in study.trained else str(size)
             by_way = {row.way: row for row in study.rows_at(size) if row.pe == pe}
             for way in [row.way for row in study.rows if row.pe == pe]:
-                numbers = _at_a_size(by_way[way]) if way in by_way else ["0", NOT_TAKEN, "–", "–", "–"]
+                numbers = _at_a_size(by_way[way]) if way in by_way else [NOT_TAKEN, "–", "–", "–", "0"]
                 rows.append([here, str(way), pe, *numbers])
-    return Table(["size", "join", "table", "seeds", measure, margin, "95 % interval", "p (Holm)"], rows, names=3)
+    return Table(["size", "join", "table", measure, margin, "95 % interval", "p (Holm)", "seeds"], rows, names=3)
 
 
 def _at_a_size(row: SummaryRow) -> list[str]:
     spread = words.interval(row.difference) if row.difference else "–"
     paired = _difference(row), spread, words.probabilities(row.difference)
-    return [str(row.score.count), words.percent(row.score), *paired]
+    return [words.percent(row.score), *paired, str(row.score.count)]
 
 
 def claims(judgement: words.Judgement) -> Table:
@@ -198,6 +199,51 @@ def _markdown(study: Study, judgement: words.Judgement) -> str:
     parts += [table.markdown() for table in (shapes(study), weights(study)) if table.rows]
     command = "\n".join(f"    {visible(line)}" for line in study.command.split("\n"))
     return "\n\n".join([*parts, command]) + "\n"
+
+
+LATEX = f"% {writing.MARK}; without this line the file is not replaced. The tables need \\usepackage{{booktabs}}.\n"
+
+
+def latex(studies: Sequence[Study]) -> str:
+    """Return the tables of scores, claims, sizes and shapes of each study for LaTeX."""
+    return "\n".join([LATEX, *map(_latex, studies, words.judgements(studies))])
+
+
+def _latex(study: Study, judgement: words.Judgement) -> str:
+    measure = f"{words.sentence(study.measure)}: mean ± standard deviation over the seeds."
+    paired = f"Differences to {BASELINE} are paired by seed. p in brackets: with Holm’s correction."
+    beside = ("in", "pairs", "seeds to decide", *judgement.published)
+    captions = {
+        f"{words.question(study)} {measure} {paired}": scores(study).without("time per step"),
+        f"{judgement.summary} {words.question(study)}": claims(judgement).without(*beside),
+        f"At other sizes of images. {words.question(study)} {measure} {paired}": sizes(study),
+        f"Position correlation: means over seeds. {words.question(study)}": shapes(study),
+    }
+    return "\n".join(table.latex(caption) for caption, table in captions.items() if table.rows)
+
+
+def runs_as_csv(studies: Sequence[Study]) -> str:
+    """Return one line for each run, numbers unrounded; `study` is the study's number on the page."""
+    records = [
+        {
+            "study": number,
+            "way": str(one.way),
+            **one.way._asdict(),
+            "pe": one.pe,
+            "seed": one.seed,
+            "measure": result.run.measure,
+            "score": result.run.score,
+            **{f"third_{name}": value for name, value in result.run.third._asdict().items()},
+            "parameters": result.run.parameters,
+            "seconds_per_step": result.run.seconds_per_step,
+            "folder": str(result.folder),
+            "commit": result.record.get("commit"),
+            writing.MARK: __version__,
+        }
+        for number, study in enumerate(studies, start=1)
+        for one, result in study.results.items()
+    ]
+    return Table(list(records[0]), [list(record.values()) for record in records]).csv()
 
 
 def as_csv(study: Study) -> str:

@@ -24,6 +24,11 @@ def listed(names: Iterable[object]) -> str:
     return " and ".join(filter(None, [", ".join(others), last]))
 
 
+def sentence(text: str) -> str:
+    """Begin with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
 def percent(sample: Sample) -> str:
     """Write "97.12 ± 0.30", or "97.12" where one run gives no spread."""
     return f"{sample.mean:.2f}" if sample.std is None else f"{sample.mean:.2f} ± {sample.std:.2f}"
@@ -92,8 +97,8 @@ def question(study: Study) -> str:
     base, seeds = study.experiment, len(study.seeds)
     ways, tables = _counted("Join", study.ways, "ways of joining"), _counted("position table", study.pes)
     return (
-        f"{ways} compared on {base.data}{_images(study)}: {base.model} with the {tables}, "
-        f"{_length(base)}, {plural(seeds, 'seed')}."
+        f"{ways} compared on {base.data}{images(study)}: {base.model} with the {tables}, "
+        f"{length(base)}, {plural(seeds, 'seed')}."
     )
 
 
@@ -102,7 +107,8 @@ def several(studies: int, runs: int) -> str:
     return f"{plural(runs, 'finished run')} in {plural(studies, 'study', 'studies')}"
 
 
-def _images(study: Study) -> str:
+def images(study: Study) -> str:
+    """Say how many images were trained on, where that is known, in brackets."""
     if study.images:
         training, validation = study.images
         return f" ({training:,} training and {plural(validation, 'validation image')})"
@@ -110,7 +116,8 @@ def _images(study: Study) -> str:
     return f" ({plural(some, 'training image')})" if some else ""
 
 
-def _length(base: Experiment) -> str:
+def length(base: Experiment) -> str:
+    """Say how long a run was."""
     return plural(base.steps, "step") if base.steps else plural(base.all_steps(1), "epoch")
 
 

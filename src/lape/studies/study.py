@@ -30,6 +30,7 @@ from lape.studies.statistics import (
 )
 from lape.tasks.measures import TITLES
 from lape.training.checkpoints import RESULT
+from lape.training.contents import SPLITS
 
 if TYPE_CHECKING:
     from lape.analysis import Shape
@@ -121,9 +122,10 @@ def _chance(record: Mapping[str, Any]) -> Chance | None:
     contents = record.get("contents")
     if contents is None:
         return None
-    classes, images = contents["classes"], contents["validation"]["pictures"]
-    if not isinstance(classes, list) or not classes or type(images) is not int or images < 1:
-        raise ValueError("its contents name no classes, or no validation images")
+    classes, *counts = contents["classes"], *(contents[part]["pictures"] for part in SPLITS)
+    if not isinstance(classes, list) or not classes or any(type(count) is not int or count < 1 for count in counts):
+        raise ValueError("its contents name no classes, or no images")
+    images = counts[SPLITS.index("validation")]
     return CHANCE[record["score"]](len(classes), images)
 
 

@@ -24,8 +24,9 @@ from lape.training.checkpoints import (
 )
 from lape.training.curves import CSV, TENSORBOARD
 from lape.training.longer import LENGTH
+from lape.training.trackers import TRACKED
 
-OF_A_RUN = (LAST, BEST, RESULT, START, BROKEN_BATCH, CSV, TENSORBOARD)
+OF_A_RUN = (LAST, BEST, RESULT, START, BROKEN_BATCH, CSV, TENSORBOARD, TRACKED)
 
 
 def claim(folder: Path, asked: Experiment, resume: bool) -> None:

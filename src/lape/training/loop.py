@@ -57,6 +57,7 @@ from lape.training.longer import LENGTH, refuse_another_beginning
 from lape.training.progress import Progress
 from lape.training.provenance import provenance
 from lape.training.start import Start, keep, start_of
+from lape.training.trackers import Tell, Tracker, tracking
 from lape.weights import fill, load_backbone
 
 FIRST_STEPS = 5  # slower than the rest: memory is taken, kernels are chosen
@@ -83,6 +84,7 @@ def train(
     checked: Callable[[float], None] | None = None,
     lean: bool = False,
     begun: Callable[[Start], None] | None = None,
+    tracker: Tracker | None = None,
 ) -> Path:
     """Train one model in a folder of its own and return the path of its `result.json`.
 
@@ -91,11 +93,11 @@ def train(
     asked for, where the run is then the one that asking at once would have made. `report` is told how it goes, and
     before that `checked` which share of the files of a set has been opened, and `begun` what the run begins with; all
     in the first process alone. With `lean` the last checkpoint of a finished run holds what evaluation needs, and no
-    more.
+    more. A `tracker` (`lape.training.trackers`) is told of the settings and of every row of the curve.
 
     Raises UsageError for settings that do not fit each other, the data or the folder; RunError for an unreadable
-    image, a loss that is not finite, a full disk, and a folder in which another process works; Stopped after SIGINT
-    and SIGTERM.
+    image, a loss that is not finite, a full disk, a tracker that does not begin, and a folder in which another process
+    works; Stopped after SIGINT and SIGTERM.
     """
     fabric = launch(experiment)
     with claimed(folder, experiment, resume, fabric):
@@ -105,7 +107,8 @@ def train(
                 run.restore()
             if run.state.step == 0:
                 run.check(checked or (lambda _: None))
-            run.fit(report or (lambda _: None), begun or (lambda _: None))
+            with tracking(tracker, folder, experiment, run.state.curve, fabric) as tell:
+                run.fit(report or (lambda _: None), begun or (lambda _: None), tell)
             if lean and fabric.is_global_zero:
                 keep_for_evaluation(folder / LAST)
     if fabric.world_size > 1:  # gloo aborts where one process leaves while another still speaks
@@ -213,8 +216,14 @@ class TrainingRun:
         if trouble := self.fabric.broadcast(trouble):
             raise RunError(trouble)
 
-    def fit(self, report: Callable[[Progress], None], opened: Callable[[Start], None] = lambda _: None) -> None:
-        """Train from where the state is to the end."""
+    def fit(
+        self,
+        report: Callable[[Progress], None],
+        opened: Callable[[Start], None] = lambda _: None,
+        tell: Tell = lambda _: None,
+    ) -> None:
+        """Train from where the state is to the end; `tell` hears of every new row of the curve."""
+        self.tell = tell
         self.curves = self._open_folder()
         if self.curves:
             opened(self.start)
@@ -372,6 +381,7 @@ class TrainingRun:
             if best:
                 save(self.folder / BEST, self._description() | {"model": self.judged.state_dict(), "metrics": row})
             self.curves.add(state.curve)
+            self.tell(row)
 
     def _description(self) -> dict[str, Any]:
         return {"experiment": self.experiment.settings(), "set": describe_set(self.source), "contents": self.contents}
