@@ -173,7 +173,7 @@ def difference(
         scores: From seed to score.
         baseline: The same of what it is compared with.
         bound: What the difference is held against; the verdict says on which side of it the interval lies.
-        estimator: Another interval than Student's (`lape.studies.inference`).
+        estimator: Another interval than Student's, as Fisher's of correlations.
 
     Returns:
         The difference, with `mean`, `interval`, `p` and `verdict`; None where no seed is in both.
