@@ -217,7 +217,7 @@ def test_the_weights_picture_has_three_lines_with_bands_and_one_colour_scale() -
     [
         (["corelation"], "Did you mean 'correlation'?"),
         (["runs/first"], "is not an analysis"),
-        ([], "analyze.what"),
+        ([], "lape analyze needs --what"),
         (["correlation"], "received neither"),
         (["correlation", "runs/no"], "runs/no"),
         (["correlation", "runs/no", "--model", "vit_nano_patch2_8"], "received both"),
@@ -319,7 +319,7 @@ def test_a_page_tells_of_saved_models_and_of_weights(runs, saved, tmp_path, monk
     page, told = Path("report.html").read_text(), capsys.readouterr().out
     expected = correlation(library.from_pretrained(saved))
     for layer, value in enumerate(expected.two_dimensionality.tolist(), start=1):
-        assert f"<td>{layer}</td><td>{value:.3f}</td>" in page
+        assert f'<th scope="row">{layer}</th><td>{value:.3f}</td>' in page
         assert f"| {layer} | {value:.3f} |" in Path("report.md").read_text()
     for text in (page, told):
         assert "cat, dog" in text
