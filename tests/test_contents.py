@@ -125,12 +125,8 @@ def test_runs_of_other_data_are_another_study_and_the_page_tells_them_apart(tmp_
         study_of(tmp_path / name, finals)
         for path in (tmp_path / name).rglob("result.json"):
             record = json.loads(path.read_text())
-            path.write_text(
-                json.dumps(
-                    record
-                    | {"contents": {"classes": classes, "training": {"pictures": 20}, "validation": {"pictures": 10}}}
-                )
-            )
+            contents = {"classes": classes, "train": {"pictures": 20}, "validation": {"pictures": 10}}
+            path.write_text(json.dumps(record | {"contents": contents}))
     gathered = gather([tmp_path])
     assert [len(study.results) for study in gathered.studies] == [2, 2]
     assert gathered.left_out == {}
