@@ -369,7 +369,8 @@ def test_runs_of_the_same_settings_in_the_folder_join_the_study_and_others_are_n
     finished(asked, tmp_path)
     finished(Factors(["lape"], ["learnable"], [0, 7]), tmp_path)
     (longer,) = finished(asked, tmp_path, replace(TINY, epochs=9)).values()
-    (changed,) = finished(Factors(["shared"], ["learnable"], [0]), tmp_path, contents={"classes": ["a"]}).values()
+    of_other_data = contents(set_of(TINY)) | {"classes": ["a"]}
+    (changed,) = finished(Factors(["shared"], ["learnable"], [0]), tmp_path, contents=of_other_data).values()
     study, left_out = with_others(compare(TINY, asked, tmp_path), tmp_path)
     assert [(one.way.join, one.seed) for one in study.results] == [("default", 0), ("lape", 0), ("lape", 7)]
     assert left_out == {
