@@ -222,7 +222,7 @@ def test_without_images_there_is_no_decomposition_and_the_rest_is_there(runs, mo
     def nowhere(*_, **__):
         raise UsageError("There is no such folder.")
 
-    monkeypatch.setattr(kept_analyses, "find_set", nowhere)
+    monkeypatch.setattr(kept_analyses, "set_of", nowhere)
     (study,) = gather([runs]).studies
     found = analysed(study, Kept(runs / "page.html"))
     assert len(found.analyses) == 2
