@@ -24,7 +24,8 @@ ELSEWHERE = {
     ("files/writing.py", "part.open"): "to write",
     ("files/writing.py", "path.open"): "to write, where there are no links",
     ("cli/terminal.py", "os.open"): "nowhere, for what nobody reads any more",
-    ("report/page.py", "files('lape.report').joinpath('page.html.j2').read_text"): "of the package",
+    ("report/doctor.py", "torch.load"): "of what it has just written to memory",
+    ("report/page.py", "resources('lape.report').joinpath('page.html.j2').read_text"): "of the package",
 }
 
 
