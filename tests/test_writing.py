@@ -177,7 +177,7 @@ ELSEWHERE = {
     ("training/checkpoints.py", "save"): "a checkpoint, as the line above",
     ("training/loop.py", "save"): "a checkpoint",
     ("report/plots.py", "figure.savefig"): "into memory",
-    ("report/prediction.py", "drawn(predicted).save"): "into memory",
+    ("report/prediction.py", "sheet.save"): "into memory",
     ("sharing/hub.py", "TemporaryDirectory"): "a folder of a name that nobody knows, for this process alone",
     ("sharing/hub.py", "save"): "into memory",
     ("sharing/positions.py", "save"): "into memory",

@@ -154,7 +154,8 @@ def _refusal(name: str, words: list[str], told: str) -> str:
             else f"{' '.join((wrong[2] or 'another value').split())}, in {files},"
         )
         return f"--{option} takes {_in_words(hints[option])}; {value} was given"
-    return " ".join(told.split())
+    files = "".join(f" or in {word.partition('=')[2]}" for word in words if word.startswith("--config="))
+    return f"{f'typed{files}: ' if files else ''}{' '.join(told.split())}"
 
 
 _WORDS: dict[Any, tuple[str, str]] = {  # of one, and of several
