@@ -141,21 +141,18 @@ _MISSING = re.compile(r"arguments are required: (?:\w+\.)?(\w+)")
 def _refusal(name: str, words: list[str], told: str) -> str:
     """Say in words what is wrong with what is typed, or stands in a file, by what jsonargparse told."""
     hints = _hints(COMMANDS[name]) if name in COMMANDS else {}
+    files = [word.partition("=")[2] for word in words if word.startswith("--config=")]
     if missing := _MISSING.search(told):
         return f"lape {name} needs --{missing[1]}"
     if (without := _WITHOUT.search(told)) and without[1] in hints:
         return f"--{without[1]} takes {_in_words(hints[without[1]])}; nothing was given"
     if (wrong := _WRONG.search(told)) and (option := wrong[1].partition(".")[0]) in hints:
         typed = [word.partition("=")[2] for word in words if word.startswith(f"--{option}=")]
-        files = " or ".join(word.partition("=")[2] for word in words if word.startswith("--config="))
-        value = (
-            (typed[-1].strip("[]") or "nothing")
-            if typed
-            else f"{' '.join((wrong[2] or 'another value').split())}, in {files},"
-        )
+        in_files = f"{' '.join((wrong[2] or 'another value').split())}, in {' or '.join(files)},"
+        value = (typed[-1].strip("[]") or "nothing") if typed else in_files
         return f"--{option} takes {_in_words(hints[option])}; {value} was given"
-    files = "".join(f" or in {word.partition('=')[2]}" for word in words if word.startswith("--config="))
-    return f"{f'typed{files}: ' if files else ''}{' '.join(told.split())}"
+    place = " or in ".join(["typed", *files]) + ": " if files else ""
+    return place + " ".join(told.split())
 
 
 _WORDS: dict[Any, tuple[str, str]] = {  # of one, and of several

@@ -33,7 +33,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False,
     """
     from lape.training.trackers import tracker_of
 
-    told = tracker_of(tracker)
+    chosen = tracker_of(tracker)  # refused before what takes longer is imported
     from lape.report.run import Bar
     from lape.report.start import lines
     from lape.training.checkpoints import SETTINGS
@@ -48,7 +48,7 @@ def train(experiment: Experiment, out: Path | None = None, resume: bool = False,
             say(line)
 
     with Bar(console(stderr=True), experiment.compile) as bar:
-        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check, begun=begun, tracker=told)
+        result = train(experiment, folder, resume=resume, report=bar, checked=bar.check, begun=begun, tracker=chosen)
     if first_process():
         say(f"Done: {result}")
 

@@ -9,7 +9,7 @@ from lape.report import words
 from lape.studies.inference import ERROR, FEWEST
 from lape.studies.statistics import BASELINE
 from lape.studies.study import Study
-from lape.training.contents import SPLITS
+from lape.training.contents import PARTS
 
 MARK = f"\n({writing.MARK}; without this line the file is not replaced.)\n"
 
@@ -40,7 +40,7 @@ def _images(study: Study) -> str:
     contents: Any = study.contents
     if contents is None:
         return words.images(study)
-    train, validation = (contents[part]["pictures"] for part in SPLITS)
+    train, validation = (contents[part]["pictures"] for part in PARTS)
     classes = plural(len(contents["classes"]), "class", "classes")
     return f" ({train:,} training and {plural(validation, 'validation image')}, {classes})"
 

@@ -30,7 +30,7 @@ from lape.studies.statistics import (
 )
 from lape.tasks.measures import TITLES
 from lape.training.checkpoints import RESULT
-from lape.training.contents import SPLITS
+from lape.training.contents import PARTS
 
 if TYPE_CHECKING:
     from lape.analysis import Shape
@@ -122,10 +122,10 @@ def _chance(record: Mapping[str, Any]) -> Chance | None:
     contents = record.get("contents")
     if contents is None:
         return None
-    classes, *counts = contents["classes"], *(contents[part]["pictures"] for part in SPLITS)
+    classes, *counts = contents["classes"], *(contents[part]["pictures"] for part in PARTS)
     if not isinstance(classes, list) or not classes or any(type(count) is not int or count < 1 for count in counts):
         raise ValueError("its contents name no classes, or no images")
-    images = counts[SPLITS.index("validation")]
+    images = counts[PARTS.index("validation")]
     return CHANCE[record["score"]](len(classes), images)
 
 

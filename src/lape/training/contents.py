@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lape.files.characters import plural
 
-SPLITS = ("train", "validation")
+PARTS = ("train", "validation")
 PLACES = ("name", "folder", "root", "turned")  # fields of a split that say where it is, and how it is called and seen
 
 
@@ -22,7 +22,7 @@ def contents(source: Any) -> dict[str, Any]:
     The digest is of names and sizes of files, of annotations, and of whole pictures where they are held in memory; it
     stays the same where a set is moved. A file that is not there any more has no size.
     """
-    parts = {part: getattr(source, part) for part in SPLITS}
+    parts = {part: getattr(source, part) for part in PARTS}
     counted = {part: {"pictures": len(split), "digest": _digest(split)} for part, split in parts.items()}
     return {"classes": list(source.classes), **counted}
 
@@ -69,7 +69,7 @@ def differences(stored: Any, here: Mapping[str, Any]) -> list[str]:
     if then.get("classes") != here["classes"]:
         return [f"its classes are {_named(here['classes'])} now, and were {_named(then.get('classes'))}"]
     changed = []
-    for part in SPLITS:
+    for part in PARTS:
         before, now = then.get(part), here[part]
         if before == now:
             continue
