@@ -546,5 +546,5 @@ def test_two_comparisons_share_a_folder_and_take_over_what_a_killed_one_leaves(t
     *news, end = second.communicate(timeout=300)[0].splitlines()
     assert end == "finished 2"
     moved = [int(line.split()[1]) for line in news if line.startswith("default ")]
-    assert moved[0] > 3  # it went on from what the first had kept, an epoch at least
+    assert moved[0] > 2  # it went on from what the first had kept, an epoch of two steps at least
     assert not list(tmp_path.rglob(f"{LOCK}*"))

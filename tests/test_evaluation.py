@@ -20,7 +20,8 @@ from lape.data.sources import find_set
 from lape.experiment import Experiment
 from lape.report import evaluation as report
 from lape.report import plots
-from lape.tasks.work import NamedClasses, describe_set, work_of
+from lape.tasks.answers import NamedClasses
+from lape.tasks.work import describe_set, work_of
 from lape.training.by_class import by_class, confused, worst
 from lape.training.checkpoints import BEST, save
 from lape.training.evaluation import dealt_out, evaluate_checkpoint

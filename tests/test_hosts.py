@@ -31,6 +31,7 @@ from foreign_hosts import (
     tokens,
     untouched,
 )
+from open_clip.transformer import TextTransformer as OpenClipText
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -830,3 +831,9 @@ def test_the_row_of_the_most_specific_class_is_taken(monkeypatch: pytest.MonkeyP
     assert again in registered()
     with pytest.raises(UsageError, match=r"that of 'special' names none: Host\(model=\.\.\.\)"):
         register(replace(own, model=None))
+
+
+def test_a_class_token_behind_the_words_is_refused() -> None:
+    model = OpenClipText(12, 50, D, 2, 2, 2.0, embed_cls=True)
+    with pytest.raises(UsageError, match=r"embed_cls=True is not known: its class token stands behind the words"):
+        lape.apply(model)

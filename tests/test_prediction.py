@@ -18,10 +18,10 @@ from lape.cli.command_line import main
 from lape.experiment import Experiment
 from lape.report import prediction
 from lape.report.prediction import VEIL, colour, drawn, line
+from lape.tasks.answers import Answer
 from lape.tasks.classification import LikelyClasses
 from lape.tasks.detection import DetectedObjects
 from lape.tasks.segmentation import ClassMap
-from lape.tasks.work import Answer
 from lape.training import checkpoints, evaluation
 from lape.training import loop as training
 from lape.training.evaluation import evaluate_checkpoint

@@ -214,7 +214,7 @@ def test_a_run_that_is_asked_to_be_longer_is_what_asking_at_once_would_have_made
     train(STEADY, folder)
     fit = TrainingRun.fit
     for cut in (True, False):  # the first time it is cut off when all is written that a longer run writes first
-        monkeypatch.setattr(TrainingRun, "fit", (lambda run, _: run._open_folder() and 1 / 0) if cut else fit)
+        monkeypatch.setattr(TrainingRun, "fit", (lambda run, *_: run._open_folder() and 1 / 0) if cut else fit)
         with pytest.raises(ZeroDivisionError) if cut else contextlib.nullcontext():
             train(longer, folder, resume=True)
     assert_same_run(tmp_path / "whole", folder)

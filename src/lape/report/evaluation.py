@@ -13,9 +13,8 @@ from lape.files import writing
 from lape.files.characters import plural
 from lape.report import plots
 from lape.report.table import Table
-from lape.tasks.classification import LikelyClasses
+from lape.tasks.answers import NamedClasses
 from lape.tasks.measures import TITLES
-from lape.tasks.work import NamedClasses
 from lape.training.by_class import ByClass, by_class, confused, worst
 from lape.training.evaluation import Evaluation
 from lape.training.provenance import provenance
@@ -124,7 +123,7 @@ def _confusion(measured: ByClass) -> str:
 
 def _record(evaluation: Evaluation, answers: NamedClasses, at: int) -> dict[str, Any]:
     names = evaluation.source.classes
-    likely = LikelyClasses(answers.likeliest[at], answers.probabilities[at])
+    likely = answers.answer(at)
     label = int(answers.labels[at])
     return {
         "picture": evaluation.source.validation.title(at),

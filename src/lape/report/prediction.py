@@ -17,7 +17,7 @@ from lape.data.pictures import read_picture
 from lape.files import writing
 from lape.files.characters import visible
 from lape.report.table import Table
-from lape.tasks.work import Answer
+from lape.tasks.answers import Answer
 from lape.training.prediction import Predicted, Unread
 from lape.training.provenance import provenance
 

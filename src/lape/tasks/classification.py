@@ -1,6 +1,5 @@
 """Image classification: cross-entropy of soft targets, with or without a teacher; accuracy in percent."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
@@ -26,8 +25,8 @@ from lape.fetching import refuse_unreachable, timm_weights
 from lape.hosts import find
 from lape.models.rebuilding import Build
 from lape.models.registry import learns_from
+from lape.tasks.answers import LikelyClasses, NamedClasses
 from lape.tasks.building import build_model, refuse_foreign
-from lape.tasks.work import NamedClasses, Sheet
 from lape.weights import fill, read
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W), labels (B,)
@@ -51,7 +50,6 @@ SETTINGS = {
     *(field.name for field in fields(Augmentation)),
 }
 LIKELIEST = 5  # classes of a picture that are told
-IN_A_LINE = 3  # of these
 
 
 @dataclass(frozen=True)
@@ -82,44 +80,6 @@ NORMALISATIONS: Mapping[str, Callable[[ImageSource, Mapping[str, Any]], ImageSou
 )
 
 
-@dataclass(frozen=True)
-class LikelyClasses:
-    """The likeliest classes of a picture, labels (n,) and probabilities (n,), the first first."""
-
-    labels: Tensor
-    probabilities: Tensor
-
-    def line(self, classes: Sequence[str]) -> str:
-        """The likeliest, with their probabilities."""
-        return ", ".join(text for _, text in self.legend(classes)[:IN_A_LINE])
-
-    def legend(self, classes: Sequence[str]) -> list[tuple[int, str]]:
-        """All of them, with their probabilities."""
-        shares = zip(self.labels.tolist(), self.probabilities.tolist(), strict=True)
-        return [(label, f"{classes[label]} {share:.1%}") for label, share in shares]
-
-    def records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Each class with its probability; None where a model that diverged answers no number."""
-        shares = zip(self.labels.tolist(), self.probabilities.tolist(), strict=True)
-        return [
-            {"class": classes[label], "probability": share if math.isfinite(share) else None} for label, share in shares
-        ]
-
-    def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """One row: the likeliest class, and behind it the others by their rank."""
-        ranked = enumerate(self.records(classes), start=1)
-        return [
-            {
-                name if rank == 1 else f"{name}_{rank}": value
-                for rank, record in ranked
-                for name, value in record.items()
-            }
-        ]
-
-    def draw(self, sheet: Sheet) -> None:
-        """Draw nothing: it is said of the whole picture."""
-
-
 class Classification:
     """Names each image's class; in the loss each class may have a weight of its own (classes,)."""
 
@@ -137,9 +97,9 @@ class Classification:
         weighted = targets if self.weights is None else targets * self.weights
         return self.loss_of_logits(model(images), weighted)
 
-    def meter(self, keep: bool = False) -> "Meter":
+    def meter(self, keep: bool = False) -> "ClassificationMeter":
         """A new account of validation results, which with `keep` has what was said of every image."""
-        return Meter(self.classes, keep)
+        return ClassificationMeter(self.classes, keep)
 
     def predict(self, model: nn.Module, images: Tensor) -> list[LikelyClasses]:
         """Return what is likeliest of each of some images (B, C, H, W), normalised; the model is in eval mode."""
@@ -165,7 +125,7 @@ class Distillation(Classification):
         return (F.cross_entropy(named, targets) + F.cross_entropy(learnt, self.teacher(images))) / 2
 
 
-class Meter(nn.Module):
+class ClassificationMeter(nn.Module):
     """Accuracy and loss over batches and processes, and with `keep` what was said of every image."""
 
     def __init__(self, classes: int, keep: bool = False) -> None:

@@ -1,30 +1,27 @@
 """Object detection with masks: the detector's own losses; COCO's average precision of boxes and masks in percent."""
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
 
 from lape.data import dense
-from lape.data.files import check_files
 from lape.data.instances import InstanceSource
 from lape.data.preparation import Finishing
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.models.rebuilding import Build
 from lape.models.registry import models_for
-from lape.tasks.building import build_model, cut_to_table, filled, refuse_a_table_of_no_patch, refuse_foreign
-from lape.tasks.work import Sheet
+from lape.tasks.answers import Sheet
+from lape.tasks.building import build_model, filled, refuse_a_table_of_no_patch, refuse_foreign
+from lape.tasks.dense import DenseWork
 
 Target = dict[str, Tensor]  # boxes (n, 4), labels (n,) from 1, masks (n, H, W); to be judged also iscrowd, area (n,)
 Batch = tuple[list[Tensor], list[Target]]  # images (3, H, W), uint8
@@ -91,9 +88,9 @@ class Detection:
         """Sum of the model's losses for images (3, H, W) in [0, 1], a scalar."""
         return reduce(torch.add, model(images, targets).values())
 
-    def meter(self, keep: bool = False) -> "Meter":
+    def meter(self, keep: bool = False) -> "DetectionMeter":
         """A new account of validation results."""
-        return Meter()
+        return DetectionMeter()
 
     @torch.no_grad()
     def predict(self, model: nn.Module, picture: Tensor, threshold: float) -> DetectedObjects:
@@ -104,7 +101,7 @@ class Detection:
         return DetectedObjects(boxes, labels - 1, masks.bool(), scores)
 
 
-class Meter(nn.Module):
+class DetectionMeter(nn.Module):
     """COCO's average precision over batches and processes; masks are kept run-length encoded."""
 
     def __init__(self) -> None:
@@ -178,13 +175,10 @@ def _of_all_processes(states: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-class DetectionWork:
+class DetectionWork(DenseWork):
     """Pictures with objects, and a detector."""
 
     source_type = InstanceSource
-    one_size = False
-    validation_batch: int | None = 1
-    repeats = 1
 
     def __init__(self, experiment: Experiment, source: InstanceSource, build: Build) -> None:
         refuse_foreign(experiment, source, SETTINGS)
@@ -209,19 +203,6 @@ class DetectionWork:
         """Create what is learned: boxes, classes and masks."""
         return Detection()
 
-    def resolved(self) -> dict[str, Any]:
-        """Return the classes, and how pictures are resized and changed in training."""
-        changed = asdict(self.augmentation) | asdict(self.dense)
-        return {"image_size": None, "classes": dict.fromkeys(self.source.classes), "augmentation": changed}
-
-    def check(self, report: Callable[[float], None]) -> None:
-        """Open every file, and tell how many have been; raises RunError for a bad one, and where nothing is labelled.
-
-        What a person should know of the set is said as warnings.
-        """
-        for remark in check_files(self.source, report):
-            warnings.warn(remark, stacklevel=2)
-
     def preparation(self, share: int, device: torch.device) -> Finishing:
         """Create what is left to do to a batch on the device."""
         return Finishing(dense.Scaled())
@@ -234,18 +215,6 @@ class DetectionWork:
         """The validation pictures."""
         return dense.detection_validation(self.source)
 
-    def input_config(self) -> dict[str, Any]:
-        """Return what timm's models say of their images: their colours."""
-        return {"mean": self.source.mean, "std": self.source.std}
-
-    def view(self, picture: Image.Image) -> Tensor:
-        """Return the picture (3, H, W), uint8."""
-        return pil_to_tensor(picture)
-
     def answers(self, task: Detection, views: Sequence[Tensor], threshold: float) -> list[DetectedObjects]:
         """Find the objects of pictures, those with a score of `threshold` or more."""
         return [task.predict(self.module, picture, threshold) for picture in views]
-
-    def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
-        """Return the model's transformer, and `count` validation pictures cut to the size of its table."""
-        return cut_to_table(self.source, self.module, count, at_once)

@@ -4,9 +4,8 @@ Facts from mmsegmentation 0.x and from github.com/rstrudel/segmenter at 20d1bfa.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -14,14 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import pil_to_tensor
 
 from lape.data import dense
 from lape.data.dense import within
-from lape.data.files import check_files
 from lape.data.maps import IGNORED, MapSource
 from lape.data.pipeline import Normalise
 from lape.data.preparation import Finishing
@@ -29,8 +25,9 @@ from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.models.rebuilding import Build
 from lape.models.registry import models_for
-from lape.tasks.building import build_model, cut_to_table, filled, refuse_a_table_of_no_patch, refuse_foreign
-from lape.tasks.work import Sheet
+from lape.tasks.answers import Sheet
+from lape.tasks.building import build_model, filled, refuse_a_table_of_no_patch, refuse_foreign
+from lape.tasks.dense import DenseWork
 
 Batch = tuple[Tensor, Tensor]  # images (B, 3, H, W), uint8, maps (B, H, W)
 
@@ -184,9 +181,9 @@ class Segmentation:
         labelled = (targets != IGNORED).sum().clamp(min=1)
         return loss if self.unlabelled_count else loss * (targets.numel() / labelled)
 
-    def meter(self, keep: bool = False) -> "Meter":
+    def meter(self, keep: bool = False) -> "SegmentationMeter":
         """A new account of validation results."""
-        return Meter(self)
+        return SegmentationMeter(self)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, picture: Tensor) -> Tensor:
@@ -194,7 +191,7 @@ class Segmentation:
         return self.inference(model, picture, self.classes).argmax(0)
 
 
-class Meter(nn.Module):
+class SegmentationMeter(nn.Module):
     """Mean IoU and the share of right pixels, over batches and processes; unlabelled pixels do not count."""
 
     def __init__(self, task: Segmentation) -> None:
@@ -246,13 +243,10 @@ def _spans(side: int, window: int, stride: int) -> list[slice]:
     return [slice(start, start + window) for start in (*range(0, side - window, stride), side - window)]
 
 
-class SegmentationWork:
+class SegmentationWork(DenseWork):
     """Pictures with a class for every pixel, and a model that tells it."""
 
     source_type = MapSource
-    one_size = False
-    validation_batch: int | None = 1
-    repeats = 1
 
     def __init__(self, experiment: Experiment, source: MapSource, build: Build) -> None:
         refuse_foreign(experiment, source, SETTINGS)
@@ -284,19 +278,6 @@ class SegmentationWork:
         module = self.module
         return Segmentation(len(self.source.classes), inference, module.loss_weights, module.unlabelled_count)
 
-    def resolved(self) -> dict[str, Any]:
-        """Return the classes, and how pictures are resized and changed in training."""
-        changed = asdict(self.augmentation) | asdict(self.dense)
-        return {"image_size": None, "classes": dict.fromkeys(self.source.classes), "augmentation": changed}
-
-    def check(self, report: Callable[[float], None]) -> None:
-        """Open every file, and tell how many have been; raises RunError for a bad one, and where nothing is labelled.
-
-        What a person should know of the set is said as warnings.
-        """
-        for remark in check_files(self.source, report):
-            warnings.warn(remark, stacklevel=2)
-
     def preparation(self, share: int, device: torch.device) -> Finishing:
         """Create what is left to do to a batch on the device."""
         return Finishing(Normalise(self.source, device))
@@ -309,18 +290,6 @@ class SegmentationWork:
         """The validation pictures."""
         return dense.segmentation_validation(self.source)
 
-    def input_config(self) -> dict[str, Any]:
-        """Return what timm's models say of their images: their colours."""
-        return {"mean": self.source.mean, "std": self.source.std}
-
-    def view(self, picture: Image.Image) -> Tensor:
-        """Return the picture (3, H, W), uint8."""
-        return pil_to_tensor(picture)
-
     def answers(self, task: Segmentation, views: Sequence[Tensor], threshold: float) -> list[ClassMap]:
         """Name the class of every pixel (H, W) of pictures."""
         return [ClassMap(task.predict(self.module, picture)) for picture in views]
-
-    def transformer_images(self, count: int, at_once: int) -> tuple[nn.Module, Iterator[Tensor]]:
-        """Return the model's transformer, and `count` validation pictures cut to the size of its table."""
-        return cut_to_table(self.source, self.module, count, at_once)

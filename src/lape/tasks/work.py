@@ -1,7 +1,7 @@
 """What an experiment does with a set, whatever the kind: the parts that every file of a kind has, and their table."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Protocol, Self
 
@@ -18,6 +18,7 @@ from lape.errors import UsageError, choose
 from lape.experiment import Experiment, parse
 from lape.models.rebuilding import Build, as_asked
 from lape.tasks import KINDS
+from lape.tasks.answers import Answer, NamedClasses
 
 
 class Meter(Protocol):
@@ -35,7 +36,7 @@ class Meter(Protocol):
         """What is known of all batches of all processes: names beginning with `val_`, and numbers."""
         ...
 
-    def answers(self) -> "NamedClasses | None":
+    def answers(self) -> NamedClasses | None:
         """What was said of every image, process by process; None where it was not kept."""
         ...
 
@@ -52,59 +53,6 @@ class Task(Protocol):
 
     def meter(self, keep: bool = False) -> Meter:
         """A new account of validation results, which with `keep` has `Meter.answers` too, in tasks that know such."""
-        ...
-
-
-class Sheet(Protocol):
-    """A picture to be drawn on, each class in its colour."""
-
-    def fill_pixels(self, labels: Tensor) -> None:
-        """Veil every pixel in the colour of its class (H, W)."""
-        ...
-
-    def outline_objects(self, boxes: Tensor, masks: Tensor, labels: Sequence[int], captions: Sequence[str]) -> None:
-        """Veil masks (n, H, W), and draw boxes (n, 4) as x0 y0 x1 y1 around them, with captions."""
-        ...
-
-
-@dataclass(frozen=True)
-class NamedClasses:
-    """What a classifier said of N images of known classes, the K likeliest classes of each first.
-
-    `labels` (N,) are the true classes, `of_truth` (N,) their probabilities; `likeliest` and `probabilities` are (N, K).
-    """
-
-    labels: Tensor
-    of_truth: Tensor
-    likeliest: Tensor
-    probabilities: Tensor
-
-    def at(self, places: Tensor) -> "NamedClasses":
-        """Return the same for the images at these places."""
-        return NamedClasses(*(getattr(self, field.name)[places] for field in fields(self)))
-
-
-class Answer(Protocol):
-    """What a model says of a picture."""
-
-    def line(self, classes: Sequence[str]) -> str:
-        """Say it in a few words."""
-        ...
-
-    def records(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Return all of it in plain values, one record for each thing that is said."""
-        ...
-
-    def rows(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Return it as the rows of a table, of numbers and words alone."""
-        ...
-
-    def legend(self, classes: Sequence[str]) -> list[tuple[int, str]]:
-        """Return the classes that there are, and what is to be said of each."""
-        ...
-
-    def draw(self, sheet: Sheet) -> None:
-        """Draw it where it is."""
         ...
 
 

@@ -7,7 +7,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from lape.tasks.work import NamedClasses
+from lape.tasks.answers import NamedClasses
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from lape.errors import RunError, UsageError, choose
 from lape.experiment import Execution, Experiment
 from lape.files.characters import plural
 from lape.models.rebuilding import LikeItsFile
-from lape.tasks.work import Meter, NamedClasses, OneSizeWork, Task, Work, set_without_pictures, work_of
+from lape.tasks.answers import NamedClasses
+from lape.tasks.work import Meter, OneSizeWork, Task, Work, set_without_pictures, work_of
 from lape.training.assembly import launch
 from lape.training.checkpoints import BEST, read
 from lape.weights import fill, judged_weights

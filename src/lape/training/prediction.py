@@ -12,7 +12,7 @@ from lape.data.pictures import is_hidden, read_picture
 from lape.data.sources import Source
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
-from lape.tasks.work import Answer
+from lape.tasks.answers import Answer
 from lape.training.evaluation import LoadedRun, load_run
 
 AT_ONCE = 32  # pictures of one size, where nothing else is asked for
