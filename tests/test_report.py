@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import accumulate
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from lape import recipes, report
 from lape.analysis import Correlation
+from lape.data.sizes import Size
 from lape.errors import RunError, UsageError
 from lape.method import POSITION_NORMS
 from lape.report import cost, figures, methods, page, plots, progress, tables, words
@@ -27,6 +29,8 @@ from lape.report.run import Bar
 from lape.studies import paper
 from lape.studies.claims import CLAIMS
 from lape.studies.statistics import Combination, Way
+from lape.studies.study import RunAtSizes
+from lape.training.evaluation import AtSize
 from lape.training.loop import Progress
 
 GAIN = {  # lape minus default: 4, 2, 3 with a half width of 4.303/√3 = 2.484; and 0, 1, 2 with the same
@@ -48,6 +52,11 @@ STAND_INS = {
     },
     (Way("lape", start="preserve"), "learnable"): {0: 90.0, 1: 92.0, 2: 94.0},
 }
+KINDS = {  # rope-mixed and none come with the default join alone
+    **GAIN,
+    ("default", "rope-mixed"): {0: 97.0, 1: 95.5, 2: 96.0},
+    ("default", "none"): {0: 60.0, 1: 62.0, 2: 61.5},
+}
 NO_DEFAULT = {("shared", "learnable"): {0: 95.0, 1: 96.0}, ("lape", "learnable"): {0: 95.0, 1: 96.0}}
 CASES = {
     "gain": GAIN,
@@ -57,6 +66,7 @@ CASES = {
     "three-joins": THREE_JOINS,
     "no-default": NO_DEFAULT,
     "stand-ins": STAND_INS,
+    "kinds": KINDS,
 }
 
 
@@ -167,6 +177,88 @@ def test_signs(points, text):
     assert words.signed(points) == text
 
 
+def test_positions_of_every_kind_are_held_against_the_learnable_table_by_default(tmp_path):
+    study = study_of(tmp_path, KINDS)
+    assert study.reference == (Way("default"), "learnable")
+    ranked = tables.positions(study)
+    assert [row[:2] for row in ranked.rows] == [
+        ["default", "rope-mixed"],
+        ["lape", "learnable"],
+        ["default", "learnable"],
+        ["lape", "sinusoidal-1d"],
+        ["default", "sinusoidal-1d"],
+        ["default", "none"],
+    ]
+    assert [row[3] for row in ranked.rows] == ["+5.17", "+3.00", "–", "−9.00", "−10.00", "−29.83"]
+    by_side = {(row.way, row.pe): row for row in study.rows}
+    assert by_side[Way("default"), "rope-mixed"].beside.by_seed == {0: 5.0, 1: 5.5, 2: 5.0}
+    own = by_side[Way("lape"), "sinusoidal-1d"]
+    assert (own.difference.mean, own.beside.mean) == (1.0, -9.0)
+    held = [row.beside for row in study.rows if row.beside]
+    corrected = accumulate(((5 - place) * p for place, p in enumerate(sorted(one.p for one in held))), max)
+    assert sorted(one.p_holm for one in held) == pytest.approx(list(corrected))
+    assert words.findings(study).ranking == (
+        "Held against default × learnable, with Holm’s correction for all of them: above it: default × rope-mixed "
+        "(+5.17); below it: default × sinusoidal-1d (−10.00) and default × none (−29.83); not significantly different: "
+        "lape × learnable (+3.00) and lape × sinusoidal-1d (−9.00)."
+    )
+    record = {(row["way"], row["pe"]): row for row in csv.DictReader(io.StringIO(tables.as_csv(study)))}
+    assert float(record["default", "none"]["beside_mean"]) == by_side[Way("default"), "none"].beside.mean
+    assert record["default", "learnable"]["beside_mean"] == ""
+
+
+def test_joins_of_the_same_tables_alone_are_not_ranked(tmp_path):
+    study = study_of(tmp_path, GAIN)
+    assert not study.compares_positions
+    assert (tables.positions(study).rows, words.findings(study).ranking) == ([], None)
+    assert study_of(tmp_path / "one", LOSS).reference is None
+
+
+def test_the_reference_is_drawn_in_the_panel_of_every_other_table(tmp_path):
+    study = study_of(tmp_path, KINDS)
+    panels = plots.learning_curves(study).axes
+    drawn = {panel.get_title(loc="left"): {line.get_label() for line in panel.get_lines()} for panel in panels}
+    there = {title for title, labels in drawn.items() if "default × learnable, in every panel" in labels}
+    assert there == {"sinusoidal-1d", "rope-mixed", "none"}
+
+
+def test_the_epochs_until_the_score_of_the_default_join_are_counted_seed_by_seed(tmp_path):
+    finals = {("default", "learnable"): {0: 90.0, 1: 80.0}, ("lape", "learnable"): {0: 92.0, 1: 95.0, 2: 99.0}}
+    study = study_of(tmp_path, finals, curve=lambda final: [final - 20, final - 10, final, final])
+    default, lape = study.rows
+    assert (default.reached, lape.reached) == ((3, 3), (3, 2))  # a seed that only one has is left out
+    assert (words.reached(default), words.reached(lape)) == ("3.0", "2.5")
+    worse = study_of(tmp_path / "b", {("default", "none"): {0: 90.0, 1: 50.0}, ("shared", "none"): {0: 80.0, 1: 60.0}})
+    assert words.reached(worse.rows[1]) == "3.0 (1 of 2 seeds)"
+    assert words.reached(study_of(tmp_path / "c", ONE_SEED | {("lape", "learnable"): {0: 80.0}}).rows[1]) == "never"
+    assert words.reached(study_of(tmp_path / "d", NO_DEFAULT).rows[0]) == "–"
+
+
+def test_positions_at_every_size_are_marked_where_they_differ_from_the_reference(tmp_path):
+    study = study_of(tmp_path, KINDS)
+    small, large = Size(4, 4), Size(8, 8)
+
+    def judged(one, result):
+        refusal = "no grid" if one.pe == "none" else None
+        far = (
+            {} if refusal else {"val_accuracy": 50.0 + one.seed + (10.0 if one.pe == "rope-mixed" else 0.1 * one.seed)}
+        )
+        return RunAtSizes(
+            large, {small: AtSize(small, far, refusal), large: AtSize(large, {"val_accuracy": result.run.score})}
+        )
+
+    study = replace(study, sizes=(small, large), at_sizes={one: judged(one, r) for one, r in study.results.items()})
+    across = tables.across_sizes(study)
+    assert across.headings == ["join", "table", "4x4", "8x8 (trained)"]
+    cells = {tuple(row[:2]): row[2:] for row in across.rows}
+    assert cells["default", "rope-mixed"] == ["61.00 +", "96.17 +"]
+    assert cells["default", "learnable"] == ["51.10", "91.00"]
+    assert cells["default", "none"] == [tables.NOT_TAKEN, "61.17 −"]
+    assert "Positions side by side" in page.page([page.Section(study, {})])
+    assert across.markdown() in tables.markdown([study])
+    assert tables.across_sizes(replace(study_of(tmp_path / "b", LOSS), sizes=())).rows == []
+
+
 # --- Tables
 
 
@@ -191,13 +283,15 @@ def test_json_holds_numbers_settings_versions_and_command(tmp_path):
     assert content["provenance"] == [
         {"commit": "0123abc", "versions": {"lape": "0.1.0", "torch": "2.15.0"}, "machine": "a machine, 2 cores"}
     ]
+    assert content["reference"] == {"way": "default", "pe": "learnable"}
     assert {gap["way"]: gap["points"] for gap in content["gaps"]} == {"default": 10.0, "lape": 12.0}
 
 
 def test_markdown_has_tables_of_one_width_for_rows_claims_and_analysis(study):
     seen = [part.splitlines() for part in tables.markdown([study]).split("\n\n") if part.startswith("|")]
     (judgement,) = words.judgements([study])
-    expected = [len(study.rows), len(judgement.tested), len(tables.shapes(study).rows), len(tables.weights(study).rows)]
+    others = [tables.positions(study), tables.shapes(study), tables.weights(study)]
+    expected = [len(study.rows), len(others[0].rows), len(judgement.tested), *(len(one.rows) for one in others[1:])]
     assert [len(lines) - 2 for lines in seen] == [length for length in expected if length]
     assert all(len({line.count("|") for line in lines}) == 1 for lines in seen)
     if judgement.tested:
@@ -400,7 +494,7 @@ def test_the_page_refers_to_nothing_outside_itself(shown):
 def test_the_page_says_every_number_and_sentence(study, shown):
     said = " ".join("".join(Seen(shown).text).split())
     found = words.findings(study)
-    for sentence in (words.question(study), *found.main, *found.remarks, study.command):
+    for sentence in (words.question(study), *found.all, *found.remarks, study.command):
         assert sentence in said
     for row in tables.scores(study).rows:
         assert " ".join(row) in " ".join(said.split()) or all(cell in said for cell in row)

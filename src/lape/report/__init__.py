@@ -48,7 +48,8 @@ def places(folder: Path, at_sizes: bool = False, formats: Iterable[str] = ("png"
     """Return all that `write` may replace in a folder, where runs are judged at sizes of images or not."""
     from lape.report import figures
 
-    drawn = (figures.CURVES, figures.DIFFERENCES, figures.WEIGHTS, *((figures.SIZES,) if at_sizes else ()))
+    always = figures.CURVES, figures.DIFFERENCES, figures.POSITIONS, figures.WEIGHTS
+    drawn = (*always, *((figures.SIZES,) if at_sizes else ()))
     names = [PAGE, *TABLES, *((SIZES,) if at_sizes else ())]
     there: list[Path] = []
     for suffix in formats:

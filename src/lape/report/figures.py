@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Encode = Callable[["Figure"], bytes]
 FORMATS: Mapping[str, Encode] = {"png": plots.png, "svg": plots.svg, "pdf": plots.pdf}
 CURVES, DIFFERENCES, WEIGHTS, SIZES = "learning-curves", "differences", "layer-weights", "sizes"
+POSITIONS = "positions"
 CORRELATION = "correlation-"  # and a panel's title
 
 
@@ -26,6 +27,8 @@ def drawn(study: Study, maps: Mapping[str, plots.Maps]) -> "Iterator[tuple[str, 
     yield CURVES, plots.learning_curves(study)
     if any(row.difference for row in study.rows):
         yield DIFFERENCES, plots.differences(study)
+    if study.compares_positions:
+        yield POSITIONS, plots.beside(study)
     if tables.weights(study).rows:
         yield WEIGHTS, plots.weights_by_depth(study)
     if study.sizes:

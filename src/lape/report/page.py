@@ -27,6 +27,7 @@ DOTS = 130  # an inch; maps are coarse, and there are many
 PARTS = {  # of a study's section, in their order: the last part of the address, and the title
     "claims": "The paper’s claims",
     "results": "Results",
+    "positions": "Positions side by side",
     "curves": "Learning curves",
     "sizes": "Other sizes of images",
     "correlation": "Position correlation",
@@ -115,6 +116,7 @@ def _content(section: Section, judgement: words.Judgement, apart: str) -> dict[s
     decomposed, shapes = tables.weights(study), tables.shapes(study)
     absent = {
         *(() if study.sizes else ("sizes",)),
+        *(() if study.compares_positions else ("positions",)),
         *(() if shapes.rows or study.not_analysed or section.maps else ("correlation",)),
         *(() if decomposed.rows else ("weights",)),
     }
@@ -129,6 +131,11 @@ def _content(section: Section, judgement: words.Judgement, apart: str) -> dict[s
         "beside_other": tables.OTHER_MODEL in tables.beside_the_paper(study),
         "third": words.third_epoch(study),
         "differences": picture(lambda theme: plots.differences(study, theme)) if _paired(study) else None,
+        "positions": tables.positions(study),
+        "about_marks": words.about_marks(study),
+        "across_sizes": tables.across_sizes(study),
+        "beside": words.beside(study) if study.compares_positions else "",
+        "positions_drawn": picture(lambda theme: plots.beside(study, theme)) if study.compares_positions else None,
         "curves": picture(
             lambda theme: plots.learning_curves(study, theme),
             lambda theme: plots.learning_curves(study, theme, columns=1),

@@ -14,12 +14,14 @@ from lape.analysis import Correlation, Decomposition
 from lape.data.sizes import Size
 from lape.files import writing
 from lape.files.characters import visible
-from lape.studies.statistics import BASELINE, LAPE, Combination, FinishedRun, Way
+from lape.report import words
+from lape.studies.statistics import BASELINE, LAPE, Combination, Difference, FinishedRun, SummaryRow, Way
 from lape.studies.study import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; the baseline is grey, and dashed besides.
 HUES = {"lape": "#D55E00", "lape-sharing": "#CC79A7", "shared": "#0072B2", "unshared": "#009E73"}
@@ -98,6 +100,8 @@ def learning_curves(study: Study, theme: Theme = LIGHT, columns: int | None = No
         _style(axis, theme)
         axis.set_title(panel.title, loc="left", fontsize=10, color=theme.ink)
         axis.grid(axis="y", color=theme.faint, linewidth=0.6)
+        if study.compares_positions and study.reference and panel.pe != study.reference[1]:
+            _context(axis, _mean_curve([result.run for result in study.of(*study.reference).values()]), study, theme)
         for way in panel.ways:
             runs = [result.run for result in study.of(way, panel.pe).values()]
             _curve(axis, runs, way, palette[way], theme, band=min(0.2, 0.6 / len(panel.ways)))
@@ -110,12 +114,18 @@ def learning_curves(study: Study, theme: Theme = LIGHT, columns: int | None = No
             axis.tick_params(labelbottom=True)
     drawn = axes[: len(shown)]
     lines = {label: line for axis in drawn for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    labels = [str(way) for way in study.ways if str(way) in lines]
+    labels = _in_order(study, lines)
     figure.legend(
         *([lines[label] for label in labels], labels), loc="outside upper left", ncols=beside, frameon=False,
         labelcolor=theme.ink, fontsize=9,
     )  # fmt: skip
     return figure
+
+
+def _in_order(study: Study, labels: Iterable[str]) -> list[str]:
+    """Sort the labels of a legend as the ways are sorted; the reference comes last."""
+    ways = list(map(str, study.ways))
+    return sorted(labels, key=lambda label: ways.index(label) if label in ways else len(ways))
 
 
 def _beside(width: float, ways: Iterable[Way]) -> int:
@@ -148,6 +158,20 @@ def _curve(axis: "Axes", runs: list[FinishedRun], way: Way, hue: str, theme: The
     axis.plot(steps[third], means[third], "o", color=hue, markersize=6, markeredgecolor=theme.paper)
 
 
+def _mean_curve(runs: list[FinishedRun]) -> list[tuple[float, float]]:
+    by_step: dict[int, list[float]] = {}
+    for point in (point for run in runs for point in run.curve):
+        by_step.setdefault(point.step, []).append(point.score)
+    return [(step, fmean(by_step[step])) for step in sorted(by_step)]
+
+
+def _context(axis: "Axes", points: Sequence[tuple[float, float]], study: Study, theme: Theme) -> "dict[str, Line2D]":
+    """Draw the reference behind the ways of another table, to be compared with; returns the line by its label."""
+    label = f"{words.beside(study)}, in every panel"
+    (line,) = axis.plot(*zip(*points, strict=True), color=theme.ink, linewidth=0.9, alpha=0.45, zorder=1, label=label)
+    return {label: line}
+
+
 def _mark_third(panel: "Axes", step: int, theme: Theme) -> None:
     panel.axvline(step, color=theme.ink, linewidth=0.7, linestyle=":", zorder=0)
     at = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
@@ -157,26 +181,34 @@ def _mark_third(panel: "Axes", step: int, theme: Theme) -> None:
 
 def differences(study: Study, theme: Theme = LIGHT) -> "Figure":
     """Draw the score minus the baseline's: a stroke for the mean, a line for its 95 % interval, dots for the seeds."""
-    rows = [row for row in study.rows if row.difference is not None]
-    labels = [f"{row.way}, {row.pe}" for row in rows]
+    return _differences(study, [(row, row.difference) for row in study.rows if row.difference], str(BASELINE), theme)
+
+
+def beside(study: Study, theme: Theme = LIGHT) -> "Figure":
+    """Draw the score of all positions minus the reference's, the best first, as `differences` does."""
+    ranked = sorted(study.rows, key=lambda row: -row.score.mean)
+    return _differences(study, [(row, row.beside) for row in ranked if row.beside], words.beside(study), theme)
+
+
+def _differences(study: Study, rows: Sequence[tuple[SummaryRow, Difference]], base: str, theme: Theme) -> "Figure":
+    labels = [f"{row.way}, {row.pe}" for row, _ in rows]
     figure = _figure(theme, 3.3 + 0.072 * max(map(len, labels)), 0.9 + 0.36 * len(rows))
     panel = figure.subplots()
     _style(panel, theme)
     panel.axvline(0, color=theme.ink, linewidth=0.8)
     palette = hues(study.ways, theme)
-    for place, row in enumerate(rows):
-        assert row.difference is not None
-        hue, points = palette[row.way], list(row.difference.by_seed.values())
-        if row.difference.interval is not None:
-            panel.plot(row.difference.interval, (place, place), color=hue, linewidth=2, solid_capstyle="butt")
+    for place, (row, difference) in enumerate(rows):
+        hue, points = palette[row.way], list(difference.by_seed.values())
+        if difference.interval is not None:
+            panel.plot(difference.interval, (place, place), color=hue, linewidth=2, solid_capstyle="butt")
         panel.plot(points, [place + 0.24] * len(points), "o", color=hue, markersize=4.5, alpha=0.6, markeredgewidth=0)
-        panel.plot(row.difference.mean, place, "|", color=hue, markersize=15, markeredgewidth=2.5)
+        panel.plot(difference.mean, place, "|", color=hue, markersize=15, markeredgewidth=2.5)
     panel.set_yticks(range(len(rows)), labels)
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.tick_params(axis="y", length=0, labelsize=9)
     panel.grid(axis="x", color=theme.faint, linewidth=0.6)
     panel.set_axisbelow(True)
-    panel.set_xlabel(f"{study.measure} minus {BASELINE}, points")
+    panel.set_xlabel(f"{study.measure} minus {base}, points")
     return figure
 
 
@@ -203,6 +235,9 @@ def score_by_size(study: Study, theme: Theme = LIGHT, columns: int | None = None
         axis.grid(axis="y", color=theme.faint, linewidth=0.6)
         for number in (number for number, size in enumerate(sizes) if size in study.trained):
             axis.axvline(number, color=theme.ink, linewidth=0.7, linestyle=":", zorder=0)
+        if study.compares_positions and study.reference and panel.pe != study.reference[1]:
+            points = [(number, _scores(study, *study.reference, size)) for number, size in enumerate(sizes)]
+            lines |= _context(axis, [(number, fmean(scores)) for number, scores in points if scores], study, theme)
         for way in panel.ways:
             by_size = {
                 number: scores for number, size in enumerate(sizes) if (scores := _scores(study, way, panel.pe, size))
@@ -221,7 +256,7 @@ def score_by_size(study: Study, theme: Theme = LIGHT, columns: int | None = None
         if place + columns >= len(shown):
             axis.set_xlabel("size of the images")
             axis.tick_params(labelbottom=True)
-    labels = [str(way) for way in study.ways if str(way) in lines]
+    labels = _in_order(study, lines)
     figure.legend(
         *([lines[label] for label in labels], labels), loc="outside upper left", ncols=beside, frameon=False,
         labelcolor=theme.ink, fontsize=9,

@@ -13,7 +13,7 @@ from lape.report import words
 from lape.report.table import Table
 from lape.studies import paper
 from lape.studies.claims import FACTS, Finding
-from lape.studies.statistics import BASELINE, SummaryRow, Way
+from lape.studies.statistics import BASELINE, SummaryRow, Verdict, Way
 from lape.studies.study import VARIED, Study
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lape.studies.study import Numbers, RunAnalysis
 
 
+REACHED = f"epochs to {BASELINE}’s score"
 NOT_TAKEN = "not taken"  # in the place of a number: a size of images
 Columns = dict[str, Callable[[SummaryRow], str]]
 
@@ -37,6 +38,7 @@ def columns(study: Study) -> Columns:
         "p (Holm)": lambda row: words.probabilities(row.difference),
         "seeds": lambda row: str(row.score.count),
         f"at {words.third_epoch(study)}, %": lambda row: words.percent(row.third),
+        REACHED: words.reached,
         "parameters": lambda row: f"{row.parameters:,}",
         "time per step": lambda row: words.duration(row.seconds_per_step),
     }
@@ -80,21 +82,46 @@ def _table(study: Study, shown: Columns, names: int) -> Table:
     return Table(list(shown), [[cell(row) for cell in shown.values()] for row in study.rows], names)
 
 
+def positions(study: Study) -> Table:
+    """Return all positions beside the reference, the best first; nothing where joins alone are compared."""
+    if not study.compares_positions:
+        return Table(["join", "table"], [], 2)
+
+    def paired(row: SummaryRow) -> list[str]:
+        if row.beside is None:
+            return ["–", "–", "–"]
+        return [words.signed(row.beside.mean), words.interval(row.beside), words.probabilities(row.beside)]
+
+    rows = [
+        [
+            *(str(row.way), row.pe, words.percent(row.score), *paired(row)),
+            *(f"{row.parameters:,}", words.duration(row.seconds_per_step)),
+        ]
+        for row in sorted(study.rows, key=lambda row: -row.score.mean)
+    ]
+    beside = f"minus {words.beside(study)}"
+    score = f"{study.measure}, %"
+    return Table(["join", "table", score, beside, "95 % interval", "p (Holm)", "parameters", "time per step"], rows, 2)
+
+
 def terminal(study: Study) -> "Group":
     """Return question, table, findings and remarks for rich; a position table's name stands above its joins."""
     from rich.console import Group
     from rich.text import Text
 
     numbers = columns(study)
-    for heading in ("join", "table", "seeds", "p (Holm)"):  # the findings say p
+    for heading in ("join", "table", "seeds", "p (Holm)", REACHED):  # the findings say p
         del numbers[heading]
     narrow: Columns = {
         heading: lambda row, cell=cell: cell(row).replace(" ± ", "±") for heading, cell in numbers.items()
     }
     table = _table(study, {"": lambda row: str(row.way), **narrow}, names=1).terminal([row.pe for row in study.rows])
     findings = words.findings(study)
-    sentences = [*findings.main, *filter(None, [findings.gap]), *findings.remarks]
+    sentences = [*findings.all, *findings.remarks]
     shown = [Text(), Text(words.question(study)), Text(), table, Text(), *map(Text, sentences), Text()]
+    if (ranked := positions(study)).rows:
+        tight = Table(ranked.headings, [[cell.replace(" ± ", "±") for cell in row] for row in ranked.rows], 2)
+        shown += [tight.without("p (Holm)", "parameters", "time per step").terminal(), Text()]
     if study.sizes:
         at_sizes = sizes(study)
         tight = Table(at_sizes.headings, [[cell.replace(" ± ", "±") for cell in row] for row in at_sizes.rows], 3)
@@ -152,6 +179,28 @@ def sizes(study: Study) -> Table:
     return Table(["size", "join", "table", measure, margin, "95 % interval", "p (Holm)", "seeds"], rows, names=3)
 
 
+def across_sizes(study: Study) -> Table:
+    """Return the mean score of every position at every size, a column for each; nothing where joins alone are compared.
+
+    What is significantly above or below the reference at that size, with Holm's correction, has a + or −.
+    """
+    marks = {Verdict.ABOVE: " +", Verdict.BELOW: " −"}
+    sizes = study.sizes if study.compares_positions else ()
+    by_size = [{(row.way, row.pe): row for row in study.rows_at(size)} for size in sizes]
+
+    def cell(row: SummaryRow | None) -> str:
+        if row is None:
+            return NOT_TAKEN
+        return f"{row.score.mean:.2f}" + (marks.get(row.beside.corrected, "") if row.beside else "")
+
+    rows = [
+        [str(row.way), row.pe, *(cell(some.get((row.way, row.pe))) for some in by_size)]
+        for row in sorted(study.rows, key=lambda row: -row.score.mean)
+    ]
+    trained = [f"{size} (trained)" if size in study.trained else str(size) for size in sizes]
+    return Table(["join", "table", *trained], rows if sizes else [], 2)
+
+
 def _at_a_size(row: SummaryRow) -> list[str]:
     spread = words.interval(row.difference) if row.difference else "–"
     paired = _difference(row), spread, words.probabilities(row.difference)
@@ -186,15 +235,17 @@ def markdown(studies: Sequence[Study]) -> str:
 
 def _markdown(study: Study, judgement: words.Judgement) -> str:
     findings = words.findings(study)
-    facts = "\n".join(
-        f"- {in_markdown(sentence)}" for sentence in (*findings.main, *filter(None, [findings.gap]), *findings.remarks)
-    )
+    facts = "\n".join(f"- {in_markdown(sentence)}" for sentence in (*findings.all, *findings.remarks))
     parts = [in_markdown(words.question(study)), facts, scores(study).markdown()]
+    if (ranked := positions(study)).rows:
+        parts.append(ranked.markdown())
     if judgement.tested:
         parts += [claims(judgement).markdown(), *map(in_markdown, (judgement.summary, words.ABOUT_CLAIMS))]
     if listed := (*judgement.reasons, *judgement.counted):
         parts.append("\n".join(f"- {in_markdown(sentence)}" for sentence in listed))
     if study.sizes:
+        if (across := across_sizes(study)).rows:
+            parts += [across.markdown(), in_markdown(words.about_marks(study))]
         parts += [in_markdown(words.ABOUT_SIZES), sizes(study).markdown(), *map(in_markdown, words.not_taken(study))]
     parts += [table.markdown() for table in (shapes(study), weights(study)) if table.rows]
     command = "\n".join(f"    {visible(line)}" for line in study.command.split("\n"))
@@ -215,7 +266,9 @@ def _latex(study: Study, judgement: words.Judgement) -> str:
     beside = ("in", "pairs", "seeds to decide", *judgement.published)
     captions = {
         f"{words.question(study)} {measure} {paired}": scores(study).without("time per step"),
+        f"All positions, the best first. {words.question(study)} {measure}": positions(study).without("time per step"),
         f"{judgement.summary} {words.question(study)}": claims(judgement).without(*beside),
+        f"All positions at other sizes. {words.about_marks(study)} {words.question(study)}": across_sizes(study),
         f"At other sizes of images. {words.question(study)} {measure} {paired}": sizes(study),
         f"Position correlation: means over seeds. {words.question(study)}": shapes(study),
     }
@@ -253,8 +306,10 @@ def as_csv(study: Study) -> str:
 
 
 def _record(row: SummaryRow) -> dict[str, Any]:
-    difference = row.difference
+    difference, beside = row.difference, row.beside
     low, high = (difference.interval if difference else None) or (None, None)
+    beside_low, beside_high = (beside.interval if beside else None) or (None, None)
+    epochs = [epoch for epoch in row.reached if epoch is not None]
     return {
         "way": str(row.way),
         **row.way._asdict(),
@@ -274,12 +329,24 @@ def _record(row: SummaryRow) -> dict[str, Any]:
         "verdict": difference and difference.verdict.value,
         "verdict_corrected": difference and difference.corrected.value,
         "no_verdict": difference and difference.no_verdict,
+        "beside_mean": beside and beside.mean,
+        "beside_low": beside_low,
+        "beside_high": beside_high,
+        "beside_pairs": len(beside.by_seed) if beside else 0,
+        "beside_p": beside and beside.p,
+        "beside_p_holm": beside and beside.p_holm,
+        "beside_verdict_corrected": beside and beside.corrected.value,
+        "epochs_to_baseline_mean": fmean(epochs) if epochs else None,
+        "epochs_to_baseline_seeds": len(epochs),
         "parameters": row.parameters,
         "seconds_per_step": row.seconds_per_step,
     }
 
 
-_OF_TRAINING = ("third_score_mean", "third_score_std", "parameters", "seconds_per_step")  # alike at every size
+_OF_TRAINING = (  # alike at every size
+    *("third_score_mean", "third_score_std", "epochs_to_baseline_mean", "epochs_to_baseline_seeds"),
+    *("parameters", "seconds_per_step"),
+)
 
 
 def _records_at_sizes(study: Study) -> list[dict[str, Any]]:
@@ -350,7 +417,8 @@ def as_json(study: Study) -> str:
     content = {
         writing.MARK: __version__,
         "question": words.question(study),
-        "findings": [*findings.main, *filter(None, [findings.gap])],
+        "findings": findings.all,
+        "reference": study.reference and {"way": str(study.reference[0]), "pe": study.reference[1]},
         "remarks": findings.remarks,
         "rows": [
             _record(row) | {"difference_by_seed": row.difference and dict(row.difference.by_seed)} for row in study.rows

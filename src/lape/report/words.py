@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from statistics import fmean
 from typing import Any
 
 from lape.experiment import Experiment
 from lape.files.characters import plural
 from lape.studies import paper
-from lape.studies.claims import FACTS, MARGIN, Finding, Outcome, Side, judged
+from lape.studies.claims import FACTS, MARGIN, Finding, Outcome, judged
 from lape.studies.inference import FEWEST, MOST_SEEDS
-from lape.studies.statistics import BASELINE, LAPE, Difference, FinishedRun, Sample, SummaryRow, Verdict
+from lape.studies.statistics import BASELINE, LAPE, Difference, FinishedRun, Sample, Side, SummaryRow, Verdict
 from lape.studies.study import VARIED, LeftOut, Study
 
 
@@ -180,13 +181,58 @@ def _beside(points: float) -> str:
     return f"is {apart} {'point' if apart == '1.00' else 'points'} {'above' if points > 0 else 'below'}"
 
 
+def reached(row: SummaryRow) -> str:
+    """Write the epochs until the baseline's final score: "8.4", "8.4 (3 of 5 seeds)", "never", or "–" without pair."""
+    epochs = [epoch for epoch in row.reached if epoch is not None]
+    if not row.reached:
+        return "–"
+    if not epochs:
+        return "never"
+    of_some = "" if len(epochs) == len(row.reached) else f" ({len(epochs)} of {len(row.reached)} seeds)"
+    return f"{fmean(epochs):.1f}{of_some}"
+
+
+def beside(study: Study) -> str:
+    """Name what all positions are held against: "default × learnable"."""
+    assert study.reference is not None
+    way, pe = study.reference
+    return f"{way} × {pe}"
+
+
+def _ranking(study: Study) -> str | None:
+    """Say which positions are above and below the reference, and which do not differ from it significantly."""
+    if not study.compares_positions:
+        return None
+    by_verdict: dict[Verdict, list[str]] = {verdict: [] for verdict in Verdict}
+    for row in sorted(study.rows, key=lambda row: -row.score.mean):
+        if row.beside is not None:
+            by_verdict[row.beside.corrected].append(f"{row.way} × {row.pe} ({signed(row.beside.mean)})")
+    names = {
+        Verdict.ABOVE: "above it",
+        Verdict.BELOW: "below it",
+        Verdict.UNDECIDED: "not significantly different",
+        Verdict.NONE: Verdict.NONE.value,
+    }
+    told = [f"{name}: {listed(by_verdict[verdict])}" for verdict, name in names.items() if by_verdict[verdict]]
+    return f"Held against {beside(study)}, with Holm’s correction for all of them: {'; '.join(told)}."
+
+
 @dataclass(frozen=True)
 class Findings:
-    """The sentences at the top of a report: `main` of one join, the gap between tables, and what to keep in mind."""
+    """The sentences at the top of a report, and what to keep in mind.
+
+    `main` is of one join; then come how far the tables are apart, and how positions compare with the reference.
+    """
 
     main: tuple[str, ...]
     gap: str | None
+    ranking: str | None
     remarks: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """All but the remarks."""
+        return (*self.main, *filter(None, [self.gap, self.ranking]))
 
 
 def findings(study: Study) -> Findings:
@@ -201,7 +247,7 @@ def findings(study: Study) -> Findings:
     if study.gaps:
         spans = [f"{gap.points:.2f} points for {gap.way} ({gap.worst} to {gap.best})" for gap in study.gaps]
         gap = f"From the worst table to the best, mean {study.measure} rises by {listed(spans)}."
-    return Findings(main, gap, tuple(_remarks(study)))
+    return Findings(main, gap, _ranking(study), tuple(_remarks(study)))
 
 
 def left_out(some: LeftOut, what: str) -> list[str]:
@@ -214,6 +260,13 @@ ABOUT_SIZES = (
     "Differences are paired by seed at each size. Each interval covers its difference at 95 %; together they do not: "
     "Holm’s correction of p is for all sizes."
 )
+
+
+def about_marks(study: Study) -> str:
+    """Say what + and − at a mean mean."""
+    if not study.compares_positions:
+        return ""
+    return f"+ and −: significantly above or below {beside(study)} at this size, with Holm’s correction for all sizes."
 
 
 def not_taken(study: Study) -> list[str]:

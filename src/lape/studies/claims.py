@@ -15,14 +15,13 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from lape.studies.inference import fisher
-from lape.studies.statistics import BASELINE, LAPE, Difference, Verdict, Way, corrected, difference, doubt
+from lape.studies.statistics import BASELINE, LAPE, Difference, Side, Verdict, Way, corrected, difference, doubt
 from lape.studies.study import Result, Study
 
 if TYPE_CHECKING:
     from lape.studies.study import Numbers, RunAnalysis
 
 BySeed = Mapping[int, float]
-Side = tuple[Way, str]  # a way of joining with a table
 Measure = Callable[[Study], Difference | None]  # None where no seed has both sides
 
 

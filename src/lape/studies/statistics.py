@@ -32,6 +32,8 @@ class Way(NamedTuple):
 
 BASELINE, LAPE = Way("default"), Way("lape")
 
+Side = tuple[Way, str]  # a way of joining with a table
+
 
 class Point(NamedTuple):
     """One evaluation on the way: after `step` optimiser steps, the end of epoch `epoch`."""
@@ -85,6 +87,10 @@ class FinishedRun:
             return self.score > self.chance.score
         hits = round(self.score / 100 * self.chance.images)
         return 100 * inference.lowest_share(hits, self.chance.images) > self.chance.score
+
+    def reaches(self, score: float) -> Point | None:
+        """Return the first evaluation that is not below a score; None where there is none."""
+        return next((point for point in self.curve if point.score >= score), None)
 
     @property
     def third(self) -> Point:
@@ -241,6 +247,8 @@ class SummaryRow:
     parameters: int
     seconds_per_step: float  # median over the runs
     difference: Difference | None  # to the baseline with the same table; None for itself, and where there is no pair
+    beside: Difference | None = None  # to the study's reference; None for itself, and where there is no pair
+    reached: tuple[int | None, ...] = ()  # epochs, by seed, until what the baseline ends with; None for never
 
 
 @dataclass(frozen=True)
@@ -253,14 +261,28 @@ class Gap:
     points: float
 
 
+USUAL_TABLE = "learnable"
+
+
+def reference(pes: Iterable[str]) -> Side | None:
+    """Return what positions of all kinds are held against: the baseline, with the learnable table or the first one.
+
+    None for one kind alone.
+    """
+    kinds = list(dict.fromkeys(pes))
+    return (BASELINE, USUAL_TABLE if USUAL_TABLE in kinds else kinds[0]) if len(kinds) > 1 else None
+
+
 def rows(runs: Iterable[FinishedRun]) -> tuple[SummaryRow, ...]:
     """Summarise runs by way and table, in the order in which these first occur, tables outside, ways inside.
 
-    The differences are one family for Holm's correction.
+    The differences to the baselines are one family for Holm's correction, those to the reference another.
     """
     groups: dict[str, dict[Way, dict[int, FinishedRun]]] = {}
     for run in runs:
         groups.setdefault(run.combination.pe, {}).setdefault(run.combination.way, {})[run.combination.seed] = run
+    against = reference(groups)
+    held_against = groups[against[1]].get(BASELINE, {}) if against else {}
     return family(
         [
             SummaryRow(
@@ -272,6 +294,8 @@ def rows(runs: Iterable[FinishedRun]) -> tuple[SummaryRow, ...]:
                 parameters=next(iter(members.values())).parameters,
                 seconds_per_step=descriptive.median(run.seconds_per_step for run in members.values()),
                 difference=None if way == BASELINE else _between(members, ways.get(BASELINE, {})),
+                beside=None if (way, pe) == against else _between(members, held_against),
+                reached=_reached(members, ways.get(BASELINE, {})),
             )
             for pe, ways in groups.items()
             for way, members in ways.items()
@@ -280,9 +304,16 @@ def rows(runs: Iterable[FinishedRun]) -> tuple[SummaryRow, ...]:
 
 
 def family(rows: Sequence[SummaryRow]) -> tuple[SummaryRow, ...]:
-    """Return rows with Holm's correction over all their differences."""
-    differences = corrected([row.difference for row in rows])
-    return tuple(replace(row, difference=one) for row, one in zip(rows, differences, strict=True))
+    """Return rows with Holm's correction over all differences to baselines, and over all to the reference."""
+    families = corrected([row.difference for row in rows]), corrected([row.beside for row in rows])
+    both = zip(rows, *families, strict=True)
+    return tuple(replace(row, difference=difference, beside=beside) for row, difference, beside in both)
+
+
+def _reached(runs: Mapping[int, FinishedRun], others: Mapping[int, FinishedRun]) -> tuple[int | None, ...]:
+    """Return for each seed that both have the epoch at which a run first is where the other one ends."""
+    points = (run.reaches(others[seed].score) for seed, run in runs.items() if seed in others)
+    return tuple(point and point.epoch for point in points)
 
 
 def _between(runs: Mapping[int, FinishedRun], others: Mapping[int, FinishedRun]) -> Difference | None:

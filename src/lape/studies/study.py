@@ -16,16 +16,19 @@ from lape.files import reading
 from lape.files.characters import LONE, plural
 from lape.names import SchemeNames
 from lape.studies.statistics import (
+    BASELINE,
     LAPE,
     Chance,
     Combination,
     FinishedRun,
     Gap,
     Point,
+    Side,
     SummaryRow,
     Way,
     family,
     gaps,
+    reference,
     rows,
 )
 from lape.tasks.measures import TITLES
@@ -200,6 +203,19 @@ class Study:
     def rows(self) -> tuple[SummaryRow, ...]:
         """One row for each way and table of which a run is finished."""
         return rows(result.run for result in self.results.values())
+
+    @property
+    def reference(self) -> Side | None:
+        """What positions of all kinds are held against; None for one kind alone."""
+        return reference(one.pe for one in self.results)
+
+    @property
+    def compares_positions(self) -> bool:
+        """Whether positions of several kinds are to be held against each other: some come with the baseline alone."""
+        ways: dict[str, set[Way]] = {}
+        for row in self.rows:
+            ways.setdefault(row.pe, set()).add(row.way)
+        return len(ways) > 1 and {BASELINE} in ways.values() and any(row.beside for row in self.rows)
 
     @cached_property
     def gaps(self) -> tuple[Gap, ...]:

@@ -1,0 +1,114 @@
+"""Which settings `lape compare` has by default: chosen by a rule, on the default join with the learnable table alone.
+
+The rule was written down before any number was seen:
+
+1. A candidate is a batch size, a learning rate and a number of epochs; model and set (vit_nano_patch2_8, the digits)
+   stay as they are. Each is trained with the same seeds, by the default join with the learnable table and nothing else.
+2. It is trained to the end: over the last third of its epochs, mean accuracy rises by less than 0.3 points.
+3. It gets as many seeds as fit into the time that the job had so far: twelve runs of 30 epochs, batch size 32. There
+   are two joins and two tables to train; where fewer than five seeds fit, the learnable table alone.
+4. Of the candidates that are left, that one is taken whose interval of a paired difference will be narrowest:
+   t(0.975, n−1)·√2·s/√n, with n seeds and s, the standard deviation between seeds.
+
+python benchmarks/first_job.py --out benchmarks/results/first-job
+"""
+
+import json
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from scipy.stats import t
+
+from lape.experiment import Experiment
+from lape.report.progress import Display
+from lape.report.table import Table
+from lape.studies.comparison import Factors, compare
+from lape.studies.statistics import Sample
+from lape.training.provenance import provenance
+
+SO_FAR = Experiment(epochs=30, batch_size=32, lr=3e-3)
+CANDIDATES = [
+    replace(SO_FAR, batch_size=batch_size, lr=lr, epochs=epochs)
+    for batch_size, rates in {32: (3e-3, 6e-3), 64: (4e-3, 8e-3)}.items()
+    for lr in rates
+    for epochs in (10, 15, 20, 30)
+]
+RUNS_SO_FAR, COMBINATIONS = 12, 4
+STILL_LEARNING = 0.3  # points in the last third
+FEWEST_SEEDS = 5  # with two tables
+
+
+def measured(candidate: Experiment, runs: Path, seeds: int, jobs: int) -> dict[str, Any]:
+    """Train a candidate's runs that are not finished, and return its numbers; its time is kept beside the runs."""
+    folder = runs / f"batch-{candidate.batch_size}-lr-{candidate.lr:g}-epochs-{candidate.epochs}"
+    clock = folder / "seconds.json"
+    begun = monotonic()
+    with Display(Console(stderr=True)) as display:
+        study = compare(candidate, Factors(["default"], ["learnable"], range(seeds)), folder, jobs, display)
+    study.raise_missing()
+    if not clock.exists():
+        clock.write_text(json.dumps(monotonic() - begun))
+    curves = [result.run.curve for result in study.results.values()]
+    late = len(curves[0]) - round(len(curves[0]) / 3) - 1
+    return {
+        "batch_size": candidate.batch_size,
+        "lr": candidate.lr,
+        "epochs": candidate.epochs,
+        "scores": [curve[-1].score for curve in curves],
+        "rise": Sample.of([curve[-1].score - curve[late].score for curve in curves]).mean,
+        "seconds": json.loads(clock.read_text()) / seeds,
+    }
+
+
+def judged(found: dict[str, Any], time: float) -> dict[str, Any]:
+    """Add the seeds that fit into `time`, and the half width that the interval of a difference will have."""
+    seeds = int(time / (COMBINATIONS * found["seconds"]))
+    tables = 2 if seeds >= FEWEST_SEEDS else 1
+    seeds = seeds if tables == 2 else int(time / (COMBINATIONS // 2 * found["seconds"]))
+    spread = Sample.of(found["scores"]).std or 0.0
+    half = float(t.ppf(0.975, seeds - 1)) * sqrt(2) * spread / sqrt(seeds)
+    return found | {"tables": tables, "seeds": seeds, "half_width": half, "trained": found["rise"] < STILL_LEARNING}
+
+
+def main(runs: Path = Path("runs/first-job"), out: Path | None = None, seeds: int = 6, jobs: int = 2) -> None:
+    """Train the candidates, and print which is taken
+
+    Args:
+        runs: Folder of the runs.
+        out: Folder for table.md and table.json.
+        seeds: Of each candidate.
+        jobs: Runs at once.
+    """
+    found = [measured(candidate, runs, seeds, jobs) for candidate in CANDIDATES]
+    so_far = next(one for one, candidate in zip(found, CANDIDATES, strict=True) if candidate == SO_FAR)
+    time = RUNS_SO_FAR * so_far["seconds"]
+    ranked = sorted((judged(one, time) for one in found), key=lambda one: (not one["trained"], one["half_width"]))
+    headings = ["batch", "lr", "epochs", "default, %", "rise in the last third", "seconds a run"]
+    headings += ["tables", "seeds", "half width expected"]
+    cells = [
+        [
+            *(str(one["batch_size"]), f"{one['lr']:g}", str(one["epochs"])),
+            "{0.mean:.2f} ± {0.std:.2f}".format(Sample.of(one["scores"])),
+            f"{one['rise']:+.2f}" + ("" if one["trained"] else " (still learning)"),
+            *(f"{one['seconds']:.1f}", str(one["tables"]), str(one["seeds"]), f"{one['half_width']:.2f}"),
+        ]
+        for one in ranked
+    ]
+    record = provenance()
+    told = f"The first is taken. {seeds} seeds each; {time:.0f} s are the time of twelve runs so far."
+    origin = f"`{record['command']}` at commit {record['commit']}, {record['machine']}"
+    text = "\n\n".join([Table(headings, cells, 0).markdown(), told, origin]) + "\n"
+    print(text, end="")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "table.md").write_text(text)
+        (out / "table.json").write_text(json.dumps({"provenance": record, "candidates": ranked}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    auto_cli(main)
