@@ -117,18 +117,25 @@ def terminal(study: Study) -> "Group":
     }
     table = _table(study, {"": lambda row: str(row.way), **narrow}, names=1).terminal([row.pe for row in study.rows])
     findings = words.findings(study)
-    sentences = [*findings.all, *findings.remarks]
-    shown = [Text(), Text(words.question(study)), Text(), table, Text(), *map(Text, sentences), Text()]
+    shown = [Text(), Text(words.question(study)), Text(), table, Text()]
     if (ranked := positions(study)).rows:
         tight = Table(ranked.headings, [[cell.replace(" ± ", "±") for cell in row] for row in ranked.rows], 2)
         shown += [tight.without("p (Holm)", "parameters", "time per step").terminal(), Text()]
+    shown += [*map(Text, [*findings.all, *findings.remarks]), Text()]
     if study.sizes:
-        at_sizes = sizes(study)
-        tight = Table(at_sizes.headings, [[cell.replace(" ± ", "±") for cell in row] for row in at_sizes.rows], 3)
-        pes = [row[2] for row in at_sizes.rows]
-        shown += [Text(words.ABOUT_SIZES), Text(), tight.without("table", "seeds", "p (Holm)").terminal(pes), Text()]
+        shown += [Text(words.ABOUT_SIZES), *_terminal_of_sizes(study), Text()]
         shown += [*map(Text, words.not_taken(study)), Text()]
     return Group(*shown)
+
+
+def _terminal_of_sizes(study: Study) -> list[Any]:
+    from rich.text import Text
+
+    if (across := across_sizes(study)).rows:
+        return [Text(words.about_marks(study)), Text(), across.terminal()]
+    at_sizes = sizes(study)
+    tight = Table(at_sizes.headings, [[cell.replace(" ± ", "±") for cell in row] for row in at_sizes.rows], 3)
+    return [Text(), tight.without("table", "seeds", "p (Holm)").terminal([row[2] for row in at_sizes.rows])]
 
 
 def shapes(study: Study) -> Table:
