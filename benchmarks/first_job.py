@@ -6,7 +6,9 @@ The rule was written down before any number was seen:
    stay as they are. Each is trained with the same seeds, by the default join with the learnable table and nothing else.
 2. It is trained to the end: over the last third of its epochs, mean accuracy rises by less than 0.3 points.
 3. It gets as many seeds as fit into the time that the job had so far: twelve runs of 30 epochs, batch size 32. There
-   are two joins and two tables to train; where fewer than five seeds fit, the learnable table alone.
+   are two joins and two tables to train; where fewer than five seeds fit, the learnable table alone. Time is that of
+   the optimiser steps: their number, times the median over all runs of the batch size, which other work disturbs
+   little.
 4. Of the candidates that are left, that one is taken whose interval of a paired difference will be narrowest:
    t(0.975, n−1)·√2·s/√n, with n seeds and s, the standard deviation between seeds.
 
@@ -17,7 +19,7 @@ import json
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
-from time import monotonic
+from statistics import median
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -44,15 +46,11 @@ FEWEST_SEEDS = 5  # with two tables
 
 
 def measured(candidate: Experiment, runs: Path, seeds: int, jobs: int) -> dict[str, Any]:
-    """Train a candidate's runs that are not finished, and return its numbers; its time is kept beside the runs."""
+    """Train a candidate's runs that are not finished, and return its numbers."""
     folder = runs / f"batch-{candidate.batch_size}-lr-{candidate.lr:g}-epochs-{candidate.epochs}"
-    clock = folder / "seconds.json"
-    begun = monotonic()
     with Display(Console(stderr=True)) as display:
         study = compare(candidate, Factors(["default"], ["learnable"], range(seeds)), folder, jobs, display)
     study.raise_missing()
-    if not clock.exists():
-        clock.write_text(json.dumps(monotonic() - begun))
     curves = [result.run.curve for result in study.results.values()]
     late = len(curves[0]) - round(len(curves[0]) / 3) - 1
     return {
@@ -61,8 +59,18 @@ def measured(candidate: Experiment, runs: Path, seeds: int, jobs: int) -> dict[s
         "epochs": candidate.epochs,
         "scores": [curve[-1].score for curve in curves],
         "rise": Sample.of([curve[-1].score - curve[late].score for curve in curves]).mean,
-        "seconds": json.loads(clock.read_text()) / seeds,
+        "steps": curves[0][-1].step,
+        "seconds_per_step": [result.run.seconds_per_step for result in study.results.values()],
     }
+
+
+def timed(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the seconds that the optimiser steps of a run take."""
+    step = {
+        size: median(second for one in found if one["batch_size"] == size for second in one["seconds_per_step"])
+        for size in {one["batch_size"] for one in found}
+    }
+    return [one | {"seconds": one["steps"] * step[one["batch_size"]]} for one in found]
 
 
 def judged(found: dict[str, Any], time: float) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def main(runs: Path = Path("runs/first-job"), out: Path | None = None, seeds: in
         seeds: Of each candidate.
         jobs: Runs at once.
     """
-    found = [measured(candidate, runs, seeds, jobs) for candidate in CANDIDATES]
+    found = timed([measured(candidate, runs, seeds, jobs) for candidate in CANDIDATES])
     so_far = next(one for one, candidate in zip(found, CANDIDATES, strict=True) if candidate == SO_FAR)
     time = RUNS_SO_FAR * so_far["seconds"]
     ranked = sorted((judged(one, time) for one in found), key=lambda one: (not one["trained"], one["half_width"]))

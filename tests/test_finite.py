@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import cycle, product
+from itertools import cycle, product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,11 @@ PRECISIONS = ("bf16-true", "16-true")
 
 
 def _cases() -> Iterator[tuple[str, str, str]]:
-    """Every join with a learnt table in both precisions, and every other kind of positions in one of them, in turn."""
-    yield from product(JOINS, ("learnable",), PRECISIONS)
+    """Every join with a learnt table, and every other kind of positions; the precisions in turn."""
+    precisions = cycle(PRECISIONS)
+    yield from zip(JOINS, repeat("learnable"), precisions, strict=False)
     others = [pe for pe in POSITION_EMBEDDINGS if pe not in ("none", "learnable") and "+" not in pe]
-    for pe, precision in zip(others, cycle(PRECISIONS), strict=False):
+    for pe, precision in zip(others, precisions, strict=False):
         yield "lape" if POSITION_EMBEDDINGS[pe].table else "default", pe, precision
 
 
