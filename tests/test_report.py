@@ -253,6 +253,7 @@ def test_positions_at_every_size_are_marked_where_they_differ_from_the_reference
     cells = {tuple(row[:2]): row[2:] for row in across.rows}
     assert cells["default", "rope-mixed"] == ["61.00 +", "96.17 +"]
     assert cells["default", "learnable"] == ["51.10", "91.00"]
+    assert cells["lape", "learnable"][1] == "94.00"  # significant by itself, not after the correction
     assert cells["default", "none"] == [tables.NOT_TAKEN, "61.17 −"]
     assert "Positions side by side" in page.page([page.Section(study, {})])
     assert across.markdown() in tables.markdown([study])
