@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -59,7 +60,7 @@ def test_the_commands_of_a_page_are_understood(
 
     monkeypatch.chdir(tmp_path)
     for line in re.findall(r"^(?:\$ )?(?:\.venv/bin/)?lape (.+)$", page.read_text(), flags=re.M):
-        words = line.split("  #")[0].split()
+        words = shlex.split(line.split("  #")[0])
         if "--resume" in words and "--out" in words:  # there is a run to go on with
             folder = Path(words[words.index("--out") + 1])
             folder.mkdir(parents=True, exist_ok=True)
