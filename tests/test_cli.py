@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def test_help_teaches_every_command_without_torch():
     misspelt = (
         ["trian"],
         ["train", "--join", "lapee"],
+        ["train", "--precision", "bf16"],
         ["compare", "--pe", "none,lernable"],
         ["eval", "x", "--split", "v"],
     )
@@ -89,17 +91,24 @@ def test_help_teaches_every_command_without_torch():
 
 
 def test_the_names_that_are_known_without_torch_are_those_of_the_tables():
+    from lightning_fabric.connector import _PRECISION_INPUT_STR
+    from timm.data.transforms import _str_to_pil_interpolation
+
     from lape import names
     from lape.analysis.subjects import ANALYSES
+    from lape.data.erasing import FILLINGS
     from lape.data.sources import SPLITS
     from lape.method import JOINS, POSITION_EMBEDDINGS, POSITION_NORMS, STARTS
-    from lape.tasks.classification import LOSSES
+    from lape.tasks.classification import BALANCES, LOSSES, NORMALISATIONS
     from lape.training.assembly import SCHEDULES
+    from lape.training.trackers import TRACKERS
 
     tables = {
         **dict.fromkeys(("join", "joins"), JOINS),
         **{"pe": POSITION_EMBEDDINGS, "pe_norm": POSITION_NORMS, "start": STARTS, "schedule": SCHEDULES},
-        **{"loss": LOSSES, "split": SPLITS, "what": ANALYSES},
+        **{"loss": LOSSES, "split": SPLITS, "what": ANALYSES, "balance": BALANCES, "normalisation": NORMALISATIONS},
+        **{"remode": FILLINGS, "tracker": TRACKERS, "precision": get_args(_PRECISION_INPUT_STR)},
+        "interpolation": [*_str_to_pil_interpolation, "random"],
     }
     told = {option: sorted(choice.names) for option, choice in names.CHOICES.items() if option != "accelerator"}
     assert told == {option: sorted(table) for option, table in tables.items()}

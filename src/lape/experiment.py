@@ -157,7 +157,8 @@ class Optimisation:
         ema_evaluated: Validate the average, if there is one, and keep it as best; otherwise the weights themselves.
         teacher: A timm model whose answers the second head of a distilled model learns; default: no teacher.
         teacher_weights: File of the teacher's weights; default: timm's pretrained ones.
-        precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed, 64-true ...
+        precision: Fabric's name of a number format: 32-true, bf16-mixed, 16-mixed, bf16-true, 16-true, 64-true,
+            transformer-engine, transformer-engine-float16.
         tf32: Compute float32 products on a CUDA card in TF32, which keeps 10 bits of a fraction; elsewhere in full.
         compile: Compile the model, its loss, and what mixes and normalises a batch, with torch.compile.
         seed: Decides initial weights, order and augmentation.

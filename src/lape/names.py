@@ -73,5 +73,19 @@ CHOICES: Mapping[str, Names] = {
     "loss": Names("a loss", ("cross-entropy", "binary-cross-entropy")),
     "split": Names("a split", ("train", "val", "test")),
     "what": Names("an analysis", ("correlation", "decomposition")),
+    "balance": Names("a balance of classes", ("weights", "sampling")),
+    "normalisation": Names("a normalisation", ("set", "model")),
+    "interpolation": Names(
+        "an interpolation", ("bilinear", "bicubic", "random", "nearest", "box", "hamming", "lanczos")
+    ),
+    "remode": Names("a filling of what is erased (remode)", ("const", "rand", "pixel")),
+    "tracker": Names("a tracker", ("wandb", "mlflow")),
+    "precision": Names(
+        "a precision",
+        (
+            *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
+            *("transformer-engine", "transformer-engine-float16"),
+        ),
+    ),
     "accelerator": Names("an accelerator", ("auto", "cpu", "cuda", "gpu", "mps", "tpu")),
 }

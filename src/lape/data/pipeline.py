@@ -20,15 +20,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lape.data.classes import ImageSource, Split
 from lape.data.sources import Source
-from lape.errors import RunError, UsageError, choose, first_line
+from lape.errors import RunError, UsageError, first_line
 from lape.experiment import Augmentation
+from lape.names import CHOICES
 
 Key = tuple[int, Tensor]  # epoch, numbers of samples (B,)
 Batch = tuple[Tensor, ...]  # images (B, C, H, W), labels (B,), and where the device augments draws (B, columns)
 Batches = Generator[Batch, None, None]
 
-INTERPOLATIONS = ("bilinear", "bicubic", "random", "nearest", "box", "hamming", "lanczos")
-FILLINGS = ("const", "rand", "pixel")
 SETTLED = {"random": "bicubic"}  # an interpolation by chance, and what validation has in its place
 
 
@@ -173,10 +172,9 @@ def augmentation(asked: Augmentation, source: ImageSource) -> Augmentation:
     cropped = given.keys() & {"scale", "ratio"}
     if cropped and given.get("shift"):
         raise UsageError(f"Training images are shifted or cropped, not both: leave out shift or {cropped.pop()}.")
-    if asked.interpolation is not None:
-        choose(dict.fromkeys(INTERPOLATIONS), asked.interpolation, "an interpolation")
-    if asked.remode is not None:
-        choose(dict.fromkeys(FILLINGS), asked.remode, "a filling of what is erased (remode)")
+    for option in ("interpolation", "remode"):
+        if (name := getattr(asked, option)) is not None:
+            CHOICES[option].refuse_other(name)
     if asked.auto_augment:
         try:
             create_transform(1, is_training=True, auto_augment=asked.auto_augment)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lape.errors import UsageError, choose
 from lape.experiment import Experiment
+from lape.names import CHOICES
 from lape.training.acceleration import Card, choose_products, refuse_missing, without_advice
 
 # Those of timm.scheduler that need nothing but the number of the step.
@@ -22,6 +23,7 @@ SCHEDULES: tuple[str, ...] = ("cosine", "tanh", "step", "multistep", "poly", "ws
 def launch(experiment: Experiment) -> Fabric:
     """Start Fabric on the devices of an experiment, or on those that torchrun hands out."""
     refuse_missing(experiment.accelerator)
+    CHOICES["precision"].refuse_other(experiment.precision)
     devices, nodes = experiment.devices, experiment.nodes
     if torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -31,7 +33,7 @@ def launch(experiment: Experiment) -> Fabric:
             accelerator=experiment.accelerator,
             devices=devices,
             num_nodes=nodes,
-            precision=experiment.precision,  # pyright: ignore[reportArgumentType]  # Fabric checks the name
+            precision=experiment.precision,  # pyright: ignore[reportArgumentType]  # one of its names
         )
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise UsageError(f"Fabric does not take these settings: {error}") from error
