@@ -112,7 +112,7 @@ def test_every_number_of_eval_follows_from_its_answers_and_these_are_those_of_pr
         ours = [np.nan if one[name] is None else one[name] / 100 for one in told["classes"]]
         assert ours == pytest.approx(list(measure), nan_ok=True, abs=1e-6)
     assert [one["images"] for one in told["classes"]] == list(COUNTS["val"])
-    assert told["always_naming_the_largest_class"] == {"class": "cat", "accuracy": 50.0}
+    assert told["always_naming_the_largest_class"] == {"classes": ["cat"], "accuracy": 50.0}
     assert f"accuracy {told['metrics']['val_accuracy']:.2f} % on 12 validation images of set" in out
     assert "always naming the largest class (cat): 50.00 %" in out
     assert max(map(len, out.splitlines()[1:-1])) <= 60
@@ -181,6 +181,8 @@ def test_the_true_class_counts_among_the_likeliest_and_mistakes_are_ordered_by_i
     nothing = by_class(made_up([0, 0], [[0], [0]], [1.0, 1.0]), NAMES)
     assert [one.f1 for one in nothing.classes] == [100.0, None, None]
     assert (nothing.f1, nothing.balanced, nothing.of_largest) == (100.0, 100.0, 100.0)
+    assert "the largest class (ant): 100.00 %" in report._summary(nothing)[1]
+    assert "one of 2 classes of equal size: 40.00 %" in report._summary(measured)[1]
 
 
 def test_the_contact_sheet_has_the_worst_mistakes_first_and_says_which_they_are(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,8 +62,12 @@ def _summary(measured: ByClass) -> list[str]:
     top = f"top-{measured.among} accuracy {measured.top:.2f} %, " if len(measured.classes) > measured.among else ""
     return [
         f"{top}mean recall of classes {measured.balanced:.2f} %, mean F1 {measured.f1:.2f} %",
-        f"always naming the largest class ({measured.largest}): {measured.of_largest:.2f} %",
+        f"always naming {_largest(measured.largest)}: {measured.of_largest:.2f} %",
     ]
+
+
+def _largest(names: Sequence[str]) -> str:
+    return f"the largest class ({names[0]})" if len(names) == 1 else f"one of {len(names)} classes of equal size"
 
 
 def _worst_classes(measured: ByClass) -> list[int]:
@@ -177,7 +181,7 @@ def _as_json(evaluation: Evaluation, measured: ByClass | None) -> str:
             f"top{measured.among}_accuracy": measured.top,
             "mean_recall": measured.balanced,
             "mean_f1": measured.f1,
-            "always_naming_the_largest_class": {"class": measured.largest, "accuracy": measured.of_largest},
+            "always_naming_the_largest_class": {"classes": list(measured.largest), "accuracy": measured.of_largest},
             "classes": [asdict(one) for one in measured.classes],
             "confusion": measured.confusion.tolist(),
         }

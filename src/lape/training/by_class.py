@@ -28,7 +28,7 @@ class ByClass:
 
     `confusion` (C, C) counts images by their true class (rows) and the class that was named (columns). `top` is the
     share of images whose true class is among the `among` likeliest. `of_largest` is what naming always the `largest`
-    class of these images reaches.
+    class of these images reaches, or one of several that are equally large.
     """
 
     classes: tuple[OfClass, ...]
@@ -37,7 +37,7 @@ class ByClass:
     top: float
     balanced: float  # mean recall of the classes that have images
     f1: float  # mean F1 of the classes for which it is defined
-    largest: str
+    largest: tuple[str, ...]
     of_largest: float
 
 
@@ -70,7 +70,7 @@ def by_class(answers: NamedClasses, names: Sequence[str]) -> ByClass:
         )
         for at, name in enumerate(names)
     )
-    largest = max(classes, key=lambda one: one.images)
+    most = max(one.images for one in classes)
     return ByClass(
         classes,
         confusion,
@@ -78,8 +78,8 @@ def by_class(answers: NamedClasses, names: Sequence[str]) -> ByClass:
         top=100 * float((answers.likeliest == labels[:, None]).any(1).double().mean()),
         balanced=fmean(one.recall for one in classes if one.recall is not None),
         f1=fmean(one.f1 for one in classes if one.f1 is not None),
-        largest=largest.name,
-        of_largest=100 * largest.images / len(labels),
+        largest=tuple(one.name for one in classes if one.images == most),
+        of_largest=100 * most / len(labels),
     )
 
 
