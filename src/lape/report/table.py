@@ -95,20 +95,31 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *rows))
 
     def latex(self, caption: str) -> str:
-        """Return the table for LaTeX's package booktabs; a column with a sentence in it breaks its lines."""
+        """Return the table for LaTeX's packages booktabs and graphicx, made smaller where it is wider than the page.
+
+        A column with a sentence in it breaks its lines.
+        """
         kinds = ["l"] * self.names + ["r"] * (len(self.headings) - self.names)
         for column, cells in enumerate(zip(*self.rows, strict=True)):
             if max(len(str(cell)) for cell in cells) > SENTENCE:
                 kinds[column] = r"p{0.3\linewidth}"
-        headings, *rows = (
-            " & ".join(in_latex(str(cell)) for cell in line) + r" \\" for line in (self.headings, *self.rows)
+        headings = [*map(in_latex, self.headings[: self.names]), *map(self._stacked, range(self.names, len(kinds)))]
+        top, *rows = (
+            " & ".join(cells) + r" \\"
+            for cells in (headings, *([in_latex(str(cell)) for cell in row] for row in self.rows))
         )
         lines = [
-            *(r"\begin{table}", r"\centering", r"\small", f"\\caption{{{in_latex(caption)}}}"),
-            *(f"\\begin{{tabular}}{{@{{}}{''.join(kinds)}@{{}}}}", r"\toprule", headings, r"\midrule"),
-            *(*rows, r"\bottomrule", r"\end{tabular}", r"\end{table}"),
+            *(r"\begin{table}", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{4pt}"),
+            *(f"\\caption{{{in_latex(caption)}}}", r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"),
+            *(f"\\begin{{tabular}}{{@{{}}{''.join(kinds)}@{{}}}}", r"\toprule", top, r"\midrule"),
+            *(*rows, r"\bottomrule", r"\end{tabular}}", r"\end{table}"),
         ]
         return "\n".join(lines) + "\n"
+
+    def _stacked(self, column: int) -> str:
+        """Return the heading of a column of numbers for LaTeX, in lines no longer than the numbers need."""
+        lines = [in_latex(line) for line in wrap(self.headings[column], self.width(column))]
+        return lines[0] if len(lines) == 1 else r"\shortstack[r]{" + r" \\ ".join(lines) + "}"
 
     def csv(self) -> str:
         """Return the table as CSV: a line for each row, numbers unrounded, and nothing for None."""

@@ -259,7 +259,7 @@ def _markdown(study: Study, judgement: words.Judgement) -> str:
     return "\n\n".join([*parts, command]) + "\n"
 
 
-LATEX = f"% {writing.MARK}; without this line the file is not replaced. The tables need \\usepackage{{booktabs}}.\n"
+LATEX = f"% {writing.MARK}; without this line the file is not replaced. Needs \\usepackage{{booktabs,graphicx}}.\n"
 
 
 def latex(studies: Sequence[Study]) -> str:
@@ -271,8 +271,9 @@ def _latex(study: Study, judgement: words.Judgement) -> str:
     measure = f"{words.sentence(study.measure)}: mean ± standard deviation over the seeds."
     paired = f"Differences to {BASELINE} are paired by seed. p in brackets: with Holm’s correction."
     beside = ("in", "pairs", "seeds to decide", *judgement.published)
+    on_the_way = (f"at {words.third_epoch(study)}, %", REACHED)  # has no room on a page of paper
     captions = {
-        f"{words.question(study)} {measure} {paired}": scores(study).without("time per step"),
+        f"{words.question(study)} {measure} {paired}": scores(study).without("time per step", *on_the_way),
         f"All positions, the best first. {words.question(study)} {measure}": positions(study).without("time per step"),
         f"{judgement.summary} {words.question(study)}": claims(judgement).without(*beside),
         f"All positions at other sizes. {words.about_marks(study)} {words.question(study)}": across_sizes(study),
