@@ -1,0 +1,148 @@
+"""Does LaPE's gain remain when training has come to its end? Does it remain where patches are pooled?
+
+The rule was written down before any of its runs was trained; the settings were found with the default join alone.
+
+1. The default join is trained so long that it gains less than 0.3 points in the last third of its epochs. If it gains
+   more, the table says so.
+2. Each way has its own learning rate: the best of three, by the accuracy at the end of a training that is a third as
+   long, with a seed that is not among those compared. Where two are equal, the lower one.
+3. Ways with a class token are held against the default join with a class token, ways that pool against the default
+   join that pools; differences are paired by seed, with Holm's correction for all of them.
+
+What is finished is kept: the same command goes on, one seed of every way after the other.
+
+python benchmarks/to_the_end.py --runs runs/to-the-end --out benchmarks/results/to-the-end
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from turns import file
+
+from lape.experiment import Experiment
+from lape.report.progress import Display
+from lape.studies.comparison import Factors, compare
+from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow, corrected, rows
+
+PATCHES = {"patch_size": 7}
+HEADS = {"class token": PATCHES, "pooling": PATCHES | {"class_token": False, "global_pool": "avg", "fc_norm": False}}
+BASE = Experiment(
+    data="fashion-mnist", train_images=4_000, model="vit_nano_patch4_28", epochs=120, validate_every=10, batch_size=64,
+    weight_decay=0.05, shift=0, hflip=0, accelerator="cpu", workers=0,
+)  # fmt: skip
+RATES = (2e-3, 4e-3, 8e-3)
+SEED_FOR_RATES = 100
+STILL_LEARNING = 0.3  # points in the last third
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A way of telling a model positions, and where the model reads its answer."""
+
+    head: str
+    join: str
+    pe: str = "learnable"
+
+    def __str__(self) -> str:
+        return f"{self.head}, {self.join}" + ("" if self.pe == "learnable" else f", {self.pe}")
+
+
+SUBJECTS = (
+    Subject("class token", "default", "none"),
+    *(Subject("class token", join) for join in ("default", "lape-sharing", "lape", "pvg", "mpvg")),
+    *(Subject("pooling", join) for join in ("default", "lape", "pvg", "mpvg")),
+)
+
+
+def trained(
+    base: Experiment, rates: dict[Subject, float], seed: int, folder: Path, jobs: int
+) -> dict[Subject, FinishedRun]:
+    """Train what is not finished of one seed, and return the runs."""
+    runs: dict[Subject, FinishedRun] = {}
+    for head, rate, pe in dict.fromkeys((one.head, rate, one.pe) for one, rate in rates.items()):
+        some = [one for one in rates if (one.head, rates[one], one.pe) == (head, rate, pe)]
+        experiment = replace(base, model_args=HEADS[head], lr=rate)
+        with Display(Console(stderr=True)) as display:
+            study = compare(experiment, Factors([one.join for one in some], [pe], [seed]), folder, jobs, display)
+        study.raise_missing()
+        by_join = {one.way.join: result.run for one, result in study.results.items()}
+        runs |= {one: by_join[one.join] for one in some}
+    return runs
+
+
+def tuned(folder: Path, jobs: int) -> dict[Subject, dict[float, float]]:
+    """Return the accuracy at each rate, after the short training."""
+    short = replace(BASE, epochs=BASE.epochs // 3)
+    scores: dict[Subject, dict[float, float]] = {one: {} for one in SUBJECTS}
+    for rate in RATES:
+        for one, run in trained(short, dict.fromkeys(SUBJECTS, rate), SEED_FOR_RATES, folder, jobs).items():
+            scores[one][rate] = run.score
+    return scores
+
+
+def compared(runs: dict[Subject, list[FinishedRun]]) -> dict[Subject, tuple[Difference | None, SummaryRow]]:
+    """Return each way's difference to the default join with the same head, and its row."""
+    by_head = [[one for one in SUBJECTS if one.head == head] for head in HEADS]
+    found = [row for some in by_head for row in rows(run for one in some for run in runs[one])]
+    differences = corrected([row.difference or row.beside for row in found])
+    return dict(zip([one for some in by_head for one in some], zip(differences, found, strict=True), strict=True))
+
+
+def at_thirds(runs: Iterable[FinishedRun]) -> list[Sample]:
+    """Return the accuracy after one, two and three thirds of the epochs."""
+    last = BASE.epochs // BASE.validate_every
+    return [Sample.of([run.curve[round(last * third / 3) - 1].score for run in runs]) for third in (1, 2, 3)]
+
+
+def main(runs: Path = Path("runs/to-the-end"), out: Path | None = None, seeds: int = 5, jobs: int = 2) -> None:
+    """Train what is not finished, and print what came out
+
+    Args:
+        runs: Folder of the runs.
+        out: Folder for table.md and table.json.
+        seeds: How many.
+        jobs: Runs at once.
+    """
+    scores = tuned(runs / "rates", jobs)
+    rates = {one: max(sorted(by_rate), key=by_rate.__getitem__) for one, by_rate in scores.items()}
+    finished: dict[Subject, list[FinishedRun]] = {one: [] for one in SUBJECTS}
+    for seed in range(seeds):
+        for one, run in trained(BASE, rates, seed, runs / "compared", jobs).items():
+            finished[one].append(run)
+    headings = ["head, join", "rate", "after a third", "after two", "at the end, %", "last third"]
+    headings += ["minus default", "95 % interval", "p (Holm)", "epochs to default’s end"]
+    table = [headings]
+    content: list[dict[str, Any]] = []
+    for one, (difference, row) in compared(finished).items():
+        thirds = at_thirds(finished[one])
+        rise = thirds[2].mean - thirds[1].mean
+        ended = f"{thirds[2].mean:.2f} ± {thirds[2].std or 0:.2f}"
+        still = "" if rise < STILL_LEARNING else " (still learning)"
+        told = ["–", "–", "–"]
+        if difference is not None and difference.interval is not None and difference.p is not None:
+            low, high = difference.interval
+            p = f"{difference.p:.3f} ({difference.p_holm:.3f})"
+            told = [f"{difference.mean:+.2f}", f"{low:+.2f} to {high:+.2f}", p]
+        epochs = ", ".join("never" if epoch is None else str(epoch) for epoch in row.reached) or "–"
+        start = [str(one), f"{rates[one]:g}", f"{thirds[0].mean:.2f}", f"{thirds[1].mean:.2f}", ended]
+        table.append([*start, f"{rise:+.2f}{still}", *told, epochs])
+        content.append(
+            {
+                "head": one.head, "join": one.join, "pe": one.pe, "rate": rates[one], "by_rate": scores[one],
+                "curves": [[point._asdict() for point in run.curve] for run in finished[one]],
+                "difference": difference and difference.mean, "interval": difference and difference.interval,
+                "p": difference and difference.p, "p_holm": difference and difference.p_holm, "epochs": row.reached,
+            }
+        )  # fmt: skip
+    said = (
+        f"{BASE.train_images:,} images of Fashion-MNIST, {BASE.epochs} epochs, {seeds} seeds, tested on 10,000 images."
+    )
+    file(out, table, said, ways=content)
+
+
+if __name__ == "__main__":
+    auto_cli(main)
