@@ -1,6 +1,8 @@
 """Does LaPE's gain remain when training has come to its end? Does it remain where patches are pooled?
 
-The rule was written down before any of its runs was trained; the settings were found with the default join alone.
+The rule was written down before any of its runs was trained. The settings were found with the default join and seeds 0
+and 100: without augmentation, and with a moving average of the weights, its accuracy stops rising after some 150,000
+images (a set of 4,000); with augmentation it still rises after 600,000, for which there was no time.
 
 1. The default join is trained so long that it gains less than 0.3 points in the last third of its epochs. If it gains
    more, the table says so.
@@ -31,8 +33,8 @@ from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow,
 PATCHES = {"patch_size": 7}
 HEADS = {"class token": PATCHES, "pooling": PATCHES | {"class_token": False, "global_pool": "avg", "fc_norm": False}}
 BASE = Experiment(
-    data="fashion-mnist", train_images=4_000, model="vit_nano_patch4_28", epochs=120, validate_every=10, batch_size=64,
-    weight_decay=0.05, shift=0, hflip=0, accelerator="cpu", workers=0,
+    data="fashion-mnist", train_images=10_000, model="vit_nano_patch4_28", epochs=36, validate_every=3, batch_size=64,
+    weight_decay=0.05, shift=0, hflip=0, ema=0.998, accelerator="cpu", workers=0,
 )  # fmt: skip
 RATES = (2e-3, 4e-3, 8e-3)
 SEED_FOR_RATES = 100

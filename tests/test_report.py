@@ -109,15 +109,15 @@ def shown(study):
 def test_a_gain_is_told_with_its_interval(tmp_path):
     found = words.findings(study_of(tmp_path, GAIN))
     assert found.main == (
-        "With the table learnable, lape is 3.00 points above default (94.00 % against 91.00 %; difference +0.52 to "
+        "With learnable positions, lape is 3.00 points above default (94.00 % against 91.00 %; difference +0.52 to "
         "+5.48, 3 pairs of runs, p (Holm) 0.035 (0.070)): significant (95 % interval above 0), not significant after "
         "Holm’s correction.",
-        "With the table sinusoidal-1d, lape is 1.00 point above default (82.00 % against 81.00 %; difference −1.48 to "
+        "With sinusoidal-1d positions, lape is 1.00 point above default (82.00 % against 81.00 %; difference −1.48 to "
         "+3.48, 3 pairs of runs, p (Holm) 0.225 (0.225)): not significant (95 % interval includes 0); seeds that would "
         "decide: 10.",
     )
     assert found.gap == (
-        "From the worst table to the best, mean accuracy rises by 10.00 points for default (sinusoidal-1d to "
+        "From the worst positions to the best, mean accuracy rises by 10.00 points for default (sinusoidal-1d to "
         "learnable) and 12.00 points for lape (sinusoidal-1d to learnable)."
     )
 
@@ -126,7 +126,7 @@ def test_a_loss_is_told_in_the_same_words(tmp_path):
     """Differences -5, -4.5, -5: mean -29/6, s = 1/√12, half width 4.303/6."""
     (sentence,) = words.findings(study_of(tmp_path, LOSS)).main
     assert sentence == (
-        "With the table learnable, lape is 4.83 points below default (91.17 % against 96.00 %; difference −5.55 to "
+        "With learnable positions, lape is 4.83 points below default (91.17 % against 96.00 %; difference −5.55 to "
         "−4.12, 3 pairs of runs, p (Holm) 0.001 (0.001)): significant (95 % interval below 0)."
     )
 
@@ -249,7 +249,7 @@ def test_positions_at_every_size_are_marked_where_they_differ_from_the_reference
 
     study = replace(study, sizes=(small, large), at_sizes={one: judged(one, r) for one, r in study.results.items()})
     across = tables.across_sizes(study)
-    assert across.headings == ["join", "table", "4x4", "8x8 (trained)"]
+    assert across.headings == ["join", "positions", "4x4", "8x8 (trained)"]
     cells = {tuple(row[:2]): row[2:] for row in across.rows}
     assert cells["default", "rope-mixed"] == ["61.00 +", "96.17 +"]
     assert cells["default", "learnable"] == ["51.10", "91.00"]

@@ -12,6 +12,7 @@ import pytest
 from lape.cli import command_line as cli
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
+from lape.studies.comparison import Factors, compare, write_plan
 from lape.training.loop import train
 from lape.training.trackers import TRACKED, TRACKERS, tracker_of
 
@@ -117,6 +118,19 @@ def test_a_run_is_told_once_also_when_it_goes_on(stand_in, tmp_path):
     assert len(module.runs) == 2
 
 
+@pytest.mark.parametrize("stand_in", ["wandb"], indirect=True)
+def test_every_run_of_a_comparison_is_told(stand_in, tmp_path):
+    name, _ = stand_in
+    asked = Factors(["default", "lape"], ["learnable"], [0])
+    study = compare(SHORT, asked, tmp_path / "out", tracker=name)
+    study.raise_missing()
+    told = [json.loads((result.folder / TRACKED).read_text()) for result in study.results.values()]
+    assert len({str(one) for one in told}) == 2  # processes of their own: the numbers that they are known by stay
+    file = tmp_path / "plan.txt"
+    write_plan(SHORT, Factors(["lape"], ["learnable"], [1]), tmp_path / "out", file, tracker=name)
+    assert f" --tracker {name}\n" in file.read_text()
+
+
 def test_where_a_tracker_fails_later_the_run_goes_on_and_it_is_said_once(stand_in, tmp_path):
     name, module = stand_in
     module.trouble = "log"
@@ -155,7 +169,7 @@ def test_a_missing_package_is_said_before_anything_is_read(name, tmp_path, monke
     words = ["train", "--data", str(tmp_path / "not there"), "--tracker", name, "--out", str(tmp_path / "run")]
     assert cli.main(words) == cli.FAILURE
     err = capsys.readouterr().err
-    assert err.startswith(f"lape: lape train --tracker {name} needs {name}, not installed here.")
+    assert err.startswith(f"lape: --tracker {name} needs {name}, not installed here.")
     assert f"pip install 'lape[{name}]'" in err
     assert not (tmp_path / "run").exists()
 

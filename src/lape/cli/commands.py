@@ -241,6 +241,7 @@ def compare(
     plan: Path | None = None,
     prune: bool | None = None,
     figures: list[str] = [],  # noqa: B006
+    tracker: str | None = None,
 ) -> None:
     """Train several ways of joining side by side and report how they differ.
 
@@ -262,10 +263,13 @@ def compare(
             cannot be analysed later). false: keep it whole, so that a run can be trained longer; default: keep of it
             what evaluation needs.
         figures: Formats of files in which figures are written beside PNG, among svg, pdf.
+        tracker: Tell another program of every run that is trained: wandb (Weights & Biases) or mlflow; default: none.
     """
     from lape.data.sizes import sizes_of
+    from lape.training.trackers import tracker_of
 
     asked = () if sizes is None else sizes_of(sizes)
+    tracker_of(tracker)  # refused before what takes longer is imported
     from lape import report
     from lape.files import writing
     from lape.files.locks import in_turn
@@ -279,7 +283,7 @@ def compare(
     formats = formats_of(["png", *figures])
     factors = Factors(joins, pe, seeds_of(seeds, seed_list), pe_norm, start)
     if plan:
-        count = comparison.write_plan(experiment, factors, out, plan)
+        count = comparison.write_plan(experiment, factors, out, plan, tracker)
         say(f"{plural(count, 'run')} to train. Commands: {plan}")
         return
     if asked:
@@ -289,7 +293,7 @@ def compare(
     writing.refuse_others(report.places(out, bool(asked), formats))
     Kept(out / report.PAGE)  # refuses another's file, before anything is trained
     with Display(console(stderr=True)) as display:
-        study = compare(experiment, factors, out, jobs, display, lean=prune is not False)
+        study = compare(experiment, factors, out, jobs, display, lean=prune is not False, tracker=tracker)
     if study.results:
         with in_turn(out, lambda there: say(f"The page waits. {there}", error=True)):
             whole, left_out = comparison.with_others(study, out)

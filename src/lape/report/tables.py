@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 REACHED = f"epochs to {BASELINE}’s score"
+POSITIONS = "positions"  # heading: tables, and what tells positions otherwise
 NOT_TAKEN = "not taken"  # in the place of a number: a size of images
 Columns = dict[str, Callable[[SummaryRow], str]]
 
@@ -31,7 +32,7 @@ def columns(study: Study) -> Columns:
     """Return what a table for people shows of a row, by heading: names, the numbers that matter most, others."""
     return {
         "join": lambda row: str(row.way),
-        "table": lambda row: row.pe,
+        POSITIONS: lambda row: row.pe,
         f"{study.measure}, %": lambda row: words.percent(row.score),
         f"minus {BASELINE}": _difference,
         "95 % interval": lambda row: words.interval(row.difference) if row.difference else "–",
@@ -85,7 +86,7 @@ def _table(study: Study, shown: Columns, names: int) -> Table:
 def positions(study: Study) -> Table:
     """Return all positions beside the reference, the best first; nothing where joins alone are compared."""
     if not study.compares_positions:
-        return Table(["join", "table"], [], 2)
+        return Table(["join", POSITIONS], [], 2)
 
     def paired(row: SummaryRow) -> list[str]:
         if row.beside is None:
@@ -101,16 +102,18 @@ def positions(study: Study) -> Table:
     ]
     beside = f"minus {words.beside(study)}"
     score = f"{study.measure}, %"
-    return Table(["join", "table", score, beside, "95 % interval", "p (Holm)", "parameters", "time per step"], rows, 2)
+    return Table(
+        ["join", POSITIONS, score, beside, "95 % interval", "p (Holm)", "parameters", "time per step"], rows, 2
+    )
 
 
 def terminal(study: Study) -> "Group":
-    """Return question, table, findings and remarks for rich; a position table's name stands above its joins."""
+    """Return question, table, findings and remarks for rich; joins stand below the name of their positions."""
     from rich.console import Group
     from rich.text import Text
 
     numbers = columns(study)
-    for heading in ("join", "table", "seeds", "p (Holm)", REACHED):  # the findings say p
+    for heading in ("join", POSITIONS, "seeds", "p (Holm)", REACHED):  # the findings say p
         del numbers[heading]
     narrow: Columns = {
         heading: lambda row, cell=cell: cell(row).replace(" ± ", "±") for heading, cell in numbers.items()
@@ -135,12 +138,12 @@ def _terminal_of_sizes(study: Study) -> list[Any]:
         return [Text(words.about_marks(study)), Text(), across.terminal()]
     at_sizes = sizes(study)
     tight = Table(at_sizes.headings, [[cell.replace(" ± ", "±") for cell in row] for row in at_sizes.rows], 3)
-    return [Text(), tight.without("table", "seeds", "p (Holm)").terminal([row[2] for row in at_sizes.rows])]
+    return [Text(), tight.without(POSITIONS, "seeds", "p (Holm)").terminal([row[2] for row in at_sizes.rows])]
 
 
 def shapes(study: Study) -> Table:
     """Return the position correlation in numbers: the means over seeds, for each way and table that has them."""
-    headings = ["join", "table", "two-dimensionality", "half distance", "layer difference", "seeds"]
+    headings = ["join", POSITIONS, "two-dimensionality", "half distance", "layer difference", "seeds"]
     groups: dict[tuple[Way, str], list[RunAnalysis]] = {}
     for (way, pe, _), analysis in study.analyses.items():
         groups.setdefault((way, pe), []).append(analysis)
@@ -169,7 +172,7 @@ def weights(study: Study) -> Table:
         for pe, seeds in by_table.items()
         for name, of_seeds in zip(("λ1", "λ2", "λ3"), zip(*seeds, strict=True), strict=True)
     ]
-    return Table(["table", "weight", *(f"layer {layer}" for layer in range(1, layers + 1))], rows, names=2)
+    return Table([POSITIONS, "weight", *(f"layer {layer}" for layer in range(1, layers + 1))], rows, names=2)
 
 
 def sizes(study: Study) -> Table:
@@ -183,7 +186,7 @@ def sizes(study: Study) -> Table:
             for way in [row.way for row in study.rows if row.pe == pe]:
                 numbers = _at_a_size(by_way[way]) if way in by_way else [NOT_TAKEN, "–", "–", "–", "0"]
                 rows.append([here, str(way), pe, *numbers])
-    return Table(["size", "join", "table", measure, margin, "95 % interval", "p (Holm)", "seeds"], rows, names=3)
+    return Table(["size", "join", POSITIONS, measure, margin, "95 % interval", "p (Holm)", "seeds"], rows, names=3)
 
 
 def across_sizes(study: Study) -> Table:
@@ -205,7 +208,7 @@ def across_sizes(study: Study) -> Table:
         for row in sorted(study.rows, key=lambda row: -row.score.mean)
     ]
     trained = [f"{size} (trained)" if size in study.trained else str(size) for size in sizes]
-    return Table(["join", "table", *trained], rows if sizes else [], 2)
+    return Table(["join", POSITIONS, *trained], rows if sizes else [], 2)
 
 
 def _at_a_size(row: SummaryRow) -> list[str]:

@@ -96,9 +96,9 @@ MANY = 6  # names that a sentence does not list
 def question(study: Study) -> str:
     """Say in one sentence what was compared on what data."""
     base, seeds = study.experiment, len(study.seeds)
-    ways, tables = _counted("Join", study.ways, "ways of joining"), _counted("position table", study.pes)
+    ways, kinds = _counted("Join", study.ways, "ways of joining"), _counted("position embedding", study.pes)
     return (
-        f"{ways} compared on {base.data}{images(study)}: {base.model} with the {tables}, "
+        f"{ways} compared on {base.data}{images(study)}: {base.model} with the {kinds}, "
         f"{length(base)}, {plural(seeds, 'seed')}."
     )
 
@@ -153,10 +153,10 @@ def _data(contents: Any) -> str:
 
 
 def finding(row: SummaryRow, baseline: SummaryRow) -> str:
-    """Say how a row differs from the baseline of the same table, how sure that is, and in how many pairs."""
+    """Say how a row differs from the baseline with the same positions, how sure that is, and in how many pairs."""
     difference = row.difference
     assert difference is not None
-    lead = f"With the table {row.pe}, {row.way} {_beside(difference.mean)} {BASELINE}"
+    lead = f"With {row.pe} positions, {row.way} {_beside(difference.mean)} {BASELINE}"
     levels = f"{row.score.mean:.2f} % against {baseline.score.mean:.2f} %"
     if difference.verdict is Verdict.NONE:
         return f"{lead} ({levels}): {Verdict.NONE.value}, {difference.no_verdict}."
@@ -246,12 +246,12 @@ def findings(study: Study) -> Findings:
     gap = None
     if study.gaps:
         spans = [f"{gap.points:.2f} points for {gap.way} ({gap.worst} to {gap.best})" for gap in study.gaps]
-        gap = f"From the worst table to the best, mean {study.measure} rises by {listed(spans)}."
+        gap = f"From the worst positions to the best, mean {study.measure} rises by {listed(spans)}."
     return Findings(main, gap, _ranking(study), tuple(_remarks(study)))
 
 
 def left_out(some: LeftOut, what: str) -> list[str]:
-    """Say of which ways and tables something is missing, and why."""
+    """Say of which ways and positions something is missing, and why."""
     return [f"{what} {listed(f'{way} × {pe}' for way, pe in pairs)}. {reason}" for reason, pairs in some.items()]
 
 
@@ -270,7 +270,7 @@ def about_marks(study: Study) -> str:
 
 
 def not_taken(study: Study) -> list[str]:
-    """Say of which ways and tables there is no number at a size of images, and why."""
+    """Say of which ways and positions there is no number at a size of images, and why."""
     return [line for size in study.sizes for line in left_out(study.refused_at(size), f"Not taken at {size}:")]
 
 
@@ -313,7 +313,7 @@ def _remarks(study: Study) -> list[str]:
             )
         elif row.difference is None and row.way != BASELINE and BASELINE in study.ways:
             remarks.append(
-                f"{row.way} × {row.pe} has no run of {BASELINE} with the same table and seed: no difference."
+                f"{row.way} × {row.pe} has no run of {BASELINE} with the same positions and seed: no difference."
             )
     intervals = [row.difference for row in rows if row.difference is not None and row.difference.interval is not None]
     if len(intervals) > 1:
@@ -449,6 +449,6 @@ ABOUT_CLAIMS = (
     " in other hands. Intervals are Student’s, those of rank correlations Fisher’s; p is two-sided. There is no "
     "verdict where a run is at chance, where nothing varies, for fewer than three pairs, and where a change over the "
     "layers is no larger than one between seeds. Seeds to decide: with so many, a difference of this mean and spread "
-    "is significant four times in five. In other hands: Lee, Ham and Kim, AAAI 2025. The table that a claim is about "
-    "stands in brackets."
+    "is significant four times in five. In other hands: Lee, Ham and Kim, AAAI 2025. What positions a claim is "
+    "about stands in brackets."
 )

@@ -1,4 +1,4 @@
-"""Every combination of way of joining, position table and seed, trained side by side, each at most once per folder.
+"""Every combination of way of joining, position embedding and seed, trained side by side, each at most once per folder.
 
 Several processes may share a folder: each run is trained by the one that holds the lock of its folder.
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,7 @@ def compare(
     jobs: int | None = None,
     watch: Watch = Watch(),  # noqa: B008 (it holds nothing)
     lean: bool = True,
+    tracker: str | None = None,
 ) -> Study:
     """Train what is not finished yet under `out`/runs, going on where a run was cut off, and return all results.
 
@@ -198,7 +200,7 @@ def compare(
     and the cores allow. Several calls, also on other machines, may share `out`: each run is trained by one of them, and
     what another still works on at the end is told in `elsewhere`. A run that fails is told in `failures` and costs no
     other run. Ctrl-C and SIGTERM leave everything so that the same call goes on. With `lean` a finished run keeps of
-    its last checkpoint what evaluation needs, and no more.
+    its last checkpoint what evaluation needs, and no more. A `tracker` (`lape.training.trackers`) is told of every run.
 
     Raises UsageError for a request that cannot be met, and for a finished run of other data; RunError for a
     `result.json` that cannot be read; Stopped after SIGTERM.
@@ -213,7 +215,7 @@ def compare(
     watch.begins(list(results), [plan.combination for plan in queue.waiting], places.most)
     # A signal may be heard in `watch` too: the processes end at once, not when the iterator is collected.
     stopped = stopped_by_sigterm("Stopped. The same command goes on from here.")
-    work = _train_lean if lean else _train
+    work = partial(_train, lean=lean, tracker=tracker)
     with stopped, closing(side_by_side(work, queue, places, threads)) as events:
         for event in events:
             combination = event.task.combination
@@ -264,7 +266,7 @@ def _prepared(base: Experiment, factors: Factors, out: Path) -> tuple[list[Plan]
     return todo, left_out, source, contents(source)
 
 
-def write_plan(base: Experiment, factors: Factors, out: Path, file: Path) -> int:
+def write_plan(base: Experiment, factors: Factors, out: Path, file: Path, tracker: str | None = None) -> int:
     """Write the commands of all unfinished runs that nobody works on into a file, one a line; return their number.
 
     Each run's settings are put into its folder, from which its command takes them. Raises as `compare` does before it
@@ -282,14 +284,15 @@ def write_plan(base: Experiment, factors: Factors, out: Path, file: Path) -> int
             with suppress(Occupied), working_in(plan.folder):
                 claim(plan.folder, plan.experiment, resume=True)
                 writing.write_json(plan.folder / SETTINGS, plan.experiment.settings())
-                commands.append(shlex.join(_command(plan)))
+                commands.append(shlex.join(_command(plan, tracker)))
     writing.write_marked({file: "".join(f"{line}\n" for line in (*commands, f"# {writing.MARK}"))})
     return len(commands)
 
 
-def _command(plan: Plan) -> list[str]:
-    """Return the words that train a run by itself; what a folder's settings would have opened is said again."""
+def _command(plan: Plan, tracker: str | None) -> list[str]:
+    """Return the words that train a run by itself; what a folder's settings do not decide is said again."""
     settings = {name: getattr(plan.experiment, name) for name in ("weights", "teacher", "teacher_weights")}
+    settings["tracker"] = tracker
     opened = [word for name, value in settings.items() if value for word in (f"--{name}", str(value))]
     return ["lape", "train", "--resume", "--out", str(plan.folder), *opened]
 
@@ -349,14 +352,13 @@ def _places(jobs: int | None, base: Experiment, source: Any, runs: int) -> tuple
     return places, max(1, cores // max(1, min(places.most, runs)))
 
 
-def _train(plan: Plan, tell: Callable[[tuple["Progress", Memory | None]], None], lean: bool = False) -> None:
+def _train(
+    plan: Plan, tell: Callable[[tuple["Progress", Memory | None]], None], lean: bool, tracker: str | None
+) -> None:
     from lape.training.loop import train
+    from lape.training.trackers import tracker_of
 
     def report(progress: "Progress") -> None:
         tell((progress, memory()))
 
-    train(plan.experiment, plan.folder, resume=True, report=report, lean=lean)
-
-
-def _train_lean(plan: Plan, tell: Callable[[tuple["Progress", Memory | None]], None]) -> None:
-    _train(plan, tell, lean=True)
+    train(plan.experiment, plan.folder, resume=True, report=report, lean=lean, tracker=tracker_of(tracker))

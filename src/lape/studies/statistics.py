@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """What a comparison varies: the way of joining, the position table, the seed."""
+    """What a comparison varies: the way of joining, the position embedding, the seed."""
 
     way: Way
     pe: str
@@ -246,7 +246,7 @@ class SummaryRow:
     third: Sample
     parameters: int
     seconds_per_step: float  # median over the runs
-    difference: Difference | None  # to the baseline with the same table; None for itself, and where there is no pair
+    difference: Difference | None  # to the baseline with the same positions; None for itself, or without a pair
     beside: Difference | None = None  # to the study's reference; None for itself, and where there is no pair
     reached: tuple[int | None, ...] = ()  # epochs, by seed, until what the baseline ends with; None for never
 

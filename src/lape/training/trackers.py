@@ -133,7 +133,7 @@ def tracker_of(name: str | None) -> Tracker | None:
     if name is None:
         return None
     tracker = choose(TRACKERS, name, "a tracker")
-    require(f"lape train --tracker {name}", tracker.package)
+    require(f"--tracker {name}", tracker.package)
     return tracker()
 
 
