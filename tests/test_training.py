@@ -316,7 +316,7 @@ def test_other_ways_to_train(tmp_path, changed):
         ({"batch_size": 399, "accumulate": 2}, "must divide"),
         ({"batch_size": 401, "mixup": 0.8}, "401 is odd"),
         ({"warmup_epochs": 3.0}, "it is 3 of 2 epochs: lower warmup_epochs"),
-        ({"precision": "15"}, "Fabric does not take"),
+        ({"precision": "15"}, "'15' is not a precision"),
         ({"precision": "transformer-engine"}, "Fabric does not take .*not met"),
         ({"accelerator": "abacus"}, "Fabric does not take"),
     ],
