@@ -11,12 +11,12 @@ images (a set of 4,000); with augmentation it still rises after 600,000, for whi
 3. Ways with a class token are held against the default join with a class token, ways that pool against the default
    join that pools; differences are paired by seed, with Holm's correction for all of them.
 
-What is finished is kept: the same command goes on, one seed of every way after the other.
+What is finished is kept: the same command goes on.
 
 python benchmarks/to_the_end.py --runs runs/to-the-end --out benchmarks/results/to-the-end
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from turns import file
 from lape.experiment import Experiment
 from lape.report.progress import Display
 from lape.studies.comparison import Factors, compare
-from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow, corrected, rows
+from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow, Way, corrected, rows
 
 PATCHES = {"patch_size": 7}
 HEADS = {"class token": PATCHES, "pooling": PATCHES | {"class_token": False, "global_pool": "avg", "fc_norm": False}}
@@ -61,18 +61,18 @@ SUBJECTS = (
 
 
 def trained(
-    base: Experiment, rates: dict[Subject, float], seed: int, folder: Path, jobs: int
-) -> dict[Subject, FinishedRun]:
-    """Train what is not finished of one seed, and return the runs."""
-    runs: dict[Subject, FinishedRun] = {}
+    base: Experiment, rates: dict[Subject, float], seeds: Sequence[int], folder: Path, jobs: int
+) -> dict[Subject, list[FinishedRun]]:
+    """Train what is not finished, and return the runs."""
+    runs: dict[Subject, list[FinishedRun]] = {}
     for head, rate, pe in dict.fromkeys((one.head, rate, one.pe) for one, rate in rates.items()):
         some = [one for one in rates if (one.head, rates[one], one.pe) == (head, rate, pe)]
         experiment = replace(base, model_args=HEADS[head], lr=rate)
         with Display(Console(stderr=True)) as display:
-            study = compare(experiment, Factors([one.join for one in some], [pe], [seed]), folder, jobs, display)
+            study = compare(experiment, Factors([one.join for one in some], [pe], seeds), folder, jobs, display)
         study.raise_missing()
-        by_join = {one.way.join: result.run for one, result in study.results.items()}
-        runs |= {one: by_join[one.join] for one in some}
+        for one in some:
+            runs[one] = [result.run for result in study.of(Way(one.join), pe).values()]
     return runs
 
 
@@ -81,7 +81,7 @@ def tuned(folder: Path, jobs: int) -> dict[Subject, dict[float, float]]:
     short = replace(BASE, epochs=BASE.epochs // 3)
     scores: dict[Subject, dict[float, float]] = {one: {} for one in SUBJECTS}
     for rate in RATES:
-        for one, run in trained(short, dict.fromkeys(SUBJECTS, rate), SEED_FOR_RATES, folder, jobs).items():
+        for one, (run,) in trained(short, dict.fromkeys(SUBJECTS, rate), [SEED_FOR_RATES], folder, jobs).items():
             scores[one][rate] = run.score
     return scores
 
@@ -111,10 +111,7 @@ def main(runs: Path = Path("runs/to-the-end"), out: Path | None = None, seeds: i
     """
     scores = tuned(runs / "rates", jobs)
     rates = {one: max(sorted(by_rate), key=by_rate.__getitem__) for one, by_rate in scores.items()}
-    finished: dict[Subject, list[FinishedRun]] = {one: [] for one in SUBJECTS}
-    for seed in range(seeds):
-        for one, run in trained(BASE, rates, seed, runs / "compared", jobs).items():
-            finished[one].append(run)
+    finished = trained(BASE, rates, range(seeds), runs / "compared", jobs)
     headings = ["head, join", "rate", "after a third", "after two", "at the end, %", "last third"]
     headings += ["minus default", "95 % interval", "p (Holm)", "epochs to default’s end"]
     table = [headings]
