@@ -158,6 +158,15 @@ def test_an_analysis_is_that_of_the_trained_model(runs):
     assert [sum(layer) for layer in zip(*default.weights, strict=True)] == pytest.approx([1.0, 1.0])
 
 
+def test_a_rotation_alone_has_a_correlation_and_nothing_to_decompose(tmp_path):
+    train(replace(TINY, join="default", pe="rope-axial"), tmp_path / "runs")
+    (study,) = gather([tmp_path / "runs"]).studies
+    found = analysed(study, Kept(tmp_path / "page.html"))
+    assert not found.not_analysed
+    (analysis,) = found.analyses.values()
+    assert analysis.weights is None
+
+
 def test_an_analysis_is_kept_until_its_checkpoint_changes(runs, monkeypatch):
     (study,) = gather([runs]).studies
     first = analysed(study, Kept(runs / "page.html")).analyses

@@ -17,7 +17,7 @@ from lape.data.sources import Source, set_of
 from lape.errors import RunError, UsageError
 from lape.experiment import Experiment
 from lape.files import reading, writing
-from lape.studies.statistics import Way
+from lape.studies.statistics import Combination, Way
 from lape.studies.study import Numbers, Result, RunAnalysis, Study
 from lape.surgery.operation import positions
 from lape.training.checkpoints import LAST
@@ -50,7 +50,7 @@ def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None
     for combination, result in study.results.items():
         try:
             analyses[combination] = analysis = kept.of(result) or kept.keep(result, _analysis(result))
-            if analysis.weights is None and not _normed(combination.way):
+            if analysis.weights is None and _meets_tokens(combination):
                 analyses[combination] = kept.keep(result, replace(analysis, weights=_weights(result, images)))
         except (UsageError, RunError, OSError) as error:  # a name in settings may be none for the disk
             reasons.setdefault(str(error), {})[combination.way, combination.pe] = None
@@ -58,10 +58,12 @@ def analysed(study: Study, kept: "Kept", tell: Callable[[], None] = lambda: None
     return replace(study, analyses=analyses, not_analysed={why: tuple(some) for why, some in reasons.items()})
 
 
-def _normed(way: Way) -> bool:
-    from lape.method import JOINS
+def _meets_tokens(combination: Combination) -> bool:
+    """Say whether a table and tokens go through one norm, which equation 6 takes apart."""
+    from lape.method import scheme
 
-    return JOINS[way.join].normed
+    asked = scheme(*combination.names)  # pyright: ignore[reportArgumentType]  # a run names its pe
+    return asked.embedding.table is not None and not asked.join.normed
 
 
 def _analysis(result: Result) -> RunAnalysis:
