@@ -32,6 +32,7 @@ from rich.console import Console
 from scipy.stats import t
 
 from lape.experiment import Experiment
+from lape.report import words
 from lape.report.progress import Display
 from lape.report.table import Table
 from lape.studies.comparison import Factors, compare
@@ -119,8 +120,8 @@ def main(runs: Path = Path("runs/first-job"), out: Path | None = None, seeds: in
     cells = [
         [
             *(str(one["batch_size"]), f"{one['lr']:g}", str(one["epochs"]), f"{one['ema']:g}" if one["ema"] else "–"),
-            "{0.mean:.2f} ± {0.std:.2f}".format(Sample.of(one["scores"])),
-            f"{one['rise']:+.2f}" + ("" if one["trained"] else " (still learning)"),
+            words.percent(Sample.of(one["scores"])),
+            words.signed(one["rise"]) + ("" if one["trained"] else " (still learning)"),
             *(f"{one['seconds']:.1f}", str(one["tables"]), str(one["seeds"]), f"{one['half_width']:.2f}"),
         ]
         for one in ranked

@@ -26,6 +26,7 @@ from rich.console import Console
 from turns import file
 
 from lape.experiment import Experiment
+from lape.report import words
 from lape.report.progress import Display
 from lape.studies.comparison import Factors, compare
 from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow, Way, corrected, rows
@@ -119,16 +120,12 @@ def main(runs: Path = Path("runs/to-the-end"), out: Path | None = None, seeds: i
     for one, (difference, row) in compared(finished).items():
         thirds = at_thirds(finished[one])
         rise = thirds[2].mean - thirds[1].mean
-        ended = f"{thirds[2].mean:.2f} ± {thirds[2].std or 0:.2f}"
         still = "" if rise < STILL_LEARNING else " (still learning)"
         told = ["–", "–", "–"]
-        if difference is not None and difference.interval is not None and difference.p is not None:
-            low, high = difference.interval
-            p = f"{difference.p:.3f} ({difference.p_holm:.3f})"
-            told = [f"{difference.mean:+.2f}", f"{low:+.2f} to {high:+.2f}", p]
-        epochs = ", ".join("never" if epoch is None else str(epoch) for epoch in row.reached) or "–"
-        start = [str(one), f"{rates[one]:g}", f"{thirds[0].mean:.2f}", f"{thirds[1].mean:.2f}", ended]
-        table.append([*start, f"{rise:+.2f}{still}", *told, epochs])
+        if difference is not None:
+            told = [words.signed(difference.mean), words.interval(difference), words.probabilities(difference)]
+        start = [str(one), f"{rates[one]:g}", f"{thirds[0].mean:.2f}", f"{thirds[1].mean:.2f}"]
+        table.append([*start, words.percent(thirds[2]), words.signed(rise) + still, *told, words.reached(row)])
         content.append(
             {
                 "head": one.head, "join": one.join, "pe": one.pe, "rate": rates[one], "by_rate": scores[one],

@@ -317,6 +317,8 @@ def test_other_ways_to_train(tmp_path, changed):
         ({"batch_size": 401, "mixup": 0.8}, "401 is odd"),
         ({"warmup_epochs": 3.0}, "it is 3 of 2 epochs: lower warmup_epochs"),
         ({"precision": "15"}, "'15' is not a precision"),
+        ({"precision": "32-true+16-mixed"}, "is not a precision"),
+        ({"remode": "const:x"}, "'const:x' is not a filling"),
         ({"precision": "transformer-engine"}, "Fabric does not take .*not met"),
         ({"accelerator": "abacus"}, "Fabric does not take"),
     ],

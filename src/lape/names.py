@@ -48,25 +48,27 @@ class SchemeNames(NamedTuple):
 
 
 class Names(NamedTuple):
-    """The names of a fixed table, and what one of them is, with its article."""
+    """The names of a fixed table, and what one of them is, with its article; with `sums` they may be added."""
 
     what: str
     names: tuple[str, ...]
+    sums: bool = False
 
     def refuse_other(self, name: str) -> None:
         """Raise UsageError, with the nearest that there is, for a name of which a part is not in the table.
 
         Parts of a sum have + between them, and options behind colons, which are not looked at.
         """
-        for part in name.split("+"):
-            choose(dict.fromkeys(self.names), part.partition(":")[0], self.what)
+        parts = [part.partition(":")[0] for part in name.split("+")] if self.sums else [name]
+        for part in parts:
+            choose(dict.fromkeys(self.names), part, self.what)
 
 
 # By the option of the command line that takes one, or several.
 CHOICES: Mapping[str, Names] = {
     "join": Names("a join", JOINS),
     "joins": Names("a join", JOINS),
-    "pe": Names("a position embedding (pe)", get_args(PositionEmbeddingName)),
+    "pe": Names("a position embedding (pe)", get_args(PositionEmbeddingName), sums=True),
     "pe_norm": Names("a PE norm (pe_norm)", get_args(PositionNormName)),
     "start": Names("a start", get_args(StartName)),
     "schedule": Names("a schedule", ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")),
