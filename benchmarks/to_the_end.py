@@ -16,6 +16,7 @@ What is finished is kept: the same command goes on.
 python benchmarks/to_the_end.py --runs runs/to-the-end --out benchmarks/results/to-the-end
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from lape.report import words
 from lape.report.progress import Display
 from lape.studies.comparison import Factors, compare
 from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow, Way, corrected, rows
+from lape.studies.study import Result
 
 PATCHES = {"patch_size": 7}
 HEADS = {"class token": PATCHES, "pooling": PATCHES | {"class_token": False, "global_pool": "avg", "fc_norm": False}}
@@ -63,9 +65,9 @@ SUBJECTS = (
 
 def trained(
     base: Experiment, rates: dict[Subject, float], seeds: Sequence[int], folder: Path, jobs: int
-) -> dict[Subject, list[FinishedRun]]:
-    """Train what is not finished, and return the runs."""
-    runs: dict[Subject, list[FinishedRun]] = {}
+) -> dict[Subject, list[Result]]:
+    """Train what is not finished, and return the results."""
+    results: dict[Subject, list[Result]] = {}
     for head, rate, pe in dict.fromkeys((one.head, rate, one.pe) for one, rate in rates.items()):
         some = [one for one in rates if (one.head, rates[one], one.pe) == (head, rate, pe)]
         experiment = replace(base, model_args=HEADS[head], lr=rate)
@@ -73,8 +75,8 @@ def trained(
             study = compare(experiment, Factors([one.join for one in some], [pe], seeds), folder, jobs, display)
         study.raise_missing()
         for one in some:
-            runs[one] = [result.run for result in study.of(Way(one.join), pe).values()]
-    return runs
+            results[one] = [*study.of(Way(one.join), pe).values()]
+    return results
 
 
 def tuned(folder: Path, jobs: int) -> dict[Subject, dict[float, float]]:
@@ -82,8 +84,8 @@ def tuned(folder: Path, jobs: int) -> dict[Subject, dict[float, float]]:
     short = replace(BASE, epochs=BASE.epochs // 3)
     scores: dict[Subject, dict[float, float]] = {one: {} for one in SUBJECTS}
     for rate in RATES:
-        for one, (run,) in trained(short, dict.fromkeys(SUBJECTS, rate), [SEED_FOR_RATES], folder, jobs).items():
-            scores[one][rate] = run.score
+        for one, (result,) in trained(short, dict.fromkeys(SUBJECTS, rate), [SEED_FOR_RATES], folder, jobs).items():
+            scores[one][rate] = result.run.score
     return scores
 
 
@@ -101,7 +103,18 @@ def at_thirds(runs: Iterable[FinishedRun]) -> list[Sample]:
     return [Sample.of([run.curve[round(last * third / 3) - 1].score for run in runs]) for third in (1, 2, 3)]
 
 
-def main(runs: Path = Path("runs/to-the-end"), out: Path | None = None, seeds: int = 5, jobs: int = 2) -> None:
+def best(scores: dict[Subject, dict[float, float]]) -> dict[Subject, float]:
+    """Return the rate of the best accuracy, the lower one of two that are equal."""
+    return {one: max(sorted(by_rate), key=by_rate.__getitem__) for one, by_rate in scores.items()}
+
+
+def main(
+    runs: Path = Path("runs/to-the-end"),
+    out: Path | None = None,
+    seeds: int = 5,
+    jobs: int = 2,
+    accelerator: str = BASE.accelerator,
+) -> None:
     """Train what is not finished, and print what came out
 
     Args:
@@ -109,10 +122,13 @@ def main(runs: Path = Path("runs/to-the-end"), out: Path | None = None, seeds: i
         out: Folder for table.md and table.json.
         seeds: How many.
         jobs: Runs at once.
+        accelerator: What computes; what another has computed already is kept.
     """
     scores = tuned(runs / "rates", jobs)
-    rates = {one: max(sorted(by_rate), key=by_rate.__getitem__) for one, by_rate in scores.items()}
-    finished = trained(BASE, rates, range(seeds), runs / "compared", jobs)
+    rates = best(scores)
+    base = replace(BASE, accelerator=accelerator)
+    results = trained(base, rates, range(seeds), runs / "compared", jobs)
+    finished = {one: [result.run for result in some] for one, some in results.items()}
     headings = ["head, join", "rate", "after a third", "after two", "at the end, %", "last third"]
     headings += ["minus default", "95 % interval", "p (Holm)", "epochs to default’s end"]
     table = [headings]
@@ -134,8 +150,10 @@ def main(runs: Path = Path("runs/to-the-end"), out: Path | None = None, seeds: i
                 "p": difference and difference.p, "p_holm": difference and difference.p_holm, "epochs": row.reached,
             }
         )  # fmt: skip
+    machines = Counter(result.record["machine"] for some in results.values() for result in some)
     said = (
-        f"{BASE.train_images:,} images of Fashion-MNIST, {BASE.epochs} epochs, {seeds} seeds, tested on 10,000 images."
+        f"{BASE.train_images:,} images of Fashion-MNIST, {BASE.epochs} epochs, {seeds} seeds, tested on 10,000 images. "
+        f"Trained on: {'; '.join(f'{machine} ({count} runs)' for machine, count in machines.items())}."
     )
     file(out, table, said, ways=content)
 
