@@ -164,13 +164,13 @@ class Optimisation:
         seed: Decides initial weights, order and augmentation.
     """
 
-    epochs: int = 30
+    epochs: int = 60
     steps: int | None = None
     cooldown_epochs: int = 0
-    batch_size: int = 32
+    batch_size: int = 64
     accumulate: int = 1
     optimizer: str = "adamw"
-    lr: float = 3e-3
+    lr: float = 4e-3
     lr_batch: int | None = None
     scale_lr_ends: bool = False
     weight_decay: float = 0.3

@@ -230,7 +230,7 @@ def predict(
 def compare(
     experiment: Experiment,
     joins: list[str] = ["default", "lape"],  # noqa: B006 (only read)
-    pe: list[str] = ["learnable", "sinusoidal-1d"],  # noqa: B006
+    pe: list[str] = ["learnable"],  # noqa: B006
     pe_norm: list[str] = ["layernorm"],  # noqa: B006
     start: list[str] = ["fresh"],  # noqa: B006
     seeds: list[int] | None = None,
@@ -250,7 +250,7 @@ def compare(
         pe: Position embeddings, as lape train --pe takes them: learnable, rope-mixed, learnable+alibi-2d.
         pe_norm: PE norms of the joins that have them: layernorm, and what stands in its place in Table 8.
         start: Starts of the joins that have PE norms, among fresh, preserve.
-        seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves; default: 3.
+        seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves; default: 4.
         seed_list: The seeds themselves, as 7 for this one alone; default: as seeds says.
         out: Folder of the report and the runs; finished runs in it are kept, and those of the same settings are on the
             page. Several calls may share it, also from several machines: each run is trained by one of them.
