@@ -310,17 +310,22 @@ def contenders(name: str) -> dict[str, Callable[[], Any]]:
     def untouched() -> Any:
         return lape.remove(lape.create_model(name, join="default"))
 
+    def joined() -> Any:
+        return lape.create_model(name, join="lape")
+
     def folded() -> Any:
-        return lape.fold(lape.create_model(name, join="lape").eval())
+        return lape.fold(joined().eval())
 
     return {
         "timm": untouched,
         "again": untouched,
         "default": lambda: lape.create_model(name, join="default"),
-        "lape": lambda: lape.create_model(name, join="lape"),
-        "lape, norm and sum apart": lambda: lape.set_fused(lape.create_model(name, join="lape"), False),
+        "lape": joined,
+        "lape, one kernel": lambda: lape.set_fused(joined()),
+        "lape, apart": lambda: lape.set_fused(joined(), False),
         "folded": folded,
-        "folded, norm and sum apart": lambda: lape.set_fused(folded(), False),
+        "folded, one kernel": lambda: lape.set_fused(folded()),
+        "folded, apart": lambda: lape.set_fused(folded(), False),
     }
 
 
@@ -342,7 +347,7 @@ def speed(place: Place, compiled: bool = False) -> Iterator[Result]:
     for name in names[:1] if compiled else names:
         made = {key: make().to(place.device) for key, make in contenders(name).items()}
         if compiled:
-            made = {key: model for key, model in made.items() if "apart" not in key}  # the compiler fuses by itself
+            made = {key: model for key, model in made.items() if "," not in key}  # the compiler fuses by itself
         called = {key: torch.compile(model) if compiled else model for key, model in made.items()}
         x, y = batch_for(made["timm"], batch, place)
 
@@ -664,12 +669,31 @@ def write_table(out: Path, outcomes: Sequence[str]) -> None:
     for name, each in results.items():
         rows = [result for result in each if "law" not in result]
         if rows:
-            lines += ["", f"## {name}", "", "| | |", "| --- | --- |"]
+            lines += ["", f"## {name}", ""]
+        if rows and "beside timm" in rows[0]:
+            lines += steps(rows)
+            continue
+        if rows:
+            lines += ["| | |", "| --- | --- |"]
         for row in rows:
             (_, first), *others = row.items()
             cells = "<br>".join(f"{key}: {_short(value)}" for key, value in others)
             lines.append(f"| {_short(first)} | {cells} |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def steps(rows: Sequence[Result]) -> list[str]:
+    """A table of steps: milliseconds of timm's model, and how many times as long the others take."""
+    names = list(dict.fromkeys(name for row in rows for name in row["beside timm"]))
+    headings = ["model, batch, step", "timm, ms", "images a second", *names[1:]]
+    lines = [f"| {' | '.join(headings)} |", f"| --- |{' ---: |' * (len(headings) - 1)}"]
+    for row in rows:
+        beside = row["beside timm"]
+        cells = [f"{row['model']}, {row['batch']}, {row['step']}", f"{row['timm, ms']:.2f}"]
+        cells.append(f"{row['images a second']:,.0f}")
+        cells += [f"{beside[name]:.3f}" if name in beside else "–" for name in names[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _short(value: Any) -> str:

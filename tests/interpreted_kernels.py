@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import lape
-from lape.errors import UsageError
 from lape.surgery import kernels
 from lape.surgery.operation import positions
 
@@ -126,16 +125,19 @@ def test_without_eps_what_is_outside_of_the_tokens_adds_nothing_to_the_sums() ->
     assert all(one.grad.isfinite().all() for one in inputs)
 
 
-def test_it_is_an_operator_like_others_and_has_no_gradient_of_gradients() -> None:
-    inputs = [one.requires_grad_() for one in drawn((3, 2, 8), torch.float32, torch.float32)]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels.layer_norm_plus, (*inputs, 1e-6, torch.float16), test_utils=checks)
-    gradient = torch.randn(3, 2, 8)
-    torch.library.opcheck(kernels.layer_norm_plus_backward, (gradient, *inputs[:2], 1e-6), test_utils=checks)
-    output = kernels.layer_norm_plus(*inputs, 1e-6, torch.float32)
-    (first,) = torch.autograd.grad(output.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(UsageError, match=r"gradient of gradients .*lape\.set_fused\(model, False\)"):
-        first.sum().backward()
+@pytest.mark.parametrize("which", [(0, 1, 2, 3), (0,), (1, 3)], ids=str)
+def test_gradients_of_gradients_are_those_of_norm_and_sum(which: tuple[int, ...]) -> None:
+    inputs = drawn((3, 2, 8), torch.float32, torch.float32)
+    doubles = [one.double() for one in inputs]
+    results = []
+    for given, normed in ((inputs, kernels.layer_norm_plus), (doubles, lambda *of: exact(*of[:4]))):
+        learns = [given[number].requires_grad_() for number in which]
+        output = normed(*given, 1e-6, torch.float32)
+        weight = torch.arange(48.0).view(3, 2, 8).sin().to(output.dtype)
+        first = torch.autograd.grad((weight * output.square()).sum(), learns, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(one.square().sum() for one in first), learns)])
+    for found, right in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
 
 
 # --- In a model
@@ -157,7 +159,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 def on_cpu(model: nn.Module) -> nn.Module:
     """Force the kernel on: tests have no GPU."""
-    positions(model).fused_on = ("cpu",)
+    positions(lape.set_fused(model)).fused_on = ("cpu",)
     return model
 
 
@@ -287,6 +289,14 @@ def test_what_it_is_not_for_takes_the_plain_path(change: Any, calls: list[torch.
     expected = lape.set_fused(model, False)(x)
     assert torch.equal(on_cpu(model)(x), expected)
     assert calls == []
+
+
+def test_by_itself_it_is_for_wide_tokens(calls: list[torch.dtype]) -> None:
+    for width, count in ((360, 0), (384, 2)):
+        model = lape.apply(host(embed_dim=width)).eval()
+        positions(model).fused_on = ("cpu",)
+        model(images(model))
+        assert len(calls) == count
 
 
 def test_positions_of_each_image_take_the_plain_path(calls: list[torch.dtype]) -> None:

@@ -40,6 +40,7 @@ def test_it_is_switched_off_and_on_for_a_model() -> None:
     assert lape.set_fused(model, False) is model
     assert positions(model).fused_on == ()
     assert positions(lape.set_fused(model)).fused_on == ("cuda",)
+    assert positions(model).fused_from == 1
     with pytest.raises(UsageError, match="No join is applied"):
         lape.set_fused(host())
 

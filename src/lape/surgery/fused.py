@@ -21,12 +21,14 @@ from lape.hosts import class_name
 DEVICES: tuple[str, ...] = ("cuda",)  # the types of devices whose tokens are normed so
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNELS = 8192  # that a program holds of a token, at most
+WIDE = 384  # channels from which on it was faster on an H100; with fewer the host was slower than the card
 
 
 class Fusing(Protocol):
     """The positions of a model, as far as they say where its norms add positions by themselves."""
 
-    fused_on: tuple[str, ...]
+    fused_on: tuple[str, ...]  # types of devices
+    fused_from: int  # channels
 
 
 class Joined:
@@ -66,8 +68,8 @@ class Joined:
         return F.layer_norm(tokens, shape, weight, bias, eps).add_(position)
 
 
-def fits(norm: Any, tokens: Tensor, position: Tensor) -> bool:
-    """Return whether one kernel computes what a norm and a sum with a position (1, ..., D) would."""
+def fits(norm: Any, tokens: Tensor, position: Tensor, fewest: int) -> bool:
+    """Return whether one kernel computes what a norm and a sum with a position (1, ..., D) would, from `fewest` on."""
     if _transformed() or not _layer_norm(norm):
         return False
     tensors = tokens, norm.weight, norm.bias, position
@@ -78,12 +80,12 @@ def fits(norm: Any, tokens: Tensor, position: Tensor) -> bool:
         and position.shape == (1, *tokens.shape[1:])
         and norm.normalized_shape == tokens.shape[-1:]
         and tokens.numel() > 0
-        and tokens.shape[-1] <= CHANNELS
+        and fewest <= tokens.shape[-1] <= CHANNELS
     )
 
 
 def _transformed() -> bool:
-    """Return whether a function is traced or differentiated in a way in which an operator needs rules of its own."""
+    """Return whether a function is traced or differentiated in a way in which a kernel needs rules of its own."""
     tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return tracing or functorch.maybe_current_level() is not None or forward_ad._current_level >= 0

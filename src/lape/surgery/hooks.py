@@ -241,7 +241,10 @@ class BlockHooks:
         if any(_of(hook) is not self for hook in observers(norm)) or self.positions.tokens_axis(tokens) != 1:
             return None
         attention = self._taken(tokens).attention
-        if attention is None or not fits(norm, tokens, attention := self._laid_out(attention, tokens)):
+        if attention is None:
+            return None
+        attention = self._laid_out(attention, tokens)
+        if not fits(norm, tokens, attention, self.positions.fused_from):
             return None
         return Joined(tokens, attention, self.positions)
 

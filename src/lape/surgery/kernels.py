@@ -20,12 +20,10 @@ Nothing here is imported before the first tokens come that lie on a GPU: see `la
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
-
-from lape.errors import UsageError
 
 TILE = 2048  # channels of tokens that a program holds at a time: 16 in each of 128 threads
 PROGRAMS = 1024  # of a backward pass, at least, where there is so much to do: a few for each unit of a large GPU
@@ -95,7 +93,7 @@ def backward_kernel(
     tl.store(sums + parts * count * channels + at, tl.sum(sum_of_gx, axis=0), mask=known)
 
 
-def tile_of(tokens: Tensor) -> dict[str, int]:
+def tile_of(tokens: Tensor) -> dict[str, Any]:
     """Return how many samples and channels of tokens (B, N, D) a program holds, and how it is compiled."""
     width = triton.next_power_of_2(tokens.shape[2])
     samples = min(max(TILE // width, 1), triton.next_power_of_2(tokens.shape[0]))
@@ -103,16 +101,14 @@ def tile_of(tokens: Tensor) -> dict[str, int]:
     return {"SAMPLES": samples, "WIDTH": width, "num_warps": max(4, width // 512), "enable_fp_fusion": True}
 
 
-@triton_op("lape::layer_norm_plus", mutates_args=())
-def layer_norm_plus(
-    tokens: Tensor, gain: Tensor, shift: Tensor, position: Tensor, eps: float, dtype: torch.dtype
-) -> Tensor:
-    """Return LN(x) + p, contiguous, of a dtype, for tokens x (B, N, D) on any strides and positions p (N, D)."""
+def summed(tokens: Tensor, gain: Tensor, shift: Tensor, position: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return y, contiguous."""
     samples, count, channels = tokens.shape
     output = torch.empty((samples, count, channels), dtype=dtype, device=tokens.device)
     tile = tile_of(tokens)
+    launch: Any = forward_kernel[(count * triton.cdiv(samples, tile["SAMPLES"]),)]
     with torch.cuda.device_of(tokens):  # Triton launches on the device that is set
-        wrap_triton(forward_kernel)[(count * triton.cdiv(samples, tile["SAMPLES"]),)](
+        launch(
             *(tokens, gain.contiguous(), shift.contiguous(), position.contiguous(), output),
             *(samples, count, channels, eps),
             *tokens.stride(),
@@ -121,9 +117,8 @@ def layer_norm_plus(
     return output
 
 
-@triton_op("lape::layer_norm_plus_backward", mutates_args=())
-def layer_norm_plus_backward(gradient: Tensor, tokens: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ∂x as x lies, and the sums over samples of g and of g ⊙ x̂, (2, N, D) in float32."""
+def gradients(gradient: Tensor, tokens: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ∂x as x lies, and ∂γ, ∂β and ∂p in float32."""
     samples, count, channels = tokens.shape
     tile = tile_of(tokens)
     needed = triton.cdiv(samples, tile["SAMPLES"])
@@ -131,8 +126,9 @@ def layer_norm_plus_backward(gradient: Tensor, tokens: Tensor, gain: Tensor, eps
     parts = triton.cdiv(needed, tiles)
     of_tokens = torch.empty_like(tokens)
     sums = torch.empty((2, parts, count, channels), dtype=torch.float32, device=tokens.device)
+    launch: Any = backward_kernel[(count * parts,)]
     with torch.cuda.device_of(tokens):
-        wrap_triton(backward_kernel)[(count * parts,)](
+        launch(
             *(gradient, tokens, gain.contiguous(), of_tokens, sums),
             *(samples, count, channels, eps, tiles, parts),
             *gradient.stride(),
@@ -140,38 +136,39 @@ def layer_norm_plus_backward(gradient: Tensor, tokens: Tensor, gain: Tensor, eps
             *of_tokens.stride(),
             **tile,
         )
-    return of_tokens, sums.sum(1)
+    by_token = sums.sum(1)  # few launches: for small models the host is slower than the card
+    of_shift, of_gain = by_token.sum(1)
+    return of_tokens, of_gain, of_shift, by_token[0]
 
 
-@torch.library.register_fake("lape::layer_norm_plus")
-def _(tokens: Tensor, gain: Tensor, shift: Tensor, position: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
+class LayerNormPlus(torch.autograd.Function):
+    """y with its gradients. It is no operator of `torch.library`, which the host takes three times as long to call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, gain: Tensor, shift: Tensor, position: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(tokens, gain, shift, position)
+        ctx.eps = eps
+        return summed(tokens, gain, shift, position, eps, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of gradients: by operators that have one
+            learns = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            tokens, gain, shift, position = (one.float() for one in inputs)
+            output = (F.layer_norm(tokens, gain.shape, gain, shift, ctx.eps) + position).to(gradient.dtype)
+            found = iter(torch.autograd.grad(output, learns, gradient, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None
+        found = gradients(gradient, inputs[0], inputs[1], ctx.eps)
+        return *(part.to(one.dtype) for part, one in zip(found, inputs, strict=True)), None, None
 
 
-@torch.library.register_fake("lape::layer_norm_plus_backward")
-def _(gradient: Tensor, tokens: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(tokens), tokens.new_empty((2, *tokens.shape[1:]), dtype=torch.float32)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    tokens, gain, shift, position, ctx.eps, _ = inputs
-    ctx.dtypes = gain.dtype, shift.dtype, position.dtype
-    ctx.save_for_backward(tokens, gain)
-
-
-def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    tokens, gain = ctx.saved_tensors
-    of_tokens, (of_position, of_gain) = layer_norm_plus_backward(gradient, tokens, gain, ctx.eps)
-    sums = of_gain.sum(0), of_position.sum(0), of_position
-    return of_tokens, *(part.to(dtype) for part, dtype in zip(sums, ctx.dtypes, strict=True)), None, None
-
-
-def _refuse(ctx: Any, *gradients: Tensor) -> None:
-    raise UsageError(
-        "A gradient of gradients (create_graph=True) does not pass through a layer's norm and its position while one "
-        "kernel computes both. Have them computed apart: lape.set_fused(model, False)."
-    )
-
-
-torch.library.register_autograd("lape::layer_norm_plus", _gradients, setup_context=_keep)
-torch.library.register_autograd("lape::layer_norm_plus_backward", _refuse)
+def layer_norm_plus(
+    tokens: Tensor, gain: Tensor, shift: Tensor, position: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Return LN(x) + p, contiguous, of a dtype, for tokens x (B, N, D) on any strides and positions p (N, D)."""
+    if torch.is_grad_enabled():
+        return LayerNormPlus.apply(tokens, gain, shift, position, eps, dtype)  # pyright: ignore[reportReturnType]
+    return summed(tokens, gain, shift, position, eps, dtype)

@@ -14,7 +14,7 @@ from lape.errors import UsageError
 from lape.hosts import Host, as_rows, block_row, grid_of, heads_of, table_of, value_at
 from lape.method import Grid, Rung, Scheme, Table
 from lape.surgery.forwards import Forward, Forwards
-from lape.surgery.fused import DEVICES
+from lape.surgery.fused import DEVICES, WIDE
 from lape.surgery.hooks import hooks_of, owner
 from lape.surgery.layers import Layer, cross_stage, grid_text, layers_of, same
 from lape.surgery.proxy import Proxies
@@ -43,7 +43,8 @@ class Positions:
         self.folded_for: tuple[Grid, ...] = ()
         self.depth = len(self.layers(grid))  # blocks may be cut off later
         self.forwards = Forwards()
-        self.fused_on = DEVICES  # where a layer's norm and its sum with p_l are one kernel
+        self.fused_on = DEVICES  # where a layer's norm and its sum with p_l are one kernel,
+        self.fused_from = WIDE  # for tokens of so many channels and more
         crossings = self.crossings
         self.crossing_proxies = Proxies(type(crossings[0]), ["norm"]) if crossings else None
 
