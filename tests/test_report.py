@@ -581,7 +581,7 @@ def test_beside_a_page_of_several_studies_stand_the_files_of_all_and_links_hold_
 
 
 def test_methods_say_what_was_trained_and_how_sure_it_is_and_names_of_others_do_nothing(tmp_path):
-    study = study_of(tmp_path / "1", GAIN, replace(BASE, warmup_epochs=2, lr_batch=512, recipe="own"))
+    study = study_of(tmp_path / "1", GAIN, replace(BASE, lr=3e-3, warmup_epochs=2, lr_batch=512, recipe="own"))
     said = methods.paragraph(study)
     for part in (
         *("vit_nano_patch2_8 on digits (1,198 training and 599 validation images, 10 classes), from random weights",),
