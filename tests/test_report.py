@@ -111,7 +111,7 @@ def test_a_gain_is_told_with_its_interval(tmp_path):
     assert found.main == (
         "With learnable positions, lape is 3.00 points above default (94.00 % against 91.00 %; difference +0.52 to "
         "+5.48, 3 pairs of runs, p (Holm) 0.035 (0.070)): significant (95 % interval above 0), not significant after "
-        "Holm’s correction.",
+        "Holm’s correction. lape first has default’s final score after 4.0 epochs, default itself after 4.0.",
         "With sinusoidal-1d positions, lape is 1.00 point above default (82.00 % against 81.00 %; difference −1.48 to "
         "+3.48, 3 pairs of runs, p (Holm) 0.225 (0.225)): not significant (95 % interval includes 0); seeds that would "
         "decide: 10.",

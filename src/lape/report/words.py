@@ -153,7 +153,7 @@ def _data(contents: Any) -> str:
 
 
 def finding(row: SummaryRow, baseline: SummaryRow) -> str:
-    """Say how a row differs from the baseline with the same positions, how sure that is, and in how many pairs."""
+    """Say how a row differs from the baseline with the same positions, how sure that is, and which learns sooner."""
     difference = row.difference
     assert difference is not None
     lead = f"With {row.pe} positions, {row.way} {_beside(difference.mean)} {BASELINE}"
@@ -162,7 +162,15 @@ def finding(row: SummaryRow, baseline: SummaryRow) -> str:
         return f"{lead} ({levels}): {Verdict.NONE.value}, {difference.no_verdict}."
     pairs = plural(len(difference.by_seed), "pair of runs", "pairs of runs")
     measured = f"{levels}; difference {interval(difference)}, {pairs}, p (Holm) {probabilities(difference)}"
-    return f"{lead} ({measured}): {conclusion(difference)}."
+    return f"{lead} ({measured}): {conclusion(difference)}.{_sooner(row, baseline)}"
+
+
+def _sooner(row: SummaryRow, baseline: SummaryRow) -> str:
+    """Say when a row and the baseline first have the baseline's final score, where all runs have it."""
+    if not row.reached or None in row.reached + baseline.reached:
+        return ""
+    soon, itself = reached(row), reached(baseline)
+    return f" {row.way} first has {BASELINE}’s final score after {soon} epochs, {BASELINE} itself after {itself}."
 
 
 def conclusion(difference: Difference) -> str:
