@@ -114,7 +114,7 @@ def test_a_gain_is_told_with_its_interval(tmp_path):
         "Holm’s correction. lape first has default’s final score after 4.0 epochs, default itself after 4.0.",
         "With sinusoidal-1d positions, lape is 1.00 point above default (82.00 % against 81.00 %; difference −1.48 to "
         "+3.48, 3 pairs of runs, p (Holm) 0.225 (0.225)): not significant (95 % interval includes 0); seeds that would "
-        "decide: 10.",
+        "decide: 10. lape first has default’s final score after 4.0 epochs, default itself after 4.0.",
     )
     assert found.gap == (
         "From the worst positions to the best, mean accuracy rises by 10.00 points for default (sinusoidal-1d to "
