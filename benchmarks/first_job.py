@@ -1,6 +1,6 @@
 """Which settings `lape compare` should have: a rule for choosing, on the default join with the learnable table alone.
 
-The rule was written down before any number was seen, and changed three times, when none but the default join had been
+The rule was written down before any number was seen, and changed later, when none but the default join had been
 trained with these settings. Rule 2 first asked for a rise of less than 0.3 points. None of the first sixteen candidates
 kept it; three that are longer were added, and did not either, nor did some with a moving average of the weights, which
 are left out again. So rule 2 asks now for candidates that are at least as near their end as the settings so far. And

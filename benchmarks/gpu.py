@@ -669,17 +669,18 @@ def write_table(out: Path, outcomes: Sequence[str]) -> None:
     for name, each in results.items():
         rows = [result for result in each if "law" not in result]
         if rows:
-            lines += ["", f"## {name}", ""]
-        if rows and "beside timm" in rows[0]:
-            lines += steps(rows)
-            continue
-        if rows:
-            lines += ["| | |", "| --- | --- |"]
-        for row in rows:
-            (_, first), *others = row.items()
-            cells = "<br>".join(f"{key}: {_short(value)}" for key, value in others)
-            lines.append(f"| {_short(first)} | {cells} |")
+            lines += ["", f"## {name}", "", *(steps(rows) if "beside timm" in rows[0] else facts(rows))]
     (out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def facts(rows: Sequence[Result]) -> list[str]:
+    """A table of whatever was measured: its first value, and the others by name."""
+    lines = ["| | |", "| --- | --- |"]
+    for row in rows:
+        (_, first), *others = row.items()
+        cells = "<br>".join(f"{key}: {_short(value)}" for key, value in others)
+        lines.append(f"| {_short(first)} | {cells} |")
+    return lines
 
 
 def steps(rows: Sequence[Result]) -> list[str]:

@@ -103,11 +103,6 @@ def at_thirds(runs: Iterable[FinishedRun]) -> list[Sample]:
     return [Sample.of([run.curve[round(last * third / 3) - 1].score for run in runs]) for third in (1, 2, 3)]
 
 
-def best(scores: dict[Subject, dict[float, float]]) -> dict[Subject, float]:
-    """Return the rate of the best accuracy, the lower one of two that are equal."""
-    return {one: max(sorted(by_rate), key=by_rate.__getitem__) for one, by_rate in scores.items()}
-
-
 def main(
     runs: Path = Path("runs/to-the-end"),
     out: Path | None = None,
@@ -125,9 +120,8 @@ def main(
         accelerator: What computes; what another has computed already is kept.
     """
     scores = tuned(runs / "rates", jobs)
-    rates = best(scores)
-    base = replace(BASE, accelerator=accelerator)
-    results = trained(base, rates, range(seeds), runs / "compared", jobs)
+    rates = {one: max(sorted(by_rate), key=by_rate.__getitem__) for one, by_rate in scores.items()}
+    results = trained(replace(BASE, accelerator=accelerator), rates, range(seeds), runs / "compared", jobs)
     finished = {one: [result.run for result in some] for one, some in results.items()}
     headings = ["head, join", "rate", "after a third", "after two", "at the end, %", "last third"]
     headings += ["minus default", "95 % interval", "p (Holm)", "epochs to default’s end"]

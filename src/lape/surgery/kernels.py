@@ -142,7 +142,7 @@ def gradients(gradient: Tensor, tokens: Tensor, gain: Tensor, eps: float) -> tup
 
 
 class LayerNormPlus(torch.autograd.Function):
-    """y with its gradients. It is no operator of `torch.library`, which the host takes three times as long to call."""
+    """y with its gradients; no operator of `torch.library`, which takes the host longer to call."""
 
     @staticmethod
     def forward(
@@ -154,13 +154,13 @@ class LayerNormPlus(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        inputs = ctx.saved_tensors
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # a gradient of gradients: by operators that have one
-            learns = [one for one, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            learns = [one for one, needed in zip(inputs, needs, strict=True) if needed]
             tokens, gain, shift, position = (one.float() for one in inputs)
             output = (F.layer_norm(tokens, gain.shape, gain, shift, ctx.eps) + position).to(gradient.dtype)
             found = iter(torch.autograd.grad(output, learns, gradient, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None, None
+            return *(next(found) if needed else None for needed in needs), None, None
         found = gradients(gradient, inputs[0], inputs[1], ctx.eps)
         return *(part.to(one.dtype) for part, one in zip(found, inputs, strict=True)), None, None
 
