@@ -13,15 +13,17 @@ images (a set of 4,000); with augmentation it still rises after 600,000, for whi
 3. Ways with a class token are held against the default join with a class token, ways that pool against the default
    join that pools; differences are paired by seed, with Holm's correction for all of them.
 
-What is finished is kept: the same command goes on.
+What is finished is kept: the same command goes on. Two calls at once share the runs (each with --jobs 1, on one core of
+two, they leave no core idle between studies).
 
 python benchmarks/to_the_end.py --runs runs/to-the-end --out benchmarks/results/to-the-end
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -33,7 +35,7 @@ from lape.report import words
 from lape.report.progress import Display
 from lape.studies.comparison import Factors, compare
 from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow, Way, corrected, rows
-from lape.studies.study import Result
+from lape.studies.study import Result, Study
 
 PATCHES = {"patch_size": 7}
 HEADS = {"class token": PATCHES, "pooling": PATCHES | {"class_token": False, "global_pool": "avg", "fc_norm": False}}
@@ -65,20 +67,29 @@ SUBJECTS = (
 )
 
 
-def trained(
+def studies(
     base: Experiment, rates: dict[Subject, float], seeds: Sequence[int], folder: Path, jobs: int
-) -> dict[Subject, list[Result]]:
-    """Train what is not finished, and return the results."""
-    results: dict[Subject, list[Result]] = {}
+) -> Iterator[tuple[list[Subject], Study]]:
+    """Train what is not finished, but for what another call works on; ways with one experiment are one study."""
     for head, rate, pe in dict.fromkeys((one.head, rate, one.pe) for one, rate in rates.items()):
         some = [one for one in rates if (one.head, rates[one], one.pe) == (head, rate, pe)]
         experiment = replace(base, model_args=HEADS[head], lr=rate)
         with Display(Console(stderr=True)) as display:
             study = compare(experiment, Factors([one.join for one in some], [pe], seeds), folder, jobs, display)
-        study.raise_missing()
-        for one in some:
-            results[one] = [*study.of(Way(one.join), pe).values()]
-    return results
+        if study.failures:
+            study.raise_missing()
+        yield some, study
+
+
+def trained(
+    base: Experiment, rates: dict[Subject, float], seeds: Sequence[int], folder: Path, jobs: int
+) -> dict[Subject, list[Result]]:
+    """Return the results once all are there, trained by this call or by another."""
+    while True:
+        found = list(studies(base, rates, seeds, folder, jobs))
+        if not any(study.elsewhere for _, study in found):
+            return {one: [*study.of(Way(one.join), one.pe).values()] for some, study in found for one in some}
+        sleep(10)
 
 
 def best(by_rate: dict[float, float]) -> float:
@@ -104,9 +115,12 @@ def tuned(folder: Path, jobs: int) -> dict[Subject, dict[float, float]]:
     scores: dict[Subject, dict[float, float]] = {one: {} for one in SUBJECTS}
     asked = {rate: list(SUBJECTS) for rate in RATES}
     while asked:
-        for rate, some in asked.items():
-            for one, (result,) in trained(short, dict.fromkeys(some, rate), [SEED_FOR_RATES], folder, jobs).items():
-                scores[one][rate] = result.run.score
+        runs = [(short, dict.fromkeys(some, rate), [SEED_FOR_RATES], folder, jobs) for rate, some in asked.items()]
+        for run in runs:  # all of them, before another call is waited for
+            deque(studies(*run), maxlen=0)
+        for run in runs:
+            for one, (result,) in trained(*run).items():
+                scores[one][run[1][one]] = result.run.score
         asked = beyond(scores)
     return scores
 
@@ -143,7 +157,10 @@ def main(
     """
     scores = tuned(runs / "rates", jobs)
     rates = {one: best(by_rate) for one, by_rate in scores.items()}
-    results = trained(replace(BASE, accelerator=accelerator), rates, range(seeds), runs / "compared", jobs)
+    base, folder = replace(BASE, accelerator=accelerator), runs / "compared"
+    for seed in range(seeds):  # one after the other: what is finished can be paired
+        deque(studies(base, rates, [seed], folder, jobs), maxlen=0)
+    results = trained(base, rates, range(seeds), folder, jobs)
     finished = {one: [result.run for result in some] for one, some in results.items()}
     headings = ["head, join", "rate", "after a third", "after two", "at the end, %", "last third"]
     headings += ["minus default", "95 % interval", "p (Holm)", "epochs to default’s end"]
