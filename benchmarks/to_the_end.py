@@ -32,6 +32,7 @@ from turns import file
 
 from lape.experiment import Experiment
 from lape.report import words
+from lape.report.plots import learning_curves, png
 from lape.report.progress import Display
 from lape.studies.comparison import Factors, compare
 from lape.studies.statistics import Difference, FinishedRun, Sample, SummaryRow, Way, corrected, rows
@@ -139,6 +140,15 @@ def at_thirds(runs: Iterable[FinishedRun]) -> list[Sample]:
     return [Sample.of([run.curve[round(last * third / 3) - 1].score for run in runs]) for third in (1, 2, 3)]
 
 
+def draw(results: dict[Subject, list[Result]], out: Path) -> None:
+    """Write a picture of the learning curves for each head."""
+    out.mkdir(parents=True, exist_ok=True)
+    for head in HEADS:
+        runs = {each.run.combination: each for one, some in results.items() if one.head == head for each in some}
+        picture = png(learning_curves(Study(results=runs, command="")), dots_per_inch=150)
+        (out / f"curves-{head.replace(' ', '-')}.png").write_bytes(picture)
+
+
 def main(
     runs: Path = Path("runs/to-the-end"),
     out: Path | None = None,
@@ -150,7 +160,7 @@ def main(
 
     Args:
         runs: Folder of the runs.
-        out: Folder for table.md and table.json.
+        out: Folder for table.md, table.json and the pictures of the curves.
         seeds: How many.
         jobs: Runs at once.
         accelerator: What computes; what another has computed already is kept.
@@ -189,6 +199,8 @@ def main(
         f"Trained on: {'; '.join(f'{machine} ({count} runs)' for machine, count in machines.items())}."
     )
     file(out, table, said, ways=content)
+    if out:
+        draw(results, out)
 
 
 if __name__ == "__main__":
