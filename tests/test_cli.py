@@ -423,8 +423,7 @@ def test_a_checkpoint_with_code_and_one_of_another_model(lape, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, "2"), (signal.SIGTERM, "0")])
 def test_a_signal_ends_a_run_with_a_message(tmp_path, number, workers):
     """To the whole group of processes, as Ctrl-C in a terminal does."""
     options = ["train", *SMALL, "--epochs", "500", "--workers", workers, "--out", "x"]

@@ -11,7 +11,7 @@ import torch.distributed
 from timm.layers import set_reentrant_ckpt
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
-from tiny_hosts import EVERY_SCHEME, gradients, host, images, shaken
+from tiny_hosts import EVERY_SCHEME, OF_EVERY_KIND, SCHEMES, gradients, host, images, shaken
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -136,7 +136,7 @@ def test_distributed_training_takes_re_entrant_checkpoints_with_a_static_graph()
 # --- Compilers and checkpointing
 
 
-@EVERY_SCHEME
+@pytest.mark.parametrize("names", [*SCHEMES[::2], *OF_EVERY_KIND], ids=lambda names: "-".join(names.values()))
 def test_it_is_compiled_once_for_training_and_once_for_validation_without_a_graph_break(names: dict[str, str]) -> None:
     model = shaken(lape.apply(host(depth=2), **names)).train()
     x = images(model)

@@ -68,6 +68,7 @@ CASES = {
     "stand-ins": STAND_INS,
     "kinds": KINDS,
 }
+ON_A_PAGE = pytest.mark.parametrize("study", ["one-seed", "no-default", "stand-ins", "kinds"], indirect=True)
 
 
 def analysed(study, layers=3):
@@ -478,6 +479,7 @@ class Seen(HTMLParser):
         self.text.append(data)
 
 
+@ON_A_PAGE
 def test_the_page_refers_to_nothing_outside_itself(shown):
     seen = Seen(shown)
     assert seen.references
@@ -492,6 +494,7 @@ def test_the_page_refers_to_nothing_outside_itself(shown):
     assert "@import" not in style
 
 
+@ON_A_PAGE
 def test_the_page_says_every_number_and_sentence(study, shown):
     said = " ".join("".join(Seen(shown).text).split())
     found = words.findings(study)

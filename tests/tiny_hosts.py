@@ -26,6 +26,7 @@ HOSTS_TO_TRY: dict[str, dict[str, Any]] = {
     "vit_small_r26_s32_224": {"img_size": 64},
 }
 EVERY_HOST = pytest.mark.parametrize("name", HOSTS_TO_TRY)
+OF_EVERY_KIND = [{"join": "lape", "pe": "fourier+alibi-2d+rope-mixed+peg"}]
 SCHEMES: list[dict[str, str]] = [
     {"join": "default", "pe": "sinusoidal-2d"},
     {"join": "default", "pe": "none"},
@@ -40,7 +41,7 @@ SCHEMES: list[dict[str, str]] = [
     {"join": "lape", "pe_norm": "scalar-norm"},
     {"join": "lape", "pe": "learnable+relative"},
     {"join": "lape", "pe": "learnable+relative-layernorm"},
-    {"join": "lape", "pe": "fourier+alibi-2d+rope-mixed+peg"},  # one part of each kind
+    *OF_EVERY_KIND,
     {"join": "pvg", "pe": "learnable+rope-dinov3"},
 ]
 EVERY_SCHEME = pytest.mark.parametrize("names", SCHEMES, ids=lambda names: "-".join(names.values()))

@@ -203,9 +203,9 @@ def counted(name: str, model: nn.Module, batch_size: int) -> Cost:
     if train is not None:
         train()  # the optimiser's state is there from its first step
         tracker = MemTracker()
-        tracker.track_external(model, *_optimizers(train))
-        with tracker:
-            train()
+        tracker.track_external(model, train.optimizer)
+        with tracker:  # the fused optimiser of a real step takes no memory beyond its state
+            train.gradients()
         cost.training_bytes = max(part["Total"] for part in tracker.get_tracker_snapshot("peak").values())
     return cost
 
@@ -223,6 +223,11 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(learns, fused=self.images.device.type != "meta")
 
     def __call__(self) -> None:
+        self.gradients()
+        self.optimizer.step()
+
+    def gradients(self) -> None:
+        """Compute them anew: forward and backward."""
         self.model.train()
         self.optimizer.zero_grad()
         with _autocast(self.images, self.low):
@@ -232,18 +237,13 @@ class TrainingStep:
             else:  # maps (B, D, H, W) of several sizes
                 loss = torch.stack([features.square().mean() for features in logits]).sum()
         loss.backward()
-        self.optimizer.step()
-
-
-def _optimizers(step: Step) -> list[torch.optim.Optimizer]:
-    return [step.optimizer] if isinstance(step, TrainingStep) else []
 
 
 def _autocast(images: Tensor, low: torch.dtype | None) -> AbstractContextManager[object]:
     return torch.autocast(images.device.type, low) if low else nullcontext()
 
 
-def _steps(model: nn.Module, images: Tensor, low: torch.dtype | None = None) -> tuple[Step | None, Step]:
+def _steps(model: nn.Module, images: Tensor, low: torch.dtype | None = None) -> tuple[TrainingStep | None, Step]:
     def infer() -> None:
         model.eval()
         with torch.inference_mode(), _autocast(images, low):
