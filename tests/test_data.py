@@ -221,6 +221,8 @@ def test_what_is_not_asked_for_is_the_sets_own(digits):
     assert augmentation(Augmentation(hflip=0.3), digits).hflip == 0.3
     assert augmentation(Augmentation(), digits).shift == 0
     assert augmentation(Augmentation(scale=(0.8, 1.0)), digits).shift is None
+    shifted = augmentation(Augmentation(shift=1), digits)
+    assert (shifted.scale, shifted.ratio) == (None, None)  # a run would say that it crops
     with pytest.raises(UsageError, match="leave out shift or scale"):
         augmentation(Augmentation(shift=1, scale=(0.8, 1.0)), digits)
 

@@ -161,7 +161,7 @@ class Pictures(Dataset[Batch | Unreadable]):
 
 
 def augmentation(asked: Augmentation, source: ImageSource) -> Augmentation:
-    """What was asked for, filled up with the set's own.
+    """What was asked for, filled up with the set's own: a shift, or else a random resized crop's scale and ratio.
 
     Raises UsageError for a shift with a random resized crop, and for names that timm does not know.
     """
@@ -184,7 +184,11 @@ def augmentation(asked: Augmentation, source: ImageSource) -> Augmentation:
                 "rand-m9-mstd0.5-inc1."
             ) from error
     filled = asdict(source.augmentation) | given
-    return Augmentation(**(filled | {"shift": None} if cropped else filled))
+    if cropped:
+        filled["shift"] = None
+    elif filled["shift"] is not None:
+        filled |= {"scale": None, "ratio": None}
+    return Augmentation(**filled)
 
 
 def training_images(source: ImageSource, asked: Augmentation, size: tuple[int, int], seed: int) -> Dataset[Any]:
