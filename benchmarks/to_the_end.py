@@ -173,7 +173,7 @@ def main(
     results = trained(base, rates, range(seeds), folder, jobs)
     finished = {one: [result.run for result in some] for one, some in results.items()}
     headings = ["head, join", "rate", "after a third", "after two", "at the end, %", "last third"]
-    headings += ["minus default", "95 % interval", "p (Holm)", "epochs to default’s end"]
+    headings += ["at its best epoch, %", "minus default", "95 % interval", "p (Holm)", "epochs to default’s end"]
     table = [headings]
     content: list[dict[str, Any]] = []
     for one, (difference, row) in compared(finished).items():
@@ -184,7 +184,9 @@ def main(
         if difference is not None:
             told = [words.signed(difference.mean), words.interval(difference), words.probabilities(difference)]
         start = [str(one), f"{rates[one]:g}", f"{thirds[0].mean:.2f}", f"{thirds[1].mean:.2f}"]
-        table.append([*start, words.percent(thirds[2]), words.signed(rise) + still, *told, words.reached(row)])
+        best_epoch = Sample.of([max(point.score for point in run.curve) for run in finished[one]])
+        ends = [words.percent(thirds[2]), words.signed(rise) + still, words.percent(best_epoch)]
+        table.append([*start, *ends, *told, words.reached(row)])
         content.append(
             {
                 "head": one.head, "join": one.join, "pe": one.pe, "rate": rates[one], "by_rate": scores[one],
