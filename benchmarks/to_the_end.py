@@ -127,11 +127,21 @@ def tuned(folder: Path, jobs: int) -> dict[Subject, dict[float, float]]:
 
 
 def compared(runs: dict[Subject, list[FinishedRun]]) -> dict[Subject, tuple[Difference | None, SummaryRow]]:
-    """Return each way's difference to the default join with the same head, and its row."""
+    """Return each way's difference to the default join with a table and the same head, and its row."""
     by_head = [[one for one in SUBJECTS if one.head == head] for head in HEADS]
     found = [row for some in by_head for row in rows(run for one in some for run in runs[one])]
     differences = corrected([row.difference or row.beside for row in found])
-    return dict(zip([one for some in by_head for one in some], zip(differences, found, strict=True), strict=True))
+    together = zip([one for some in by_head for one in some], differences, found, strict=True)
+    return {
+        one: (difference, replace(row, reached=reached(runs[one], runs[Subject(one.head, "default")])))
+        for one, difference, row in together
+    }
+
+
+def reached(some: Sequence[FinishedRun], default: Sequence[FinishedRun]) -> tuple[int | None, ...]:
+    """Return for each seed the epoch at which a run first is where the default join ends; None for never."""
+    points = (run.reaches(end.score) for run, end in zip(some, default, strict=True))
+    return tuple(point and point.epoch for point in points)
 
 
 def at_thirds(runs: Iterable[FinishedRun]) -> list[Sample]:
