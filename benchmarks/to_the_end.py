@@ -19,7 +19,7 @@ two, they leave no core idle between studies).
 python benchmarks/to_the_end.py --runs runs/to-the-end --out benchmarks/results/to-the-end
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,12 +116,11 @@ def tuned(folder: Path, jobs: int) -> dict[Subject, dict[float, float]]:
     scores: dict[Subject, dict[float, float]] = {one: {} for one in SUBJECTS}
     asked = {rate: list(SUBJECTS) for rate in RATES}
     while asked:
-        runs = [(short, dict.fromkeys(some, rate), [SEED_FOR_RATES], folder, jobs) for rate, some in asked.items()]
-        for run in runs:  # all of them, before another call is waited for
-            deque(studies(*run), maxlen=0)
-        for run in runs:
-            for one, (result,) in trained(*run).items():
-                scores[one][run[1][one]] = result.run.score
+        for rate, some in asked.items():  # all of them, before another call is waited for
+            list(studies(short, dict.fromkeys(some, rate), [SEED_FOR_RATES], folder, jobs))
+        for rate, some in asked.items():
+            for one, (result,) in trained(short, dict.fromkeys(some, rate), [SEED_FOR_RATES], folder, jobs).items():
+                scores[one][rate] = result.run.score
         asked = beyond(scores)
     return scores
 
@@ -179,7 +178,7 @@ def main(
     rates = {one: best(by_rate) for one, by_rate in scores.items()}
     base, folder = replace(BASE, accelerator=accelerator), runs / "compared"
     for seed in range(seeds):  # one after the other: what is finished can be paired
-        deque(studies(base, rates, [seed], folder, jobs), maxlen=0)
+        list(studies(base, rates, [seed], folder, jobs))
     results = trained(base, rates, range(seeds), folder, jobs)
     finished = {one: [result.run for result in some] for one, some in results.items()}
     headings = ["head, join", "rate", "after a third", "after two", "at the end, %", "last third"]
