@@ -127,9 +127,9 @@ def test_low_precision_and_compilation_are_what_is_timed(monkeypatch: pytest.Mon
 def test_every_contender_is_compiled_once_for_each_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     # Beyond a number of graphs of one class torch computes uncompiled: by itself beyond eight, here beyond two.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    found = measure("vit_nano_patch2_8", ["lape"], batch_size=1, rounds=2, compile=True)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        found = measure("vit_nano_patch2_8", ["lape"], batch_size=1, rounds=2, compile=True)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     assert graphs == 2 * (len(found) - 1) - 1  # the untouched model again has its graphs; LaPE folded does not train
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from lape.experiment import Experiment
 from lape.files import writing
 from lape.files.locks import LOCK, Occupied
 from lape.training import checkpoints
+from lape.training.folder import claimed
 from lape.training.interruption import Stopped
 from lape.training.loop import TrainingRun, train
 
@@ -302,6 +303,29 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "a" / "result.json").exists()
+
+
+@dataclass
+class Rank:
+    """A process of a launch, and what it hears from the first one."""
+
+    is_global_zero: bool
+    refused: bool = False
+
+    def broadcast(self, said):
+        return said if self.is_global_zero else self.refused
+
+
+def test_a_process_that_comes_later_than_the_first_does_not_take_its_settings_for_another_run(tmp_path):
+    folder, first, later = tmp_path / "a", Rank(True), Rank(False)
+    with claimed(folder, LONGER, False, first):
+        assert (folder / checkpoints.SETTINGS).exists()
+        with claimed(folder, LONGER, False, later):
+            pass
+    with pytest.raises(UsageError, match="holds an unfinished run"), claimed(folder, LONGER, False, first):
+        pytest.fail("a second run began in the folder")
+    with pytest.raises(SystemExit), claimed(folder, LONGER, False, Rank(False, refused=True)):
+        pytest.fail("a second run began in the folder")
 
 
 @pytest.mark.slow

@@ -67,22 +67,23 @@ def is_finished(folder: Path, asked: Experiment) -> bool:
 def claimed(folder: Path, asked: Experiment, resume: bool, fabric: Fabric) -> Iterator[None]:
     """Claim a run folder for all processes of a launch, and write its settings there before anything else is done.
 
-    The first process holds the lock. Where a new run is refused before it has begun, nothing of it stays. Raises
-    UsageError as `claim` does, and Occupied where another process works there.
+    The first process alone looks and holds the lock: to one that comes later its settings would be of another run.
+    Where a new run is refused before it has begun, nothing of it stays. Raises UsageError as `claim` does, and Occupied
+    where another process works there; all but the first process raise SystemExit.
     """
-    claim(folder, asked, resume)
     with ExitStack() as held:
         trouble: UsageError | RunError | OSError | None = None
         new = False
         if fabric.is_global_zero:
             try:
+                claim(folder, asked, resume)
                 held.enter_context(working_in(folder))
                 claim(folder, asked, resume)  # another may have worked there in between
                 if new := not (folder / SETTINGS).exists():
                     writing.write_json(folder / SETTINGS, asked.settings())
             except (UsageError, RunError, OSError) as error:
                 trouble = error
-        if fabric.broadcast(trouble is not None):  # and now all have looked whether the folder is free
+        if fabric.broadcast(trouble is not None):
             raise trouble or SystemExit(1)  # one process tells
         try:
             yield
