@@ -326,6 +326,15 @@ def test_a_folded_model_is_traced_with_all_its_kinds(pe: str) -> None:
     assert not torch.allclose(graph(x), without(x), atol=1e-4)
 
 
+def test_a_folded_model_with_a_bias_is_traced_without_a_mask() -> None:
+    folded = lape.fold(lape.apply(host(), "lape", "learnable+alibi-2d+rope-mixed"))
+    x = images(folded)
+    graph = fx.symbolic_trace(folded, concrete_args={"attn_mask": None, "is_causal": False})
+    assert torch.equal(graph(x), folded(x))
+    with pytest.raises(UsageError, match=r"concrete_args=\{'attn_mask': None, 'is_causal': False\}"):
+        fx.symbolic_trace(folded)
+
+
 def test_a_folded_rope_model_is_exported_without_trigonometry(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     model = everything("lape", "fourier+alibi-2d+rope-mixed", depth=2).float()

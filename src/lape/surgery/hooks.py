@@ -223,13 +223,19 @@ class BlockHooks:
         """Return a block's keywords with a bias beside what is added to its attention logits already."""
         name = self.positions.host.logits
         assert name is not None
+        without = {name: None, "is_causal": False}
+        if traced := {key: value for key, value in without.items() if isinstance(options.get(key), fx.Proxy)}:
+            raise UsageError(
+                "A symbolic trace (torch.fx) cannot tell whether a mask comes beside the bias. Trace without one: "
+                f"torch.fx.symbolic_trace(model, concrete_args={traced})."
+            )
         mask = options.get(name)
         if mask is not None:
             bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         if options.get("is_causal"):  # fused or not, attention takes a mask or is causal, not both
             future = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
             bias, options = bias.masked_fill(future, -torch.inf), {**options, "is_causal": False}
-        return {**options, name: bias.to(tokens.dtype)}
+        return {**options, name: bias.type_as(tokens)}
 
     def offer(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> Joined | None:
         """Hand the norm the attention part too, with its tokens, where one kernel norms and adds."""
