@@ -17,6 +17,9 @@ how time is measured was changed twice, because other work had disturbed the clo
 4. Of the candidates that are left, that one is taken whose interval of a paired difference will be narrowest:
    t(0.975, n−1)·√2·s/√n, with n seeds and s, the standard deviation between seeds.
 
+Its settings stand, but for the number of seeds: on another machine four were too few, so there are eight
+(docs/results.md, "The first comparison").
+
 python benchmarks/first_job.py --out benchmarks/results/first-job
 """
 

@@ -178,7 +178,7 @@ def test_seeds_that_mean_nothing_are_refused(given):
 
 
 def test_seeds_are_listed_also_one_alone_or_counted_and_not_both():
-    assert (seeds_of(None, [7]), seeds_of(None, [7, 3]), seeds_of()) == ((7,), (7, 3), (0, 1, 2, 3))
+    assert (seeds_of(None, [7]), seeds_of(None, [7, 3]), seeds_of()) == ((7,), (7, 3), (0, 1, 2, 3, 4, 5, 6, 7))
     for listed in ([], [3, 3], [-1]):
         with pytest.raises(UsageError, match="seed_list is different seeds from 0 on"):
             seeds_of(None, listed)

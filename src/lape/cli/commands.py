@@ -250,7 +250,7 @@ def compare(
         pe: Position embeddings, as lape train --pe takes them: learnable, rope-mixed, learnable+alibi-2d.
         pe_norm: PE norms of the joins that have them: layernorm, and what stands in its place in Table 8.
         start: Starts of the joins that have PE norms, among fresh, preserve.
-        seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves; default: 4.
+        seeds: How many seeds (3 is 0, 1, 2), or two and more seeds themselves; default: 8.
         seed_list: The seeds themselves, as 7 for this one alone; default: as seeds says.
         out: Folder of the report and the runs; finished runs in it are kept, and those of the same settings are on the
             page. Several calls may share it, also from several machines: each run is trained by one of them.

@@ -62,7 +62,7 @@ def seeds_of(numbers: Sequence[int] | None = None, listed: Sequence[int] | None 
             "received. Leave one of them out."
         )
     if listed is None and numbers is None:
-        return (0, 1, 2, 3)
+        return tuple(range(8))
     if listed is None and numbers is not None and len(numbers) == 1 and numbers[0] > 0:
         return tuple(range(numbers[0]))
     seeds = tuple(numbers or () if listed is None else listed)
