@@ -235,7 +235,7 @@ class BlockHooks:
         if options.get("is_causal"):  # fused or not, attention takes a mask or is causal, not both
             future = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).triu(1)
             bias, options = bias.masked_fill(future, -torch.inf), {**options, "is_causal": False}
-        return {**options, name: bias.type_as(tokens)}
+        return {**options, name: bias.to(tokens.dtype)}
 
     def offer(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> Joined | None:
         """Hand the norm the attention part too, with its tokens, where one kernel norms and adds."""
