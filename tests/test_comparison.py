@@ -335,6 +335,7 @@ def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is
     assert {type(outcome) for outcome in first.ended.values()} == {Result, UsageError}
     assert list(study.failures) == [Combination(Way("lape"), "learnable", 1)]
     assert [row.score.count for row in study.rows] == [2, 1]
+    assert study.jobs == 2
     with pytest.raises(UsageError, match="lape × learnable, seed 1"):
         study.raise_missing()
 
@@ -346,6 +347,7 @@ def test_finished_runs_are_kept_failed_ones_cost_no_other_and_what_is_missing_is
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert study.failures == {}
     assert [row.score.count for row in study.rows] == [2, 2]
+    assert study.jobs is None  # what else went on while the kept runs were trained is not known
     assert study.images == (1198, 599)
     study.raise_missing()
 
@@ -371,8 +373,9 @@ def test_runs_of_the_same_settings_in_the_folder_join_the_study_and_others_are_n
     (longer,) = finished(asked, tmp_path, replace(TINY, epochs=9)).values()
     of_other_data = contents(set_of(TINY)) | {"classes": ["a"]}
     (changed,) = finished(Factors(["shared"], ["learnable"], [0]), tmp_path, contents=of_other_data).values()
-    study, left_out = with_others(compare(TINY, asked, tmp_path), tmp_path)
+    study, left_out = with_others(replace(compare(TINY, asked, tmp_path), jobs=2), tmp_path)
     assert [(one.way.join, one.seed) for one in study.results] == [("default", 0), ("lape", 0), ("lape", 7)]
+    assert study.jobs is None
     assert left_out == {
         longer: f"epochs is 9 there, 2 here. lape report {tmp_path} shows it.",
         changed: f"it is of other data. lape report {tmp_path} shows it.",

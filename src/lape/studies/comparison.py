@@ -210,6 +210,7 @@ def compare(
     todo, left_out, source, here = _prepared(base, factors, out)
     results = {plan.combination: _kept(plan, here) for plan in todo if _is_finished(plan)}
     failures: dict[Combination, Exception] = {}
+    begun_before = {*results, *(plan.combination for plan in todo if (plan.folder / LAST).exists())}
     queue = Queue([plan for plan in todo if plan.combination not in results], watch)
     places, threads = _places(jobs, base, source, len(queue.waiting))
     watch.begins(list(results), [plan.combination for plan in queue.waiting], places.most)
@@ -232,11 +233,13 @@ def compare(
                 else:
                     results[combination] = outcome
                 watch.ends(combination, outcome)
+    trained_here = results.keys() - begun_before
     for plan in todo:
         if plan.combination not in results.keys() | failures.keys() and _is_finished(plan):  # by another
             results[plan.combination] = _kept(plan, here)
             watch.ends(plan.combination, results[plan.combination])
     elsewhere = {one: occupied for one, occupied in queue.at_work.items() if one not in results}
+    all_here = results.keys() <= trained_here and not elsewhere
     order = [Combination(way, pe, seed) for pe, way, seed in product(factors.pes, factors.ways(), factors.seeds)]
     return Study(
         results={combination: results[combination] for combination in order if combination in results},
@@ -245,7 +248,7 @@ def compare(
         elsewhere={combination: elsewhere[combination] for combination in order if combination in elsewhere},
         left_out=left_out,
         images=(len(source.train), len(source.validation)),
-        jobs=min(places.most, sum(places.room.values())),
+        jobs=min(places.most, sum(places.room.values())) if all_here else None,
     )
 
 
@@ -312,7 +315,8 @@ def with_others(study: Study, out: Path) -> tuple[Study, Mapping[Path, str]]:
         different = other_settings(other.experiment, study.experiment, but=VARIED) or ["it is of other data"]
         reason = f"{'; '.join(different)}. lape report {out} shows it."
         left_out |= dict.fromkeys((result.folder for result in other.results.values()), reason)
-    return replace(study, results=results), left_out
+    jobs = study.jobs if len(results) == len(study.results) else None
+    return replace(study, results=results, jobs=jobs), left_out
 
 
 def prune(study: Study) -> None:

@@ -168,7 +168,7 @@ class Study:
     elsewhere: Mapping[Combination, Exception] = field(default_factory=dict)  # at work in other processes, and whose
     left_out: LeftOut = field(default_factory=dict)  # combinations of what was asked for that mean nothing
     images: tuple[int, int] | None = None  # for training, for validation
-    jobs: int | None = None  # runs side by side; None where that is not known
+    jobs: int | None = None  # runs side by side, where one call trained all of them; None where that is not known
     analyses: Mapping[Combination, RunAnalysis] = field(default_factory=dict)
     not_analysed: LeftOut = field(default_factory=dict)
     sizes: tuple[Size, ...] = ()  # of images at which every run is judged, where that was asked for
