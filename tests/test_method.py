@@ -268,6 +268,8 @@ def test_every_other_combination_of_names_is_sound() -> None:
         ("fourier:features=1.5", "a whole number; received '1.5'"),
         ("fourier:features=15", "even number of features"),
         ("rope-dinov3:rescale=0.5", "factors of 1 and more"),
+        ("rope-mixed:grid=-7", "grid.*1 or more; received -7.*pe='rope-mixed:grid=14'"),
+        ("rope-axial:grid=7.5", "a whole number; received '7.5'"),
         ("peg:5", "It has no options"),
     ],
 )
@@ -317,6 +319,22 @@ def test_new_mixed_frequencies_are_two_directions_at_right_angles() -> None:
         torch.testing.assert_close(one.norm(dim=0), lengths.expand(3, 4), rtol=1e-5, atol=0)
     assert (first * second).sum(0).abs().max() < 1e-6
     assert first[:, 0, 0].tolist() != first[:, 1, 0].tolist()  # a direction drawn for every head
+
+
+@pytest.mark.parametrize("name", ["rope-axial", "rope-mixed"])
+def test_a_rotation_with_a_grid_is_the_plain_one_there_and_lays_every_other_grid_over_it(name: str) -> None:
+    torch.manual_seed(0)
+    frequencies = ROTATIONS["rope-mixed"].start(2, 8).double()
+
+    def angles(pe: str, grid: Any) -> Any:  # by row and column
+        kind = position_embedding(pe).rotation
+        found = kind.angles(frequencies, grid) if kind.learns else kind.angles(grid, 8, torch.device("cpu"))
+        return found.unflatten(1, grid)
+
+    trained = angles(name, (3, 3))
+    assert torch.equal(angles(f"{name}:grid=3", (3, 3)), trained)
+    finer = angles(f"{name}:grid=3", (6, 12))  # two by four patches in the place of one, whose centre is theirs
+    torch.testing.assert_close(finer.unflatten(2, (3, 4)).unflatten(1, (3, 2)).mean((2, 4)), trained)
 
 
 def test_dinov3s_coordinates_move_in_training_alone() -> None:

@@ -67,11 +67,32 @@ def _falling(base: float, head_dim: int, like: Tensor) -> Tensor:
     return base ** (-4 * torch.arange(head_dim // 4, device=like.device, dtype=like.dtype) / head_dim)
 
 
+def _counted(grid: Grid, over: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the row and the column of each patch, laid over a grid of so many rows and columns unless that is 0.
+
+    The centres are laid upon one another, as images and tables are resized: (row + 1/2)·over/H - 1/2.
+    """
+    row, column = rows_and_columns(grid, device)
+    if not over:
+        return row, column
+    height, width = grid
+    return (row + 0.5) * (over / height) - 0.5, (column + 0.5) * (over / width) - 0.5
+
+
+def _refuse_grid(over: int, name: str) -> None:
+    if over < 0:
+        raise UsageError(
+            "grid is how many rows and columns of patches there are in training, 1 or more; received "
+            f"{over}. For 14 rows and columns: pe='{name}:grid=14'."
+        )
+
+
 @dataclass(frozen=True)
 class AxialRotation:
     """RoPE axial (Heo et al., arXiv 2403.13298): the first d/4 pairs turn with the column, the others with the row.
 
     The angles of pair k are column·f_k and row·f_k with f_k = theta^(-4k/d), in whole patches, in all layers alike.
+    With `grid` every picture is laid over so many rows and columns, those of training: (row + 1/2)·grid/H - 1/2.
 
     Example:
         >>> import torch
@@ -81,14 +102,18 @@ class AxialRotation:
     """
 
     theta: float = 100.0
+    grid: int = 0  # rows and columns over which all others are laid; 0: patches are counted
     turn: ClassVar[Turn] = staticmethod(turn_pairs)
     learns: ClassVar[bool] = False
     planar: ClassVar[bool] = True
-    options: ClassVar[tuple[str, ...]] = ("theta",)
+    options: ClassVar[tuple[str, ...]] = ("theta", "grid")
+
+    def __post_init__(self) -> None:
+        _refuse_grid(self.grid, "rope-axial")
 
     def angles(self, grid: Grid, head_dim: int, device: torch.device, training: bool = False) -> Tensor:
         """Return the angle of each patch and pair, (1, H·W, d/2)."""
-        row, column = rows_and_columns(grid, device)
+        row, column = _counted(grid, self.grid, device)
         frequency = _falling(self.theta, head_dim, row)
         return torch.cat([column[:, None] * frequency, row[:, None] * frequency], dim=-1)[None]
 
@@ -97,6 +122,8 @@ class AxialRotation:
 class MixedRotation:
     """RoPE mixed (Heo et al., arXiv 2403.13298): column·f + row·f' with learnt f and f' for every layer, head and pair.
 
+    With `grid` rows and columns are laid over those of training, as in `AxialRotation`.
+
     Example:
         >>> from lape.embeddings import MixedRotation
         >>> MixedRotation().start(heads=3, head_dim=64).shape
@@ -104,10 +131,14 @@ class MixedRotation:
     """
 
     theta: float = 10.0
+    grid: int = 0  # rows and columns over which all others are laid; 0: patches are counted
     turn: ClassVar[Turn] = staticmethod(turn_pairs)
     learns: ClassVar[bool] = True
     planar: ClassVar[bool] = True
-    options: ClassVar[tuple[str, ...]] = ("theta",)
+    options: ClassVar[tuple[str, ...]] = ("theta", "grid")
+
+    def __post_init__(self) -> None:
+        _refuse_grid(self.grid, "rope-mixed")
 
     def start(self, heads: int, head_dim: int) -> Tensor:
         """Return new frequencies (2, heads, d/2) of one layer: of the column, then of the row.
@@ -122,7 +153,7 @@ class MixedRotation:
 
     def angles(self, frequencies: Tensor, grid: Grid) -> Tensor:
         """Return the angle of each head, patch and pair, (heads, H·W, d/2), in float32 at least."""
-        row, column = rows_and_columns(grid, frequencies.device)
+        row, column = _counted(grid, self.grid, frequencies.device)
         exact = torch.promote_types(frequencies.dtype, torch.float32)
         of_column, of_row = frequencies.to(exact)[:, :, None]  # (heads, 1, d/2) each
         return column.to(exact)[:, None] * of_column + row.to(exact)[:, None] * of_row

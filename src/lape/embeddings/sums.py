@@ -69,7 +69,7 @@ def position_embedding(name: str) -> PositionEmbedding:
 
     Args:
         name: "none", or parts in the order table, bias, rotation, convolution: "learnable+rope-mixed". Some parts have
-            options: "fourier:features=64:hidden=16", "lookhere-90:slope=2", "rope-dinov3:rescale=2".
+            options: "fourier:features=64:hidden=16", "lookhere-90:slope=2", "rope-mixed:grid=14".
 
     Raises:
         UsageError: For a name that does not exist, for two parts of one kind, and for a spelling that is not the one.
@@ -77,7 +77,7 @@ def position_embedding(name: str) -> PositionEmbedding:
     Example:
         >>> from lape.embeddings import position_embedding
         >>> position_embedding("learnable+rope-axial").rotation
-        AxialRotation(theta=100.0)
+        AxialRotation(theta=100.0, grid=0)
         >>> position_embedding("rope-axial+rope-mixed")
         Traceback (most recent call last):
         lape.errors.UsageError: pe='rope-axial+rope-mixed' has two rotations, ...
