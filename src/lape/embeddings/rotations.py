@@ -76,7 +76,7 @@ def _counted(grid: Grid, over: int, device: torch.device) -> tuple[Tensor, Tenso
     if not over:
         return row, column
     height, width = grid
-    return (row + 0.5) * (over / height) - 0.5, (column + 0.5) * (over / width) - 0.5
+    return (row + 0.5) * over / height - 0.5, (column + 0.5) * over / width - 0.5
 
 
 def _refuse_grid(over: int, name: str) -> None:
