@@ -68,7 +68,11 @@ def test_a_folded_file_has_the_work_of_an_exported_default_model(tmp_path: Path)
 
 
 @BOTH
-@pytest.mark.parametrize("names", [{}, {"pe": "sinusoidal-1d"}, {"join": "unshared"}], ids=str)
+@pytest.mark.parametrize(
+    "names",
+    [{}, {"pe": "sinusoidal-1d"}, {"join": "unshared"}, {"pe": "fourier+alibi-2d+rope-mixed:grid=3+peg"}],
+    ids=str,
+)
 def test_an_open_size_takes_every_grid(names: dict[str, str], suffix: str, tmp_path: Path) -> None:
     model = joined(depth=1, dynamic=True, **names)
     path = lape.export(model, tmp_path / f"model{suffix}", dynamic_size=True).path

@@ -10,8 +10,8 @@ def rows_and_columns(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the row and the column of each patch, row by row: two of (H·W,), in float64 where the device has it."""
     height, width = grid
     exact = torch.float32 if device.type == "mps" else torch.float64
-    row = torch.arange(height, device=device, dtype=exact).repeat_interleave(width)
-    return row, torch.arange(width, device=device, dtype=exact).repeat(height)
+    row = torch.arange(height, device=device, dtype=exact)[:, None].expand(height, width)
+    return row.flatten(), torch.arange(width, device=device, dtype=exact).expand(height, width).flatten()
 
 
 def offsets(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
