@@ -8,7 +8,6 @@ correction for all ways and sizes.
 python benchmarks/laid_over.py --runs runs/positions --out benchmarks/results/laid-over
 """
 
-import sys
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -20,8 +19,9 @@ from lape.data.sizes import Size
 from lape.data.sources import Source, set_of
 from lape.experiment import Experiment
 from lape.report import words
+from lape.report.tables import marked
 from lape.studies.sizes import with_kept
-from lape.studies.statistics import BASELINE, LAPE, Difference, Sample, Side, Verdict, corrected, difference
+from lape.studies.statistics import BASELINE, LAPE, Difference, Sample, Side, corrected, difference
 from lape.studies.study import Study, gather
 from lape.training.checkpoints import LAST
 from lape.training.evaluation import at_sizes, load_run
@@ -29,7 +29,6 @@ from lape.training.evaluation import at_sizes, load_run
 WAYS: tuple[Side, ...] = ((BASELINE, "rope-axial"), (BASELINE, "rope-mixed"), (LAPE, "learnable+rope-mixed"))
 REFERENCE: Side = (BASELINE, "learnable")
 PATCHES = 7  # rows and columns of them in training
-MARKS = {Verdict.ABOVE: " +", Verdict.BELOW: " −"}
 
 Scores = dict[Size, dict[int, float]]  # by size and seed
 
@@ -46,7 +45,7 @@ def judged(study: Study, side: Side, sizes: list[Size]) -> Scores:
     way, pe = side
     scores: Scores = {size: {} for size in sizes}
     runs = study.of(way, pe)
-    for seed in track(runs, f"{way} × {pe}", console=Console(file=sys.stderr)):
+    for seed in track(runs, f"{way} × {pe}", console=Console(stderr=True)):
         run = load_run(runs[seed].folder / LAST, images, pe=f"{pe}:grid={PATCHES}", accelerator="cpu")
         for one in at_sizes(run, sizes):
             scores[one.size][seed] = one.metrics["val_accuracy"]
@@ -76,15 +75,12 @@ def main(runs: Path = Path("runs/positions"), out: Path | None = None) -> None:
     found = corrected([difference(subjects[side][size], reference[size]) for side, size in places])
     differences: dict[tuple[Side, Size], Difference | None] = dict(zip(places, found, strict=True))
 
-    def cell(side: Side, size: Size) -> str:
-        beside = differences[side, size]
-        return f"{Sample.of([*subjects[side][size].values()]).mean:.2f}" + (
-            MARKS.get(beside.corrected, "") if beside else ""
-        )
+    def row(side: Side, scores: Scores) -> list[str]:
+        means = {size: Sample.of([*scores[size].values()]).mean for size in sizes}
+        return [str(side[0]), side[1], *(marked(means[size], differences.get((side, size))) for size in sizes)]
 
-    means = [f"{Sample.of([*reference[size].values()]).mean:.2f}" for size in sizes]
-    table = [["join", "positions", *map(str, sizes)], [str(REFERENCE[0]), REFERENCE[1], *means]]
-    table += [[str(way), pe, *(cell((way, pe), size) for size in sizes)] for way, pe in subjects]
+    table = [["join", "positions", *map(str, sizes)], row(REFERENCE, reference)]
+    table += [row(side, scores) for side, scores in subjects.items()]
     content = [
         {
             "join": str(way), "pe": pe, "size": str(size), "accuracy": subjects[way, pe][size],

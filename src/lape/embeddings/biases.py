@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape.embeddings.grid import Grid, offsets
+from lape.embeddings.grid import Grid, distances, offsets
 from lape.errors import UsageError
 
 
@@ -77,7 +77,7 @@ class Alibi:
         """Return the bias (1, heads, N, N) that all layers share."""
         row, column = offsets(grid, device)
         slopes = torch.tensor(self.slopes(heads), device=device, dtype=row.dtype)
-        return F.pad(-slopes[:, None, None] * (row**2 + column**2).sqrt(), (prefix, 0, prefix, 0))[None]
+        return F.pad(-slopes[:, None, None] * distances(row, column), (prefix, 0, prefix, 0))[None]
 
     def of_layer(self, bias: Tensor, layer: int, depth: int) -> Tensor:
         """Return what one layer of `depth` adds, of what they share."""
@@ -161,7 +161,7 @@ class LookHere:
     def make(self, grid: Grid, prefix: int, heads: int, device: torch.device) -> Tensor:
         """Return the bias (1, heads, N, N) at layer scale 1; what is not seen is -inf."""
         row, column = offsets(grid, device)
-        distance = self.slope * (row**2 + column**2).sqrt()
+        distance = self.slope * distances(row, column)
         biases = [torch.where(view(row, column), -slope * distance, -torch.inf) for view, slope in self.heads[heads]]
         return F.pad(torch.stack(biases), (prefix, 0, prefix, 0))[None]
 

@@ -13,7 +13,7 @@ from lape.report import words
 from lape.report.table import Table
 from lape.studies import paper
 from lape.studies.claims import FACTS, Finding
-from lape.studies.statistics import BASELINE, SummaryRow, Verdict, Way
+from lape.studies.statistics import BASELINE, Difference, SummaryRow, Verdict, Way
 from lape.studies.study import VARIED, Study
 
 if TYPE_CHECKING:
@@ -194,14 +194,13 @@ def across_sizes(study: Study) -> Table:
 
     What is significantly above or below the reference at that size, with Holm's correction, has a + or −.
     """
-    marks = {Verdict.ABOVE: " +", Verdict.BELOW: " −"}
     sizes = study.sizes if study.compares_positions else ()
     by_size = [{(row.way, row.pe): row for row in study.rows_at(size)} for size in sizes]
 
     def cell(row: SummaryRow | None) -> str:
         if row is None:
             return NOT_TAKEN
-        return f"{row.score.mean:.2f}" + (marks.get(row.beside.corrected, "") if row.beside else "")
+        return marked(row.score.mean, row.beside)
 
     rows = [
         [str(row.way), row.pe, *(cell(some.get((row.way, row.pe))) for some in by_size)]
@@ -209,6 +208,12 @@ def across_sizes(study: Study) -> Table:
     ]
     trained = [f"{size} (trained)" if size in study.trained else str(size) for size in sizes]
     return Table(["join", POSITIONS, *trained], rows if sizes else [], 2)
+
+
+def marked(mean: float, beside: Difference | None) -> str:
+    """Return a mean with + or − where it is significantly above or below what it is held against, after correction."""
+    marks = {Verdict.ABOVE: " +", Verdict.BELOW: " −"}
+    return f"{mean:.2f}" + (marks.get(beside.corrected, "") if beside else "")
 
 
 def _at_a_size(row: SummaryRow) -> list[str]:
